@@ -1,0 +1,122 @@
+//! Traits through which the broker reaches plugins. One plug-point, one trait.
+//!
+//! The server implements none of them and the plugin host knows nothing of sockets: they meet here.
+
+use std::future::Future;
+use std::net::IpAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::codec::{ReasonCode, Version};
+
+/// A call into a plugin; polled on the shard that made it. Dropping it cancels the call.
+pub type Call<T> = Pin<Box<dyn Future<Output = T>>>;
+
+/// What a CONNECT packet says about who is asking, and where it came from.
+#[derive(Debug, Clone)]
+pub struct AuthRequest {
+    /// Client Identifier, never empty: an assigned one is filled in before.
+    pub client_id: Arc<str>,
+    /// User Name, if any.
+    pub username: Option<Arc<str>>,
+    /// Password, if any.
+    pub password: Option<Bytes>,
+    /// Authentication Method of enhanced authentication. MQTT 5.0 §4.12.
+    pub method: Option<Arc<str>>,
+    /// Authentication Data that came with CONNECT.
+    pub data: Option<Bytes>,
+    /// Protocol version the client speaks.
+    pub version: Version,
+    /// Address of the peer; `None` for Unix sockets.
+    pub address: Option<IpAddr>,
+    /// Listener as written in the configuration, such as `mqtt://127.0.0.1:1883`.
+    pub listener: Arc<str>,
+    /// User Properties of CONNECT, in order.
+    pub user_properties: Vec<(String, String)>,
+}
+
+/// One AUTH packet in an exchange of enhanced authentication or re-authentication.
+#[derive(Debug, Clone)]
+pub struct AuthStep {
+    /// The CONNECT that began the exchange.
+    pub request: Arc<AuthRequest>,
+    /// Authentication Data of this packet.
+    pub data: Bytes,
+    /// What the plugin handed over with its last challenge; empty at the start of a re-authentication.
+    pub state: Bytes,
+    /// Name of the plugin that made the last challenge; empty at the start of a re-authentication.
+    pub plugin: Arc<str>,
+    /// Re-authentication of a connected client (Reason Code 0x19).
+    pub reauthenticate: bool,
+}
+
+/// The answer of the whole plugin chain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AuthOutcome {
+    /// No plugin had an opinion.
+    Next,
+    /// Let in.
+    Allow(Grant),
+    /// Refused, with the Reason Code for CONNACK or DISCONNECT.
+    Deny(ReasonCode),
+    /// Enhanced authentication goes on with an AUTH packet.
+    Challenge {
+        /// Authentication Data for the client.
+        data: Bytes,
+        /// Kept by the broker and handed back with the next [`AuthStep`]; at most 64 KiB.
+        state: Bytes,
+        /// Which plugin is asking.
+        plugin: Arc<str>,
+    },
+    /// No plugin could answer (trap, deadline, queue full): 0x88 (5.0), 3 (3.1.1).
+    Unavailable,
+}
+
+/// What an authenticated client gets.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Grant {
+    /// Identity for permissions and logs; the User Name when the plugin left it empty.
+    pub principal: String,
+    /// Last Authentication Data, sent with CONNACK or AUTH.
+    pub data: Option<Bytes>,
+}
+
+/// The plug-points as seen from one shard. Lives and dies on that shard's thread.
+pub trait ShardPlugins {
+    /// False: no plugin exports `auth`, and the broker's own `anonymous` rule decides alone.
+    fn has_auth(&self) -> bool;
+    /// Asks the chain about a CONNECT.
+    fn authenticate(&self, request: Arc<AuthRequest>) -> Call<AuthOutcome>;
+    /// Goes on with enhanced authentication.
+    fn proceed(&self, step: AuthStep) -> Call<AuthOutcome>;
+}
+
+/// Makes the view of each shard.
+pub trait Plugins: Send + Sync {
+    /// Called once on each shard's thread.
+    fn shard(&self, index: usize) -> Box<dyn ShardPlugins>;
+}
+
+/// No plugins at all.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NoPlugins;
+
+impl Plugins for NoPlugins {
+    fn shard(&self, _index: usize) -> Box<dyn ShardPlugins> {
+        Box::new(Self)
+    }
+}
+
+impl ShardPlugins for NoPlugins {
+    fn has_auth(&self) -> bool {
+        false
+    }
+    fn authenticate(&self, _request: Arc<AuthRequest>) -> Call<AuthOutcome> {
+        Box::pin(std::future::ready(AuthOutcome::Next))
+    }
+    fn proceed(&self, _step: AuthStep) -> Call<AuthOutcome> {
+        Box::pin(std::future::ready(AuthOutcome::Next))
+    }
+}

@@ -1,0 +1,2 @@
+//! The `wasmqtt` binary.
+fn main() {}
