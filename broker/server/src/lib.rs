@@ -1,1 +1,107 @@
-//! stub
+//! `wasmqtt-server`: shards, listeners and everything between sockets and the protocol core.
+//!
+//! Knows plugins only as the traits in `wasmqtt_protocol::ports`; never names wasmtime.
+#![forbid(unsafe_code)]
+
+mod acceptor;
+pub mod config;
+mod mailbox;
+mod shard;
+mod shared;
+mod stream;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use mio::Waker;
+use wasmqtt_protocol::ports::Plugins;
+
+pub use config::{Anonymous, Bind, Config, Limits, Listener};
+
+use crate::acceptor::Acceptor;
+use crate::mailbox::{Mail, Mailbox};
+use crate::shard::Shard;
+use crate::shared::Shared;
+
+/// Why the server did not start.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// An address could not be listened on.
+    #[error("cannot listen on {listener}: {error}")]
+    Listen {
+        /// As configured.
+        listener: String,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// The system refused a thread or an epoll.
+    #[error("cannot start a shard: {0}")]
+    Shard(io::Error),
+}
+
+/// A running broker.
+pub struct Server {
+    shared: Arc<Shared>,
+    listeners: Vec<String>,
+    acceptor: JoinHandle<()>,
+    acceptor_waker: Arc<Waker>,
+    shards: Vec<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Binds all listeners and serves them. `runtime` is where plugins wait for clocks and files.
+    ///
+    /// # Errors
+    /// [`StartError`] names the listener that could not be bound.
+    pub fn start(config: Config, plugins: Arc<dyn Plugins>, runtime: tokio::runtime::Handle) -> Result<Self, StartError> {
+        let acceptor =
+            Acceptor::bind(&config.listeners).map_err(|(listener, error)| StartError::Listen { listener, error })?;
+        let count = match config.shards {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            count => count,
+        };
+        let polls: Vec<_> = (0..count).map(|_| shard::poll()).collect::<io::Result<_>>().map_err(StartError::Shard)?;
+        let mailboxes = polls.iter().map(|(_, waker)| Mailbox::new(Arc::clone(waker))).collect();
+        let shared = Arc::new(Shared::new(config, mailboxes));
+        let mut shards = Vec::new();
+        for (index, (poll, _)) in polls.into_iter().enumerate() {
+            let (shared, plugins, runtime) = (Arc::clone(&shared), Arc::clone(&plugins), runtime.clone());
+            let thread = std::thread::Builder::new().name(format!("shard-{index}")).spawn(move || {
+                let _entered = runtime.enter();
+                Shard::new(index, poll, shared, plugins.shard(index)).run();
+            });
+            shards.push(thread.map_err(StartError::Shard)?);
+        }
+        let listeners = acceptor.names();
+        let acceptor_waker = acceptor.waker();
+        let for_acceptor = Arc::clone(&shared);
+        let acceptor = std::thread::Builder::new()
+            .name("acceptor".into())
+            .spawn(move || acceptor.run(&for_acceptor))
+            .map_err(StartError::Shard)?;
+        Ok(Self { shared, listeners, acceptor, acceptor_waker, shards })
+    }
+
+    /// The listeners with the ports they really have, such as `mqtt://127.0.0.1:1883`.
+    pub fn listeners(&self) -> &[String] {
+        &self.listeners
+    }
+
+    /// Stops accepting, tells MQTT 5 clients (0x8B), writes what is waiting for at most `grace`, and returns.
+    pub fn stop(self, grace: Duration) {
+        self.shared.draining.store(true, Ordering::Release);
+        let _ = self.acceptor_waker.wake();
+        let _ = self.acceptor.join();
+        for mailbox in &self.shared.mailboxes {
+            mailbox.send(Mail::Drain);
+        }
+        let until = Instant::now() + grace;
+        while self.shards.iter().any(|shard| !shard.is_finished()) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! What the server is told at start. Every value is meant; the file form is the binary's business.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use wasmqtt_protocol::codec::Qos;
+use wasmqtt_protocol::session::ServerLimits;
+
+/// Everything [`crate::Server::start`] needs.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where to listen; at least one.
+    pub listeners: Vec<Listener>,
+    /// Who may come without any plugin having said so.
+    pub anonymous: Anonymous,
+    /// Bounds.
+    pub limits: Limits,
+    /// Shards, each a thread; 0: one per core.
+    pub shards: usize,
+    /// Time between two updates of `$SYS`; zero switches them off.
+    pub sys_interval: Duration,
+}
+
+/// The broker's own rule, used where no plugin decides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Anonymous {
+    /// Clients from the loopback addresses and Unix sockets only.
+    Loopback,
+    /// Everybody.
+    Allow,
+    /// Nobody.
+    Deny,
+}
+
+/// One listening socket.
+#[derive(Debug, Clone)]
+pub struct Listener {
+    /// Address.
+    pub bind: Bind,
+    /// As plugins and logs know it, such as `mqtt://127.0.0.1:1883`.
+    pub name: Arc<str>,
+}
+
+/// Kind and address of a listener.
+#[derive(Debug, Clone)]
+pub enum Bind {
+    /// TCP; port 0 takes a free one.
+    Tcp(SocketAddr),
+    /// Unix socket; a stale file is replaced.
+    Unix(PathBuf),
+}
+
+/// Bounds, per client unless they say otherwise. Defaults and ranges as documented in the README.
+#[derive(Debug, Clone)]
+#[allow(missing_docs, reason = "named as in the configuration file")]
+pub struct Limits {
+    pub packet_bytes_max: u32,
+    pub receive_maximum: u16,
+    pub inflight_max: u16,
+    pub topic_alias_maximum: u16,
+    pub maximum_qos: Qos,
+    pub retain_available: bool,
+    pub keep_alive_max: Option<Duration>,
+    pub connect_timeout: Duration,
+    pub session_expiry_max: Duration,
+    pub queue_messages_max: usize,
+    pub queue_bytes_max: usize,
+    pub outbound_bytes_max: usize,
+    /// Whole broker.
+    pub connections_max: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            packet_bytes_max: 1 << 20,
+            receive_maximum: 1024,
+            inflight_max: 1024,
+            topic_alias_maximum: 64,
+            maximum_qos: Qos::ExactlyOnce,
+            retain_available: true,
+            keep_alive_max: None,
+            connect_timeout: Duration::from_secs(10),
+            session_expiry_max: Duration::from_secs(604_800),
+            queue_messages_max: 10_000,
+            queue_bytes_max: 16 << 20,
+            outbound_bytes_max: 1 << 20,
+            connections_max: 1_000_000,
+        }
+    }
+}
+
+impl Limits {
+    pub(crate) fn for_sessions(&self) -> ServerLimits {
+        ServerLimits {
+            packet_bytes_max: self.packet_bytes_max,
+            receive_maximum: self.receive_maximum,
+            inflight_max: self.inflight_max,
+            topic_alias_maximum: self.topic_alias_maximum,
+            maximum_qos: self.maximum_qos,
+            retain_available: self.retain_available,
+            keep_alive_max: self.keep_alive_max.map_or(0, |t| u16::try_from(t.as_secs()).unwrap_or(u16::MAX)),
+            session_expiry_max: u32::try_from(self.session_expiry_max.as_secs()).unwrap_or(u32::MAX),
+            queue_messages_max: self.queue_messages_max,
+            queue_bytes_max: self.queue_bytes_max,
+            outbound_bytes_max: self.outbound_bytes_max,
+        }
+    }
+}

@@ -1,0 +1,82 @@
+//! How shards and the acceptor talk to a shard.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use mio::Waker;
+use wasmqtt_protocol::router::{Group, Message, Target};
+
+use crate::shard::{Adopted, Arrival};
+
+/// Bytes of messages waiting in one mailbox beyond which the senders stop reading from their clients.
+const CONGESTED_BYTES: usize = 16 << 20;
+
+/// Something for another shard.
+pub(crate) enum Mail {
+    /// A new connection.
+    Arrived(Arrival),
+    /// A connection that was accepted, for a Session that lives here.
+    Adopt(Box<Adopted>),
+    /// Messages for Sessions here.
+    Deliver(Vec<Remote>),
+    /// Say goodbye to everybody.
+    Drain,
+}
+
+/// One message and its receivers on the shard it is sent to.
+pub(crate) struct Remote {
+    pub(crate) message: Arc<Message>,
+    pub(crate) targets: Arc<[Target]>,
+    pub(crate) share: Option<Arc<Group>>,
+}
+
+impl Remote {
+    pub(crate) fn bytes(&self) -> usize {
+        self.message.payload.len() + self.message.topic.len() + 128
+    }
+}
+
+/// One per shard. Message bytes are bounded by [`CONGESTED_BYTES`] plus what each sender reads in one batch.
+pub(crate) struct Mailbox {
+    mails: Mutex<Vec<Mail>>,
+    bytes: AtomicUsize,
+    awake: AtomicBool,
+    waker: Arc<Waker>,
+}
+
+impl Mailbox {
+    pub(crate) fn new(waker: Arc<Waker>) -> Self {
+        Self { mails: Mutex::default(), bytes: AtomicUsize::new(0), awake: AtomicBool::new(false), waker }
+    }
+
+    pub(crate) fn waker(&self) -> &Arc<Waker> {
+        &self.waker
+    }
+
+    pub(crate) fn send(&self, mail: Mail) {
+        if let Mail::Deliver(remotes) = &mail {
+            self.bytes.fetch_add(remotes.iter().map(Remote::bytes).sum(), Ordering::Relaxed);
+        }
+        self.mails.lock().unwrap_or_else(PoisonError::into_inner).push(mail);
+        // One wake-up until the shard has looked: an eventfd write costs more than the message.
+        if !self.awake.swap(true, Ordering::AcqRel) {
+            let _ = self.waker.wake();
+        }
+    }
+
+    /// Moves everything into `mails`, which must be empty.
+    pub(crate) fn take(&self, mails: &mut Vec<Mail>) {
+        if !self.awake.swap(false, Ordering::AcqRel) {
+            return;
+        }
+        std::mem::swap(&mut *self.mails.lock().unwrap_or_else(PoisonError::into_inner), mails);
+    }
+
+    pub(crate) fn delivered(&self, bytes: usize) {
+        self.bytes.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_congested(&self) -> bool {
+        self.bytes.load(Ordering::Relaxed) > CONGESTED_BYTES
+    }
+}

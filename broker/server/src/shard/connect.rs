@@ -1,0 +1,303 @@
+//! From CONNECT to a Session: checks, authentication, takeover, CONNACK. MQTT 5.0 §3.1.4.
+
+use std::hash::BuildHasher;
+use std::num::{NonZeroU16, NonZeroU32};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use bytes::Bytes;
+use tracing::debug;
+use wasmqtt_protocol::codec::{self, Connack, Connect, Packet, Qos, ReasonCode, Version, encode};
+use wasmqtt_protocol::ports::{AuthOutcome, AuthRequest, Grant};
+use wasmqtt_protocol::router::{Message, SessionKey};
+use wasmqtt_protocol::session::{Link, Session, WillMessage};
+
+use super::conn::{Conn, State};
+use super::timers::Timer;
+use super::{Ending, Shard};
+use crate::config::Anonymous;
+use crate::mailbox::Mail;
+
+/// A CONNECT that is being answered.
+pub(crate) struct Opening {
+    pub(super) request: Arc<AuthRequest>,
+    link: Link,
+    will: Option<Box<WillMessage>>,
+    clean_start: bool,
+    keep_alive: u16,
+    session_expiry: Option<u32>,
+    /// The server chose the Client Identifier. [MQTT-3.2.2-16]
+    assigned: bool,
+    /// A challenge is out and the client's AUTH may be read.
+    pub(super) reads: bool,
+    /// What the plugin that made the challenge wants back.
+    pub(super) state: Bytes,
+    pub(super) plugin: Arc<str>,
+}
+
+/// A connection that was let in, on its way to the shard its Session lives on.
+pub(crate) struct Adopted {
+    conn: Conn,
+    opening: Box<Opening>,
+    grant: Grant,
+}
+
+impl Shard {
+    /// A packet before there is a Session.
+    pub(super) fn on_early_packet(&mut self, id: usize, packet: &[u8]) {
+        let conn = &self.conns[id];
+        if let State::Opening(_) = conn.state {
+            return self.on_opening_auth(id, packet);
+        }
+        match codec::decode(conn.version, packet) {
+            Ok(Packet::Connect(connect)) => self.on_connect(id, &connect),
+            // [MQTT-3.1.0-1]
+            Ok(_) => {
+                debug!(address = ?conn.address, "first packet is not CONNECT");
+                self.remove(id);
+            }
+            Err(error) => {
+                if packet[0] >> 4 != 1 {
+                    return self.remove(id);
+                }
+                self.conns[id].version = connect_version(packet);
+                self.on_malformed(id, &error);
+            }
+        }
+    }
+
+    fn on_connect(&mut self, id: usize, connect: &Connect<'_>) {
+        let conn = &mut self.conns[id];
+        conn.version = connect.version;
+        let limits = &self.shared.limits;
+        if connect.client_id.is_empty() && !may_be_assigned(connect) {
+            return self.refuse(id, ReasonCode::CLIENT_IDENTIFIER_NOT_VALID);
+        }
+        if let Some(will) = &connect.will {
+            if will.qos > limits.maximum_qos {
+                return self.refuse(id, ReasonCode::QOS_NOT_SUPPORTED);
+            }
+            if will.retain && !limits.retain_available {
+                return self.refuse(id, ReasonCode::RETAIN_NOT_SUPPORTED);
+            }
+            if will.topic.starts_with("$SYS/") {
+                return self.refuse(id, ReasonCode::NOT_AUTHORIZED);
+            }
+        }
+        let assigned = connect.client_id.is_empty();
+        let client_id: Arc<str> = if assigned { new_client_id() } else { connect.client_id.into() };
+        let request = AuthRequest {
+            client_id,
+            username: connect.username.map(Into::into),
+            password: connect.password.map(Bytes::copy_from_slice),
+            method: connect.authentication_method.map(Into::into),
+            data: connect.authentication_data.map(Bytes::copy_from_slice),
+            version: connect.version,
+            address: conn.address,
+            listener: Arc::clone(&conn.listener),
+            user_properties: connect.user_properties.iter().map(|(n, v)| (n.to_owned(), v.to_owned())).collect(),
+        };
+        let opening = Opening {
+            request: Arc::new(request),
+            link: Link::negotiate(connect, limits),
+            will: connect.will.as_ref().map(|will| Box::new(will_message(will))),
+            clean_start: connect.clean_start,
+            keep_alive: connect.keep_alive,
+            session_expiry: connect.session_expiry,
+            assigned,
+            reads: false,
+            state: Bytes::new(),
+            plugin: "".into(),
+        };
+        let request = Arc::clone(&opening.request);
+        let epoch = conn.epoch;
+        conn.state = State::Opening(Box::new(opening));
+        if self.plugins.has_auth() {
+            let call = self.plugins.authenticate(request);
+            self.call(id, epoch, call);
+        } else {
+            self.on_auth_outcome(id, epoch, AuthOutcome::Next);
+        }
+    }
+
+    /// No plugin decided: the broker's own rule does.
+    pub(super) fn native_rule(&self, request: &AuthRequest) -> Result<Grant, ReasonCode> {
+        if request.method.is_some() {
+            return Err(ReasonCode::BAD_AUTHENTICATION_METHOD);
+        }
+        // With plugins, a name nobody vouches for is a wrong name; without, names are not checked at all.
+        if request.username.is_some() && self.plugins.has_auth() {
+            return Err(ReasonCode::BAD_USER_NAME_OR_PASSWORD);
+        }
+        let allowed = match self.shared.config.anonymous {
+            Anonymous::Allow => true,
+            Anonymous::Deny => false,
+            Anonymous::Loopback => request.address.is_none_or(|address| address.is_loopback()),
+        };
+        if allowed { Ok(Grant::default()) } else { Err(ReasonCode::NOT_AUTHORIZED) }
+    }
+
+    /// The client is let in: finds its Session, here or on another shard.
+    pub(super) fn admit(&mut self, id: usize, grant: Grant) {
+        let Some(conn) = self.conns.get_mut(id) else { return };
+        let State::Opening(opening) = std::mem::replace(&mut conn.state, State::New) else { return };
+        if self.draining {
+            conn.state = State::Opening(opening);
+            return self.refuse(id, ReasonCode::SERVER_SHUTTING_DOWN);
+        }
+        let shared = Arc::clone(&self.shared);
+        let client_id = Arc::clone(&opening.request.client_id);
+        let key = {
+            let mut directory = shared.directory(&client_id);
+            match directory.get(&client_id) {
+                Some(key) => *key,
+                None => {
+                    let key = self.sessions.reserve();
+                    directory.insert(Arc::clone(&client_id), key);
+                    self.sessions.put(Session::new(client_id, key));
+                    shared.stats.sessions.fetch_add(1, Ordering::Relaxed);
+                    return self.open(id, *opening, &grant, key, false);
+                }
+            }
+        };
+        if key.shard == self.index { self.resume(id, *opening, &grant, key) } else { self.hand_over(id, opening, grant, key) }
+    }
+
+    /// The Session lives elsewhere: the connection goes there, so that messages already on their way to the Session
+    /// keep their order.
+    fn hand_over(&mut self, id: usize, opening: Box<Opening>, grant: Grant, key: SessionKey) {
+        let Some(mut conn) = self.conns.try_remove(id) else { return };
+        if let Some((at, timer)) = conn.timer.take() {
+            self.timers.cancel(at, timer);
+        }
+        let _ = self.poll.registry().deregister(&mut conn.stream);
+        conn.dirty = false;
+        conn.held = false;
+        conn.blocked = false;
+        self.shared.load[usize::from(self.index)].fetch_sub(1, Ordering::Relaxed);
+        self.shared.load[usize::from(key.shard)].fetch_add(1, Ordering::Relaxed);
+        let adopted = Adopted { conn, opening, grant };
+        self.shared.mailboxes[usize::from(key.shard)].send(Mail::Adopt(Box::new(adopted)));
+    }
+
+    pub(super) fn on_adopt(&mut self, adopted: Adopted) {
+        let Adopted { mut conn, opening, grant } = adopted;
+        conn.state = State::Opening(opening);
+        if let Some((id, _)) = self.insert(conn) {
+            self.admit(id, grant);
+        }
+    }
+
+    /// The Session exists: takes it over, or ends it first.
+    fn resume(&mut self, id: usize, opening: Opening, grant: &Grant, key: SessionKey) {
+        if let Some(old) = self.sessions.conn(key.slot) {
+            // A new Session is wanted: the old one's delayed will goes out now. MQTT 5.0 §3.1.3.2.2
+            self.end(old, Ending::Server(ReasonCode::SESSION_TAKEN_OVER, "another connection took the Session over"));
+        }
+        let expired = self.sessions.deadlines(key.slot).0.is_some_and(|at| at <= self.now_ms);
+        if self.sessions.resolve(key).is_some() && (opening.clean_start || expired) {
+            self.end_session(key);
+        }
+        if self.sessions.resolve(key).is_some() {
+            return self.open(id, opening, grant, key, true);
+        }
+        // Ended: begin again, a Session of that name may even live elsewhere by now.
+        self.conns[id].state = State::Opening(Box::new(opening));
+        self.admit(id, grant.clone());
+    }
+
+    fn open(&mut self, id: usize, opening: Opening, grant: &Grant, key: SessionKey, present: bool) {
+        let shared = Arc::clone(&self.shared);
+        let conn = &mut self.conns[id];
+        let epoch = conn.epoch;
+        conn.outbox.lend(&mut self.pool);
+        write_connack(conn, &opening, grant, present, &shared.limits);
+        conn.state = State::Live { slot: key.slot };
+        conn.auth = super::auth::Standing::of(&opening.request, conn.version);
+        conn.heard_ms = self.now_ms;
+        let keep_alive = opening.link.keep_alive_ms();
+        if let Some((session, _)) = self.sessions.resolve(key) {
+            session.will = opening.will;
+            session.connected(self.now_ms, opening.link, &shared.limits, &mut conn.outbox);
+        }
+        if let Some((at, timer)) = conn.timer.take() {
+            self.timers.cancel(at, timer);
+        }
+        self.sessions.set_conn(key.slot, Some(id));
+        self.set_deadlines(key, None, None);
+        if let Some(keep_alive) = keep_alive {
+            self.set_conn_timer(id, self.now_ms + keep_alive, Timer::KeepAlive { id, epoch });
+        }
+        self.mark_dirty(id);
+        self.on_partial(id);
+        self.hold(id);
+    }
+}
+
+/// 5.0 servers may always choose [MQTT-3.1.3-6]; 3.1.1 only for a Clean Session [MQTT-3.1.3-8]; 3.1 never.
+fn may_be_assigned(connect: &Connect<'_>) -> bool {
+    match connect.version {
+        Version::V5 => true,
+        Version::V311 => connect.clean_start,
+        Version::V31 => false,
+    }
+}
+
+fn new_client_id() -> Arc<str> {
+    let random = |salt: u8| foldhash::quality::RandomState::default().hash_one((salt, std::time::SystemTime::now()));
+    format!("auto-{:016x}{:016x}", random(0), random(1)).into()
+}
+
+/// What version a CONNECT that could not be decoded was written in: its refusal must be readable to the client.
+fn connect_version(packet: &[u8]) -> Version {
+    let body = packet.iter().skip(1).skip_while(|byte| **byte & 0x80 != 0).skip(1);
+    let head: Vec<u8> = body.copied().take(10).collect();
+    match head.as_slice() {
+        [0, 4, b'M', b'Q', b'T', b'T', 4, ..] => Version::V311,
+        [0, 6, b'M', b'Q', b'I', b's', b'd', b'p', 3, ..] => Version::V31,
+        _ => Version::V5,
+    }
+}
+
+fn will_message(will: &codec::Will<'_>) -> WillMessage {
+    WillMessage {
+        message: Message {
+            topic: will.topic.into(),
+            payload: Bytes::copy_from_slice(will.payload),
+            properties: Bytes::copy_from_slice(&will.properties.forwardable()),
+            qos: will.qos,
+            retain: will.retain,
+            expires_at_ms: None,
+            publisher: None,
+        },
+        expiry: will.properties.message_expiry,
+        delay: will.delay.unwrap_or(0),
+    }
+}
+
+/// What the server grants, where it differs from what the client assumes. MQTT 5.0 §3.2.2.3.
+fn write_connack(
+    conn: &mut Conn,
+    opening: &Opening,
+    grant: &Grant,
+    present: bool,
+    limits: &wasmqtt_protocol::session::ServerLimits,
+) {
+    let granted = &opening.link.limits;
+    let connack = Connack {
+        session_present: present && conn.version != Version::V31,
+        session_expiry: (granted.session_expiry != opening.session_expiry.unwrap_or(0)).then_some(granted.session_expiry),
+        receive_maximum: NonZeroU16::new(limits.receive_maximum).filter(|max| max.get() < u16::MAX),
+        maximum_qos: (limits.maximum_qos < Qos::ExactlyOnce).then_some(limits.maximum_qos as u8),
+        retain_available: (!limits.retain_available).then_some(false),
+        maximum_packet_size: NonZeroU32::new(limits.packet_bytes_max),
+        assigned_client_id: opening.assigned.then_some(&*opening.request.client_id),
+        topic_alias_maximum: (limits.topic_alias_maximum > 0).then_some(limits.topic_alias_maximum),
+        server_keep_alive: (granted.keep_alive != opening.keep_alive).then_some(granted.keep_alive),
+        authentication_method: opening.request.method.as_deref(),
+        authentication_data: grant.data.as_deref(),
+        ..Connack::default()
+    };
+    let version = conn.version;
+    conn.outbox.append(|bytes| encode(version, &Packet::Connack(Box::new(connack)), bytes));
+}

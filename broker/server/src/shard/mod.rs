@@ -1,0 +1,229 @@
+//! A shard: one thread with its own epoll, connections, Sessions and plugin instances.
+//!
+//! Nothing here is locked or shared but what `shared` holds. Each turn of [`Shard::run`] takes what the sockets, the
+//! mailbox, the plugins and the clock have, and then writes to each client once.
+
+mod auth;
+mod calls;
+mod close;
+mod conn;
+mod connect;
+mod publish;
+mod routes;
+mod sessions;
+mod subscribe;
+mod sys;
+mod timers;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use mio::{Events, Poll, Token, Waker};
+use slab::Slab;
+use tracing::error;
+use wasmqtt_protocol::codec::ReasonCode;
+use wasmqtt_protocol::ports::ShardPlugins;
+use wasmqtt_protocol::router::Matches;
+use wasmqtt_protocol::session::FrameCache;
+
+pub(crate) use self::conn::Arrival;
+pub(crate) use self::connect::Adopted;
+
+use self::calls::Calls;
+use self::close::Ending;
+use self::conn::Conn;
+use self::routes::Routes;
+use self::sessions::Sessions;
+use self::timers::Timers;
+use crate::mailbox::{Mail, Remote};
+use crate::shared::Shared;
+
+const WAKE: Token = Token(usize::MAX);
+/// Bytes one read takes at most; the buffer belongs to the shard, so idle connections own none.
+const SCRATCH_BYTES: usize = 256 * 1024;
+/// Events taken from the kernel at a time.
+const EVENTS_MAX: usize = 1024;
+/// Empty outbound buffers kept for reuse, and the largest one worth keeping.
+const POOL_BUFFERS_MAX: usize = 256;
+const POOL_BUFFER_BYTES_MAX: usize = 64 * 1024;
+/// How long a congested shard waits before it looks again.
+const CONGESTION_PAUSE: Duration = Duration::from_millis(1);
+
+/// The epoll of a shard and what wakes it.
+pub(crate) fn poll() -> io::Result<(Poll, Arc<Waker>)> {
+    let poll = Poll::new()?;
+    let waker = Arc::new(Waker::new(poll.registry(), WAKE)?);
+    Ok((poll, waker))
+}
+
+/// Counters of one batch, added to the shared ones at its end.
+#[derive(Default)]
+struct Tally {
+    received: u64,
+    sent: u64,
+    dropped: u64,
+    bytes_received: u64,
+    bytes_sent: u64,
+}
+
+pub(crate) struct Shard {
+    index: u16,
+    poll: Poll,
+    shared: Arc<Shared>,
+    plugins: Box<dyn ShardPlugins>,
+    conns: Slab<Conn>,
+    conn_epoch: u32,
+    sessions: Sessions,
+    routes: Routes,
+    timers: Timers,
+    calls: Calls,
+    /// Connections with something to write.
+    dirty: Vec<usize>,
+    /// Connections that had more to read than one buffer, or were held back.
+    readable: Vec<usize>,
+    /// Messages for other shards, by shard.
+    outgoing: Vec<Vec<Remote>>,
+    scratch: Vec<u8>,
+    pool: Vec<Vec<u8>>,
+    frames: FrameCache,
+    matches: Matches,
+    tally: Tally,
+    now_ms: u64,
+    draining: bool,
+}
+
+impl Shard {
+    pub(crate) fn new(index: usize, poll: Poll, shared: Arc<Shared>, plugins: Box<dyn ShardPlugins>) -> Self {
+        let index = index as u16;
+        let waker = Arc::clone(shared.mailboxes[usize::from(index)].waker());
+        let mut shard = Self {
+            index,
+            poll,
+            plugins,
+            conns: Slab::new(),
+            conn_epoch: 0,
+            sessions: Sessions::new(index),
+            routes: Routes::default(),
+            timers: Timers::default(),
+            calls: Calls::new(waker),
+            dirty: Vec::new(),
+            readable: Vec::new(),
+            outgoing: shared.mailboxes.iter().map(|_| Vec::new()).collect(),
+            scratch: vec![0; SCRATCH_BYTES],
+            pool: Vec::new(),
+            frames: FrameCache::default(),
+            matches: Matches::default(),
+            tally: Tally::default(),
+            now_ms: shared.now_ms(),
+            draining: false,
+            shared,
+        };
+        shard.start_housekeeping();
+        shard
+    }
+
+    /// Serves until drained.
+    pub(crate) fn run(mut self) {
+        let mut events = Events::with_capacity(EVENTS_MAX);
+        let mut mails = Vec::new();
+        while !(self.draining && self.conns.is_empty()) {
+            let timeout = self.wait_for();
+            if let Err(error) = self.poll.poll(&mut events, timeout)
+                && error.kind() != io::ErrorKind::Interrupted
+            {
+                error!(shard = self.index, %error, "epoll failed");
+                std::thread::sleep(CONGESTION_PAUSE);
+            }
+            self.now_ms = self.shared.now_ms();
+            self.shared.mailboxes[usize::from(self.index)].take(&mut mails);
+            for mail in mails.drain(..) {
+                self.on_mail(mail);
+            }
+            let again = std::mem::take(&mut self.readable);
+            for event in &events {
+                let Token(id) = event.token();
+                if event.token() == WAKE {
+                    continue;
+                }
+                if event.is_writable() {
+                    self.on_writable(id);
+                }
+                if event.is_readable() || event.is_error() || event.is_read_closed() {
+                    self.on_readable(id);
+                }
+            }
+            for id in again {
+                self.on_readable(id);
+            }
+            self.run_calls();
+            self.run_timers();
+            self.flush_all();
+        }
+    }
+
+    fn wait_for(&self) -> Option<Duration> {
+        if self.calls.any_ready() {
+            return Some(Duration::ZERO);
+        }
+        if !self.readable.is_empty() {
+            return Some(if self.is_congested() { CONGESTION_PAUSE } else { Duration::ZERO });
+        }
+        self.timers.next_ms().map(|at| Duration::from_millis(at.saturating_sub(self.now_ms)))
+    }
+
+    /// Another shard does not keep up: no more reading until it does.
+    fn is_congested(&self) -> bool {
+        let own = usize::from(self.index);
+        self.shared.mailboxes.iter().enumerate().any(|(shard, mailbox)| shard != own && mailbox.is_congested())
+    }
+
+    fn on_mail(&mut self, mail: Mail) {
+        match mail {
+            Mail::Arrived(arrival) => self.on_arrival(arrival),
+            Mail::Adopt(adopted) => self.on_adopt(*adopted),
+            Mail::Deliver(remotes) => self.on_remotes(&remotes),
+            Mail::Drain => self.drain(),
+        }
+    }
+
+    fn drain(&mut self) {
+        self.draining = true;
+        let ids: Vec<usize> = self.conns.iter().map(|(id, _)| id).collect();
+        for id in ids {
+            self.end(id, Ending::Server(ReasonCode::SERVER_SHUTTING_DOWN, "broker is shutting down"));
+        }
+    }
+
+    /// End of a batch: one write per client, one message per shard.
+    fn flush_all(&mut self) {
+        for shard in 0..self.outgoing.len() {
+            if !self.outgoing[shard].is_empty() {
+                let remotes = std::mem::take(&mut self.outgoing[shard]);
+                self.shared.mailboxes[shard].send(Mail::Deliver(remotes));
+            }
+        }
+        // Flushing can make room for queued messages of the same client, never of another.
+        let mut dirty = std::mem::take(&mut self.dirty);
+        for id in dirty.drain(..) {
+            self.flush(id);
+        }
+        if self.dirty.is_empty() {
+            self.dirty = dirty;
+        }
+        let tally = std::mem::take(&mut self.tally);
+        let stats = &self.shared.stats;
+        for (counter, value) in [
+            (&stats.messages_received, tally.received),
+            (&stats.messages_sent, tally.sent),
+            (&stats.messages_dropped, tally.dropped),
+            (&stats.bytes_received, tally.bytes_received),
+            (&stats.bytes_sent, tally.bytes_sent),
+        ] {
+            if value > 0 {
+                counter.fetch_add(value, Ordering::Relaxed);
+            }
+        }
+    }
+}

@@ -1,0 +1,190 @@
+//! A message from its publisher to everybody who wants it.
+
+use std::cell::Cell;
+use std::sync::Arc;
+
+use tracing::debug;
+use wasmqtt_protocol::codec::{Publish, Qos, ReasonCode, Version};
+use wasmqtt_protocol::router::{Group, Merged, Target, pick};
+use wasmqtt_protocol::session::{Delivered, Delivery, Incoming, Wish};
+
+use super::routes::random;
+use super::{Ending, Shard};
+use crate::mailbox::Remote;
+
+impl Shard {
+    pub(super) fn on_publish(&mut self, id: usize, slot: u32, publish: &Publish<'_>, aliased: Option<&str>) {
+        self.tally.received += 1;
+        let Some(key) = self.sessions.get(slot).map(|session| session.key) else { return };
+        let properties = publish.properties.forwardable();
+        let incoming = Incoming::new(
+            aliased.unwrap_or(publish.topic),
+            publish.payload,
+            &properties,
+            (publish.qos, publish.retain),
+            publish.properties.message_expiry.map(|secs| self.now_ms + u64::from(secs) * 1000),
+            Some(key),
+        );
+        let reason = if incoming.topic.starts_with("$SYS/") {
+            ReasonCode::NOT_AUTHORIZED
+        } else if self.publish(&incoming) {
+            ReasonCode::SUCCESS
+        } else {
+            ReasonCode::NO_MATCHING_SUBSCRIBERS
+        };
+        if publish.qos != Qos::AtMostOnce {
+            self.acknowledge(id, slot, publish, reason);
+        }
+    }
+
+    fn acknowledge(&mut self, id: usize, slot: u32, publish: &Publish<'_>, reason: ReasonCode) {
+        let Some(conn) = self.conns.get_mut(id) else { return };
+        let Some(session) = self.sessions.get_mut(slot) else { return };
+        // 3.x has no reasons: what was refused is acknowledged and dropped. MQTT 3.1.1 §3.3.5
+        let reason = if conn.version == Version::V5 { reason } else { ReasonCode::SUCCESS };
+        conn.outbox.lend(&mut self.pool);
+        session.published(publish.qos, publish.packet_id, reason, &mut conn.outbox);
+        self.mark_dirty(id);
+    }
+
+    /// Keeps it, if it is retained, and hands it to all its subscribers; `false`: there are none.
+    pub(super) fn publish(&mut self, incoming: &Incoming<'_>) -> bool {
+        if incoming.retain && self.shared.limits.retain_available {
+            self.retain(incoming);
+        }
+        self.route(incoming)
+    }
+
+    /// [MQTT-3.3.1-5], [MQTT-3.3.1-6]: an empty payload removes.
+    fn retain(&mut self, incoming: &Incoming<'_>) {
+        let mut retained = self.shared.retained_mut();
+        if incoming.payload.is_empty() {
+            retained.remove(incoming.topic);
+        } else if retained.set(Arc::clone(incoming.message())).is_err() {
+            debug!(topic = incoming.topic, "retained message not kept: the store of retained messages is full");
+            self.tally.dropped += 1;
+        }
+    }
+
+    fn route(&mut self, incoming: &Incoming<'_>) -> bool {
+        let route = self.routes.get(incoming.topic, self.index, &self.shared, &mut self.matches);
+        if route.is_empty() {
+            return false;
+        }
+        self.frames.reset();
+        for target in &route.local {
+            self.deliver_target(incoming, target, None);
+        }
+        for (shard, targets) in &route.remote {
+            let remote =
+                Remote { message: Arc::clone(incoming.message()), targets: Arc::clone(targets), share: None };
+            self.outgoing[usize::from(*shard)].push(remote);
+        }
+        for (group, cursor) in &route.groups {
+            self.deliver_group(incoming, group, cursor);
+        }
+        true
+    }
+
+    /// One member gets it. [MQTT-4.8.2-2] ff.
+    fn deliver_group(&mut self, incoming: &Incoming<'_>, group: &Arc<Group>, cursor: &Cell<u32>) {
+        let mut place = cursor.get();
+        let member = pick(group, &mut place, incoming.qos);
+        cursor.set(place);
+        let Some(member) = member else {
+            self.tally.dropped += 1;
+            return;
+        };
+        let target = Target::of(member);
+        if member.session.shard == self.index {
+            self.deliver_target(incoming, &target, Some(group));
+        } else {
+            let remote = Remote {
+                message: Arc::clone(incoming.message()),
+                targets: Arc::from([target]),
+                share: Some(Arc::clone(group)),
+            };
+            self.outgoing[usize::from(member.session.shard)].push(remote);
+        }
+    }
+
+    fn deliver_target(&mut self, incoming: &Incoming<'_>, target: &Target, share: Option<&Arc<Group>>) {
+        let own = incoming.publisher == Some(target.session);
+        let Some(merged) = (if own { &target.own } else { &target.others }) else { return };
+        self.deliver(incoming, target, merged, share);
+    }
+
+    #[inline]
+    fn deliver(&mut self, incoming: &Incoming<'_>, target: &Target, merged: &Merged, share: Option<&Arc<Group>>) {
+        let Some((session, conn_id)) = self.sessions.resolve(target.session) else { return };
+        let wish = Wish {
+            qos: incoming.qos.min(merged.qos),
+            // [MQTT-3.3.1-12], [MQTT-3.3.1-13]
+            retain: incoming.retain && merged.retain_as_published,
+            ids: &merged.ids,
+        };
+        let mut conn = conn_id.and_then(|id| self.conns.get_mut(id));
+        if let Some(conn) = &mut conn {
+            conn.outbox.lend(&mut self.pool);
+        }
+        let out = conn.as_mut().map(|conn| &mut conn.outbox);
+        let delivered =
+            session.deliver(self.now_ms, incoming, wish, share, &mut self.frames, &self.shared.limits, out);
+        match delivered {
+            Delivered::Sent => {
+                self.tally.sent += 1;
+                if let (Some(conn), Some(id)) = (conn, conn_id)
+                    && !conn.dirty
+                {
+                    conn.dirty = true;
+                    self.dirty.push(id);
+                }
+            }
+            Delivered::Queued => {}
+            Delivered::Dropped => self.tally.dropped += 1,
+        }
+    }
+
+    /// Messages that other shards routed to Sessions here.
+    pub(super) fn on_remotes(&mut self, remotes: &[Remote]) {
+        let mut bytes = 0;
+        for remote in remotes {
+            bytes += remote.bytes();
+            let incoming = Incoming::from_message(&remote.message);
+            self.frames.reset();
+            for target in remote.targets.iter() {
+                let gone = remote.share.is_some() && self.sessions.resolve(target.session).is_none();
+                match &remote.share {
+                    // The member left while this was on its way: another one gets it.
+                    Some(group) if gone => self.redeliver_one(&incoming, group),
+                    share => self.deliver_target(&incoming, target, share.as_ref()),
+                }
+            }
+        }
+        self.shared.mailboxes[usize::from(self.index)].delivered(bytes);
+    }
+
+    /// A member of a Shared Subscription is gone: others get what it did not take. MQTT 5.0 §4.8.2
+    pub(super) fn redeliver(&mut self, deliveries: Vec<Delivery>) {
+        for delivery in deliveries {
+            if let Some(group) = &delivery.share {
+                self.frames.reset();
+                self.redeliver_one(&Incoming::from_message(&delivery.message), group);
+            }
+        }
+    }
+
+    fn redeliver_one(&mut self, incoming: &Incoming<'_>, old: &Group) {
+        let group = self.shared.index().group_of(&old.share, &old.filter);
+        match group {
+            Some(group) => self.deliver_group(incoming, &group, &Cell::new(random())),
+            None => self.tally.dropped += 1,
+        }
+    }
+
+    /// Ends a connection that broke a rule while a packet of it was handled.
+    pub(super) fn fault(&mut self, id: usize, reason: ReasonCode, text: &'static str) {
+        self.end(id, Ending::Server(reason, text));
+    }
+}
+

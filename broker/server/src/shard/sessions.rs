@@ -1,0 +1,93 @@
+//! The Sessions that live on this shard, online and offline.
+
+use wasmqtt_protocol::router::SessionKey;
+use wasmqtt_protocol::session::Session;
+
+#[derive(Default)]
+struct Place {
+    epoch: u32,
+    session: Option<Box<Session>>,
+    conn: Option<usize>,
+    /// When the Session ends, if nobody comes back.
+    expires_ms: Option<u64>,
+    /// When its Will Message is published, if nobody comes back.
+    will_ms: Option<u64>,
+}
+
+pub(super) struct Sessions {
+    shard: u16,
+    places: Vec<Place>,
+    free: Vec<u32>,
+}
+
+impl Sessions {
+    pub(super) fn new(shard: u16) -> Self {
+        Self { shard, places: Vec::new(), free: Vec::new() }
+    }
+
+    pub(super) fn reserve(&mut self) -> SessionKey {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.places.push(Place::default());
+            (self.places.len() - 1) as u32
+        });
+        SessionKey { shard: self.shard, slot, epoch: self.places[slot as usize].epoch }
+    }
+
+    pub(super) fn put(&mut self, session: Session) {
+        let place = &mut self.places[session.key.slot as usize];
+        place.session = Some(Box::new(session));
+    }
+
+    pub(super) fn take(&mut self, slot: u32) -> Option<Box<Session>> {
+        let place = &mut self.places[slot as usize];
+        let session = place.session.take()?;
+        *place = Place { epoch: place.epoch.wrapping_add(1), ..Place::default() };
+        self.free.push(slot);
+        Some(session)
+    }
+
+    #[inline]
+    pub(super) fn get(&self, slot: u32) -> Option<&Session> {
+        self.places.get(slot as usize)?.session.as_deref()
+    }
+
+    #[inline]
+    pub(super) fn get_mut(&mut self, slot: u32) -> Option<&mut Session> {
+        self.places.get_mut(slot as usize)?.session.as_deref_mut()
+    }
+
+    /// The Session and its connection, if it is still the one that the key means.
+    #[inline]
+    pub(super) fn resolve(&mut self, key: SessionKey) -> Option<(&mut Session, Option<usize>)> {
+        let place = self.places.get_mut(key.slot as usize)?;
+        if place.epoch != key.epoch {
+            return None;
+        }
+        Some((place.session.as_deref_mut()?, place.conn))
+    }
+
+    pub(super) fn conn(&self, slot: u32) -> Option<usize> {
+        self.places.get(slot as usize)?.conn
+    }
+
+    pub(super) fn set_conn(&mut self, slot: u32, conn: Option<usize>) {
+        self.places[slot as usize].conn = conn;
+    }
+
+    /// Sets when the Session ends and when its will is published; gives back what was set.
+    pub(super) fn replace_deadlines(
+        &mut self,
+        slot: u32,
+        expires_ms: Option<u64>,
+        will_ms: Option<u64>,
+    ) -> (Option<u64>, Option<u64>) {
+        let place = &mut self.places[slot as usize];
+        (std::mem::replace(&mut place.expires_ms, expires_ms), std::mem::replace(&mut place.will_ms, will_ms))
+    }
+
+    /// When the Session ends, and when its Will Message is published.
+    pub(super) fn deadlines(&self, slot: u32) -> (Option<u64>, Option<u64>) {
+        let place = &self.places[slot as usize];
+        (place.expires_ms, place.will_ms)
+    }
+}

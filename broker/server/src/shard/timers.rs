@@ -1,0 +1,131 @@
+//! What this shard must do at an instant: Keep Alive, Session Expiry, Will Delay, housekeeping.
+
+use std::collections::BTreeSet;
+
+use wasmqtt_protocol::codec::ReasonCode;
+use wasmqtt_protocol::router::SessionKey;
+
+use super::conn::State;
+use super::{Ending, Shard};
+
+/// Expired retained messages removed per second.
+const SWEEP_BUDGET: usize = 10_000;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Timer {
+    Connect { id: usize, epoch: u32 },
+    KeepAlive { id: usize, epoch: u32 },
+    Linger { id: usize, epoch: u32 },
+    Expiry(SessionKey),
+    Will(SessionKey),
+    Sweep,
+    Sys,
+}
+
+/// Each connection has one timer, each Session at most two. Keep Alive is not moved by packets: when it fires, it looks
+/// when the last one came, so a packet costs no timer work.
+#[derive(Default)]
+pub(super) struct Timers {
+    set: BTreeSet<(u64, Timer)>,
+}
+
+impl Timers {
+    pub(super) fn set(&mut self, at_ms: u64, timer: Timer) {
+        self.set.insert((at_ms, timer));
+    }
+
+    pub(super) fn cancel(&mut self, at_ms: u64, timer: Timer) {
+        self.set.remove(&(at_ms, timer));
+    }
+
+    pub(super) fn next_ms(&self) -> Option<u64> {
+        self.set.first().map(|(at, _)| *at)
+    }
+
+    fn take_due(&mut self, now_ms: u64) -> Option<Timer> {
+        if self.next_ms()? > now_ms {
+            return None;
+        }
+        self.set.pop_first().map(|(_, timer)| timer)
+    }
+}
+
+impl Shard {
+    pub(super) fn start_housekeeping(&mut self) {
+        if self.index == 0 {
+            self.timers.set(self.now_ms + 1000, Timer::Sweep);
+            if !self.shared.config.sys_interval.is_zero() {
+                self.timers.set(self.now_ms, Timer::Sys);
+            }
+        }
+    }
+
+    /// Replaces the one timer of a connection.
+    pub(super) fn set_conn_timer(&mut self, id: usize, at_ms: u64, timer: Timer) {
+        let Some(conn) = self.conns.get_mut(id) else { return };
+        if let Some((at, old)) = conn.timer.replace((at_ms, timer)) {
+            self.timers.cancel(at, old);
+        }
+        self.timers.set(at_ms, timer);
+    }
+
+    /// Replaces the deadlines of a Session.
+    pub(super) fn set_deadlines(&mut self, key: SessionKey, expires_ms: Option<u64>, will_ms: Option<u64>) {
+        let old = self.sessions.replace_deadlines(key.slot, expires_ms, will_ms);
+        for (old, new, timer) in
+            [(old.0, expires_ms, Timer::Expiry(key)), (old.1, will_ms, Timer::Will(key))]
+        {
+            if let Some(at) = old {
+                self.timers.cancel(at, timer);
+            }
+            if let Some(at) = new {
+                self.timers.set(at, timer);
+            }
+        }
+    }
+
+    pub(super) fn run_timers(&mut self) {
+        while let Some(timer) = self.timers.take_due(self.now_ms) {
+            self.on_timer(timer);
+        }
+    }
+
+    fn on_timer(&mut self, timer: Timer) {
+        match timer {
+            Timer::Connect { id, epoch } | Timer::Linger { id, epoch } => {
+                if self.is_current(id, epoch) {
+                    self.remove(id);
+                }
+            }
+            Timer::KeepAlive { id, epoch } => self.on_keep_alive(id, epoch),
+            Timer::Expiry(key) => self.end_session(key),
+            Timer::Will(key) => self.on_will_delay(key),
+            Timer::Sweep => {
+                self.shared.retained_mut().sweep_expired(self.now_ms, SWEEP_BUDGET);
+                self.timers.set(self.now_ms + 1000, Timer::Sweep);
+            }
+            Timer::Sys => {
+                self.publish_sys();
+                self.timers.set(self.now_ms + self.shared.config.sys_interval.as_millis() as u64, Timer::Sys);
+            }
+        }
+    }
+
+    /// One and a half times the Keep Alive without a packet ends the connection. [MQTT-3.1.2-22]
+    fn on_keep_alive(&mut self, id: usize, epoch: u32) {
+        if !self.is_current(id, epoch) {
+            return;
+        }
+        let State::Live { slot } = self.conns[id].state else { return };
+        let Some(keep_alive) = self.sessions.get(slot).and_then(|s| s.link()).and_then(|l| l.keep_alive_ms()) else {
+            return;
+        };
+        // A connection that is not read, because its answers pile up, may well have sent something.
+        let due = self.conns[id].heard_ms + keep_alive;
+        if due > self.now_ms {
+            self.set_conn_timer(id, due, Timer::KeepAlive { id, epoch });
+        } else {
+            self.end(id, Ending::Server(ReasonCode::KEEP_ALIVE_TIMEOUT, "no packet within the Keep Alive"));
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! What all shards see: the subscription index, retained messages, who lives where, counters.
+
+use std::hash::BuildHasher;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Instant;
+
+use hashbrown::HashMap;
+use wasmqtt_protocol::router::{Index, Retained, SessionKey};
+use wasmqtt_protocol::session::ServerLimits;
+
+use crate::config::Config;
+use crate::mailbox::Mailbox;
+
+/// Buckets of route generations; a SUBSCRIBE empties the caches of topics in its own bucket only.
+const BUCKETS: usize = 256;
+/// Locks of the directory.
+const DIRECTORY_LOCKS: usize = 64;
+/// Retained messages the broker keeps.
+const RETAINED_MESSAGES_MAX: usize = 4_000_000;
+/// Bytes of retained messages the broker keeps.
+const RETAINED_BYTES_MAX: usize = 4 << 30;
+
+type Hasher = foldhash::fast::FixedState;
+type Directory = HashMap<Arc<str>, SessionKey, foldhash::fast::RandomState>;
+
+pub(crate) struct Shared {
+    pub(crate) config: Config,
+    pub(crate) limits: ServerLimits,
+    pub(crate) mailboxes: Vec<Mailbox>,
+    pub(crate) stats: Stats,
+    pub(crate) connections: AtomicUsize,
+    pub(crate) draining: AtomicBool,
+    /// Connections of each shard, for placing new ones.
+    pub(crate) load: Vec<AtomicUsize>,
+    index: RwLock<Index>,
+    retained: RwLock<Retained>,
+    generations: Vec<AtomicU64>,
+    /// For filters that begin with a wildcard: they match in every bucket.
+    generation: AtomicU64,
+    directory: Vec<Mutex<Directory>>,
+    started: Instant,
+}
+
+/// Counters behind `$SYS`; each shard adds at the end of a batch.
+#[derive(Default)]
+pub(crate) struct Stats {
+    pub(crate) messages_received: AtomicU64,
+    pub(crate) messages_sent: AtomicU64,
+    pub(crate) messages_dropped: AtomicU64,
+    pub(crate) bytes_received: AtomicU64,
+    pub(crate) bytes_sent: AtomicU64,
+    pub(crate) sessions: AtomicUsize,
+    pub(crate) subscriptions: AtomicUsize,
+}
+
+impl Shared {
+    pub(crate) fn new(config: Config, mailboxes: Vec<Mailbox>) -> Self {
+        Self {
+            limits: config.limits.for_sessions(),
+            config,
+            load: mailboxes.iter().map(|_| AtomicUsize::new(0)).collect(),
+            mailboxes,
+            stats: Stats::default(),
+            connections: AtomicUsize::new(0),
+            draining: AtomicBool::new(false),
+            index: RwLock::default(),
+            retained: RwLock::new(Retained::new(RETAINED_MESSAGES_MAX, RETAINED_BYTES_MAX)),
+            generations: (0..BUCKETS).map(|_| AtomicU64::new(0)).collect(),
+            generation: AtomicU64::new(0),
+            directory: (0..DIRECTORY_LOCKS).map(|_| Mutex::default()).collect(),
+            started: Instant::now(),
+        }
+    }
+
+    /// Milliseconds since the broker started: its clock.
+    pub(crate) fn now_ms(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    pub(crate) fn index(&self) -> RwLockReadGuard<'_, Index> {
+        self.index.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn index_mut(&self) -> RwLockWriteGuard<'_, Index> {
+        self.index.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn retained(&self) -> RwLockReadGuard<'_, Retained> {
+        self.retained.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn retained_mut(&self) -> RwLockWriteGuard<'_, Retained> {
+        self.retained.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where the Session of a client lives. Held while one is made or ended, so that there is never a second.
+    pub(crate) fn directory(&self, client_id: &str) -> MutexGuard<'_, Directory> {
+        let place = Hasher::default().hash_one(client_id) as usize % DIRECTORY_LOCKS;
+        self.directory[place].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn bucket(topic_or_filter: &str) -> usize {
+        let level = topic_or_filter.split('/').next().unwrap_or_default();
+        Hasher::default().hash_one(level) as usize % BUCKETS
+    }
+
+    /// What a cached route of `topic` must carry to be valid. Read before the index is asked.
+    pub(crate) fn route_generation(&self, bucket: u8) -> (u64, u64) {
+        (self.generations[usize::from(bucket)].load(Ordering::Acquire), self.generation.load(Ordering::Acquire))
+    }
+
+    pub(crate) fn route_bucket(topic: &str) -> u8 {
+        Self::bucket(topic) as u8
+    }
+
+    /// Subscriptions under `filter` changed.
+    pub(crate) fn bump(&self, filter: &str) {
+        if filter.starts_with(['+', '#']) {
+            self.generation.fetch_add(1, Ordering::Release);
+        } else {
+            self.generations[Self::bucket(filter)].fetch_add(1, Ordering::Release);
+        }
+    }
+}
