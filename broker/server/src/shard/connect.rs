@@ -57,10 +57,9 @@ impl Shard {
                 self.remove(id);
             }
             Err(error) => {
-                if packet[0] >> 4 != 1 {
-                    return self.remove(id);
-                }
-                self.conns[id].version = connect_version(packet);
+                // What cannot be told to the client in its own version is not told.
+                let Some(version) = codec::answer_version(packet) else { return self.remove(id) };
+                self.conns[id].version = version;
                 self.on_malformed(id, &error);
             }
         }
@@ -246,17 +245,6 @@ fn may_be_assigned(connect: &Connect<'_>) -> bool {
 fn new_client_id() -> Arc<str> {
     let random = |salt: u8| foldhash::quality::RandomState::default().hash_one((salt, std::time::SystemTime::now()));
     format!("auto-{:016x}{:016x}", random(0), random(1)).into()
-}
-
-/// What version a CONNECT that could not be decoded was written in: its refusal must be readable to the client.
-fn connect_version(packet: &[u8]) -> Version {
-    let body = packet.iter().skip(1).skip_while(|byte| **byte & 0x80 != 0).skip(1);
-    let head: Vec<u8> = body.copied().take(10).collect();
-    match head.as_slice() {
-        [0, 4, b'M', b'Q', b'T', b'T', 4, ..] => Version::V311,
-        [0, 6, b'M', b'Q', b'I', b's', b'd', b'p', 3, ..] => Version::V31,
-        _ => Version::V5,
-    }
 }
 
 fn will_message(will: &codec::Will<'_>) -> WillMessage {
