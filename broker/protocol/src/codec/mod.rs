@@ -4,12 +4,15 @@
 
 mod decode;
 mod encode;
+mod error;
 mod packet;
-mod property;
+mod property; // what PUBLISH and the Will carry; User Properties
 mod reason;
+mod wire; // integers, strings and single properties
 
-pub use decode::{DecodeError, Frame, Limits, decode, frame};
-pub use encode::{PublishHead, encode, encode_publish_head};
+pub use decode::{Frame, Limits, answer_version, decode, frame};
+pub use encode::{PublishHead, encode, encode_publish_head, publish_len};
+pub use error::DecodeError;
 pub use packet::*;
-pub use property::{PublishProperties, UserProperties};
+pub use property::{PublishProperties, PublishPropertiesBuilder, UserProperties};
 pub use reason::ReasonCode;

@@ -81,7 +81,7 @@ pub struct Connect<'a> {
     pub username: Option<&'a str>,
     /// Password.
     pub password: Option<&'a [u8]>,
-    /// Seconds; 0xFFFF_FFFF never expires. Absent is 0.
+    /// Seconds; `0xFFFF_FFFF` never expires. Absent is 0.
     pub session_expiry: Option<u32>,
     /// Packets; absent is 65 535.
     pub receive_maximum: Option<NonZeroU16>,
