@@ -73,10 +73,7 @@ impl Filter {
         }
         let filter_at = filter_start(text)?;
         check_filter(&text[filter_at..])?;
-        Ok(Self {
-            text: text.into(),
-            filter_at: filter_at as u32,
-        })
+        Ok(Self { text: text.into(), filter_at: filter_at as u32 })
     }
 
     /// The Share Name, if this is a Shared Subscription.
@@ -124,11 +121,7 @@ const SHARE: &str = "$share/";
 fn filter_start(text: &str) -> Result<usize, FilterError> {
     // `$share` alone would be a plain filter, if an odd one; more likely something got lost.
     let Some(rest) = text.strip_prefix(SHARE) else {
-        return if text == "$share" {
-            Err(FilterError::ShareName)
-        } else {
-            Ok(0)
-        };
+        return if text == "$share" { Err(FilterError::ShareName) } else { Ok(0) };
     };
     let (name, filter) = rest.split_once('/').ok_or(FilterError::ShareName)?;
     if name.is_empty() || has_wildcard_or_nul(name.as_bytes()) || filter.is_empty() {
@@ -184,11 +177,8 @@ mod tests {
     use super::*;
 
     fn check_matches(filters: &[&str], topic: &str, expected: &[&str]) {
-        let matching: Vec<&str> = filters
-            .iter()
-            .copied()
-            .filter(|text| Filter::parse(text).unwrap().matches(topic))
-            .collect();
+        let matching: Vec<&str> =
+            filters.iter().copied().filter(|text| Filter::parse(text).unwrap().matches(topic)).collect();
         assert_eq!(matching, expected, "{topic}");
     }
 
@@ -201,19 +191,9 @@ mod tests {
     /// MQTT 5.0 and 3.1.1 §4.7.1.2 [MQTT-4.7.1-1] ([MQTT-4.7.1-2] in 3.1.1).
     #[test]
     fn multi_level_wildcard_matches_the_parent_and_everything_below() {
-        let filters = [
-            "sport/tennis/player1/#",
-            "sport/#",
-            "#",
-            "sport/tennis",
-            "sport/tennis/#/",
-        ];
+        let filters = ["sport/tennis/player1/#", "sport/#", "#", "sport/tennis", "sport/tennis/#/"];
         check_matches(&filters[..4], "sport/tennis/player1", &filters[..3]);
-        check_matches(
-            &filters[..3],
-            "sport/tennis/player1/score/wimbledon",
-            &filters[..3],
-        );
+        check_matches(&filters[..3], "sport/tennis/player1/score/wimbledon", &filters[..3]);
         check_matches(&filters[..3], "sport", &["sport/#", "#"]);
         check_matches(&["sport/#"], "sports", &[]);
     }
@@ -221,27 +201,13 @@ mod tests {
     /// MQTT 5.0 and 3.1.1 §4.7.1.2 [MQTT-4.7.1-1].
     #[test]
     fn multi_level_wildcard_stands_alone_and_last() {
-        check_refused(
-            &[
-                "sport/tennis#",
-                "sport/tennis/#/ranking",
-                "#/",
-                "##",
-                "+#",
-                "a/#b",
-            ],
-            FilterError::MultiLevel,
-        );
+        check_refused(&["sport/tennis#", "sport/tennis/#/ranking", "#/", "##", "+#", "a/#b"], FilterError::MultiLevel);
     }
 
     /// MQTT 5.0 and 3.1.1 §4.7.1.3.
     #[test]
     fn single_level_wildcard_matches_exactly_one_level() {
-        check_matches(
-            &["sport/tennis/+"],
-            "sport/tennis/player1",
-            &["sport/tennis/+"],
-        );
+        check_matches(&["sport/tennis/+"], "sport/tennis/player1", &["sport/tennis/+"]);
         check_matches(&["sport/tennis/+"], "sport/tennis/player1/ranking", &[]);
         check_matches(&["sport/+"], "sport", &[]);
         check_matches(&["sport/+"], "sport/", &["sport/+"]);
@@ -251,10 +217,7 @@ mod tests {
     /// MQTT 5.0 §4.7.1.3 [MQTT-4.7.1-2] ([MQTT-4.7.1-3] in 3.1.1).
     #[test]
     fn single_level_wildcard_occupies_its_level() {
-        check_refused(
-            &["sport+", "a/+b", "++", "a/b+/c"],
-            FilterError::SingleLevel,
-        );
+        check_refused(&["sport+", "a/+b", "++", "a/b+/c"], FilterError::SingleLevel);
         for text in ["+", "+/tennis/#", "sport/+/player1", "/+/"] {
             assert!(Filter::parse(text).is_ok(), "{text}");
         }
@@ -263,11 +226,7 @@ mod tests {
     /// A leading wildcard does not match `$` topics. MQTT 5.0 and 3.1.1 §4.7.2 [MQTT-4.7.2-1].
     #[test]
     fn leading_wildcard_does_not_match_dollar_topics() {
-        check_matches(
-            &["#", "+/uptime", "$SYS/+", "$SYS/#"],
-            "$SYS/uptime",
-            &["$SYS/+", "$SYS/#"],
-        );
+        check_matches(&["#", "+/uptime", "$SYS/+", "$SYS/#"], "$SYS/uptime", &["$SYS/+", "$SYS/#"]);
         check_matches(&["a/+", "a/#"], "a/$b", &["a/+", "a/#"]);
     }
 
@@ -288,47 +247,28 @@ mod tests {
         for name in ["/", " ", "$SYS", "ACCOUNTS/Ünïcode"] {
             assert!(is_valid_topic_name(name), "{name:?}");
         }
-        check_matches(
-            &["ACCOUNTS", "Accounts", "/ACCOUNTS", "ACCOUNTS/"],
-            "ACCOUNTS",
-            &["ACCOUNTS"],
-        );
+        check_matches(&["ACCOUNTS", "Accounts", "/ACCOUNTS", "ACCOUNTS/"], "ACCOUNTS", &["ACCOUNTS"]);
     }
 
     /// MQTT 5.0 §4.8.2.
     #[test]
     fn shared_filter_has_a_share_name_and_the_filter_behind_it() {
         for (text, share, inner) in [
-            (
-                "$share/consumer1/sport/tennis/+",
-                Some("consumer1"),
-                "sport/tennis/+",
-            ),
+            ("$share/consumer1/sport/tennis/+", Some("consumer1"), "sport/tennis/+"),
             ("$share/consumer1//finance", Some("consumer1"), "/finance"),
             ("$share/a/#", Some("a"), "#"),
             ("$shared/a/b", None, "$shared/a/b"),
             ("share/a/b", None, "share/a/b"),
         ] {
             let filter = Filter::parse(text).unwrap();
-            assert_eq!(
-                (filter.share(), filter.topic_filter(), filter.as_str()),
-                (share, inner, text)
-            );
+            assert_eq!((filter.share(), filter.topic_filter(), filter.as_str()), (share, inner, text));
         }
     }
 
     /// MQTT 5.0 §4.8.2 [MQTT-4.8.2-1] [MQTT-4.8.2-2].
     #[test]
     fn share_name_has_a_character_and_no_wildcard_and_a_filter_follows() {
-        let wrong = [
-            "$share",
-            "$share/",
-            "$share/a",
-            "$share/a/",
-            "$share//a",
-            "$share/+/a",
-            "$share/a#/b",
-        ];
+        let wrong = ["$share", "$share/", "$share/a", "$share/a/", "$share//a", "$share/+/a", "$share/a#/b"];
         check_refused(&wrong, FilterError::ShareName);
         check_refused(&["$share/a/b#"], FilterError::MultiLevel);
     }

@@ -75,19 +75,7 @@ fn parts() -> impl Strategy<Value = Parts> {
     (borrowed, plain).prop_map(|(borrowed, plain)| {
         let (topic, texts, data, pairs, block, filters) = borrowed;
         let (numbers, small, flags, packet_id, pick) = plain;
-        Parts {
-            topic,
-            texts,
-            data,
-            numbers,
-            small,
-            flags,
-            pairs,
-            block,
-            filters,
-            packet_id,
-            pick,
-        }
+        Parts { topic, texts, data, numbers, small, flags, pairs, block, filters, packet_id, pick }
     })
 }
 
@@ -162,11 +150,7 @@ fn connack<'a>(version: Version, of: &'a Parts, users: UserProperties<'a>) -> Pa
     let session_present = of.is(0) && version != Version::V31;
     if version != Version::V5 {
         let reason = of.reason(&[0, 1, 2, 3, 4, 5]);
-        return Packet::Connack(Box::new(Connack {
-            session_present,
-            reason,
-            ..Connack::default()
-        }));
+        return Packet::Connack(Box::new(Connack { session_present, reason, ..Connack::default() }));
     }
     Packet::Connack(Box::new(Connack {
         session_present,
@@ -202,11 +186,7 @@ fn publish(version: Version, of: &Parts) -> Packet<'_> {
         dup: of.is(0) && qos != Qos::AtMostOnce,
         qos,
         retain: of.is(1),
-        topic: if properties.topic_alias.is_some() && of.is(2) {
-            ""
-        } else {
-            &of.topic
-        },
+        topic: if properties.topic_alias.is_some() && of.is(2) { "" } else { &of.topic },
         packet_id: (qos != Qos::AtMostOnce).then_some(of.packet_id),
         properties,
         payload: of.data(0).unwrap_or_default(),
@@ -217,11 +197,7 @@ fn ack<'a>(version: Version, of: &'a Parts, users: UserProperties<'a>, reasons: 
     let v5 = version == Version::V5;
     Ack {
         packet_id: of.packet_id,
-        reason: if v5 {
-            of.reason(reasons)
-        } else {
-            ReasonCode::SUCCESS
-        },
+        reason: if v5 { of.reason(reasons) } else { ReasonCode::SUCCESS },
         reason_string: of.text(0).filter(|_| v5),
         user_properties: users,
     }
@@ -241,31 +217,16 @@ fn subscribe<'a>(version: Version, of: &'a Parts, users: UserProperties<'a>) -> 
     };
     Packet::Subscribe(Subscribe {
         packet_id: of.packet_id,
-        subscription_id: of.numbers[0]
-            .and_then(|id| NonZeroU32::new(id >> 4))
-            .filter(|_| v5),
+        subscription_id: of.numbers[0].and_then(|id| NonZeroU32::new(id >> 4)).filter(|_| v5),
         user_properties: users,
-        filters: of
-            .filters
-            .iter()
-            .map(|(filter, bits)| (&filter[..], options(*bits)))
-            .collect(),
+        filters: of.filters.iter().map(|(filter, bits)| (&filter[..], options(*bits))).collect(),
     })
 }
 
-fn suback<'a>(
-    version: Version,
-    of: &'a Parts,
-    users: UserProperties<'a>,
-    reasons: &[u8],
-) -> Suback<'a> {
+fn suback<'a>(version: Version, of: &'a Parts, users: UserProperties<'a>, reasons: &[u8]) -> Suback<'a> {
     Suback {
         packet_id: of.packet_id,
-        reasons: of
-            .filters
-            .iter()
-            .map(|(_, bits)| ReasonCode(reasons[usize::from(*bits) % reasons.len()]))
-            .collect(),
+        reasons: of.filters.iter().map(|(_, bits)| ReasonCode(reasons[usize::from(*bits) % reasons.len()])).collect(),
         reason_string: of.text(0).filter(|_| version == Version::V5),
         user_properties: users,
     }
@@ -275,11 +236,7 @@ fn suback<'a>(
 fn packets<'a>(version: Version, of: &'a Parts, users: UserProperties<'a>) -> Vec<Packet<'a>> {
     let v5 = version == Version::V5;
     let publish_reasons = [0x00, 0x10, 0x80, 0x97];
-    let suback_reasons: &[u8] = if v5 {
-        &[0, 1, 2, 0x80, 0x8F, 0xA2]
-    } else {
-        &[0, 1, 2, 0x80]
-    };
+    let suback_reasons: &[u8] = if v5 { &[0, 1, 2, 0x80, 0x8F, 0xA2] } else { &[0, 1, 2, 0x80] };
     let mut unsuback = suback(version, of, users, &[0, 0x11, 0x87]);
     let mut disconnect = Disconnect::default();
     if v5 {
@@ -325,9 +282,7 @@ fn packets<'a>(version: Version, of: &'a Parts, users: UserProperties<'a>) -> Ve
     packets
 }
 
-const ANY_SIZE: Limits = Limits {
-    packet_bytes_max: u32::MAX,
-};
+const ANY_SIZE: Limits = Limits { packet_bytes_max: u32::MAX };
 
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]

@@ -4,8 +4,8 @@ use std::num::{NonZeroU16, NonZeroU32};
 use std::sync::Arc;
 
 use wasmqtt_protocol::codec::{
-    Ack, Connect, Disconnect, Limits, Packet, PacketId, Publish, PublishProperties, Qos, ReasonCode, UserProperties, Version,
-    decode, encode, frame,
+    Ack, Connect, Disconnect, Limits, Packet, PacketId, Publish, PublishProperties, Qos, ReasonCode, UserProperties,
+    Version, decode, encode, frame,
 };
 use wasmqtt_protocol::router::SessionKey;
 use wasmqtt_protocol::session::{
@@ -101,7 +101,14 @@ impl Pair {
         self.deliver_with(topic, payload, qos, None, &[])
     }
 
-    fn deliver_with(&mut self, topic: &str, payload: &[u8], qos: Qos, expires: Option<u64>, ids: &[NonZeroU32]) -> Delivered {
+    fn deliver_with(
+        &mut self,
+        topic: &str,
+        payload: &[u8],
+        qos: Qos,
+        expires: Option<u64>,
+        ids: &[NonZeroU32],
+    ) -> Delivered {
         let incoming = Incoming::new(topic, payload, &[], (qos, false), expires, None);
         let wish = Wish { qos, retain: false, ids };
         let mut frames = FrameCache::default();

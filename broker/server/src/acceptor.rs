@@ -40,7 +40,10 @@ pub(crate) struct Acceptor {
 impl Acceptor {
     /// Binds all listeners.
     pub(crate) fn bind(listeners: &[Listener]) -> Result<Self, (String, io::Error)> {
-        let failed = |what: &str| { let what = what.to_owned(); move |error| (what, error) };
+        let failed = |what: &str| {
+            let what = what.to_owned();
+            move |error| (what, error)
+        };
         let poll = Poll::new().map_err(failed("epoll"))?;
         let waker = Arc::new(Waker::new(poll.registry(), STOP).map_err(failed("eventfd"))?);
         let mut sockets = Vec::new();

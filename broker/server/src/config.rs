@@ -83,7 +83,7 @@ impl Default for Limits {
             retain_available: true,
             keep_alive_max: None,
             connect_timeout: Duration::from_secs(10),
-            session_expiry_max: Duration::from_secs(604_800),
+            session_expiry_max: Duration::from_hours(7 * 24),
             queue_messages_max: 10_000,
             queue_bytes_max: 16 << 20,
             outbound_bytes_max: 1 << 20,

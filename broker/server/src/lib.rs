@@ -57,7 +57,11 @@ impl Server {
     ///
     /// # Errors
     /// [`StartError`] names the listener that could not be bound.
-    pub fn start(config: Config, plugins: Arc<dyn Plugins>, runtime: tokio::runtime::Handle) -> Result<Self, StartError> {
+    pub fn start(
+        config: Config,
+        plugins: Arc<dyn Plugins>,
+        runtime: tokio::runtime::Handle,
+    ) -> Result<Self, StartError> {
         let acceptor =
             Acceptor::bind(&config.listeners).map_err(|(listener, error)| StartError::Listen { listener, error })?;
         let count = match config.shards {

@@ -21,6 +21,14 @@ const RETAINED_MESSAGES_MAX: usize = 4_000_000;
 /// Bytes of retained messages the broker keeps.
 const RETAINED_BYTES_MAX: usize = 4 << 30;
 
+/// Levels a Topic Name or Topic Filter may have: each costs memory in the index, and a packet could bring 65 535.
+const LEVELS_MAX: usize = 200;
+
+/// A Topic Name or Topic Filter deeper than this broker takes.
+pub(crate) fn is_too_deep(topic_or_filter: &str) -> bool {
+    topic_or_filter.len() >= LEVELS_MAX && topic_or_filter.split('/').count() > LEVELS_MAX
+}
+
 type Hasher = foldhash::fast::FixedState;
 type Directory = HashMap<Arc<str>, SessionKey, foldhash::fast::RandomState>;
 

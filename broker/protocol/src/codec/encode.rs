@@ -4,12 +4,10 @@ use std::num::{NonZeroU16, NonZeroU32};
 
 use smallvec::SmallVec;
 
-use super::wire::{
-    Property, VARINT_MAX, cut, put_binary, put_text, put_varint, put_with_length, varint_len,
-};
+use super::wire::{Property, VARINT_MAX, cut, put_binary, put_text, put_varint, put_with_length, varint_len};
 use super::{
-    Ack, Auth, Connack, Connect, Disconnect, Packet, PacketId, Publish, Qos, ReasonCode, Suback,
-    Subscribe, SubscribeOptions, Unsubscribe, UserProperties, Version, Will,
+    Ack, Auth, Connack, Connect, Disconnect, Packet, PacketId, Publish, Qos, ReasonCode, Suback, Subscribe,
+    SubscribeOptions, Unsubscribe, UserProperties, Version, Will,
 };
 
 /// Appends one packet. For 3.x without what those versions do not have: properties, most Reason Codes, and AUTH.
@@ -63,10 +61,7 @@ impl PublishHead<'_> {
     /// Without their length.
     #[inline]
     fn properties_len(&self) -> usize {
-        let ids = self
-            .subscription_ids
-            .iter()
-            .map(|id| 1 + varint_len(id.get().min(VARINT_MAX)));
+        let ids = self.subscription_ids.iter().map(|id| 1 + varint_len(id.get().min(VARINT_MAX)));
         self.topic_alias.map_or(0, |_| 3)
             + self.message_expiry.map_or(0, |_| 5)
             + ids.sum::<usize>()
@@ -76,23 +71,14 @@ impl PublishHead<'_> {
     /// The value of Remaining Length.
     #[inline]
     fn remaining_len(&self, version: Version, properties_len: usize, payload_len: usize) -> usize {
-        let properties = if version == Version::V5 {
-            varint_len(properties_len as u32) + properties_len
-        } else {
-            0
-        };
+        let properties = if version == Version::V5 { varint_len(properties_len as u32) + properties_len } else { 0 };
         2 + cut(self.topic).len() + self.packet_id.map_or(0, |_| 2) + properties + payload_len
     }
 }
 
 /// Appends all of a PUBLISH but the payload, whose length it announces. Reserves once, for what it writes.
 #[inline]
-pub fn encode_publish_head(
-    version: Version,
-    head: &PublishHead<'_>,
-    payload_len: usize,
-    out: &mut Vec<u8>,
-) {
+pub fn encode_publish_head(version: Version, head: &PublishHead<'_>, payload_len: usize, out: &mut Vec<u8>) {
     debug_assert_eq!(head.packet_id.is_some(), head.qos != Qos::AtMostOnce);
     let properties_len = head.properties_len();
     let remaining = head.remaining_len(version, properties_len, payload_len);
@@ -158,14 +144,7 @@ fn put_ack(version: Version, first: u8, ack: &Ack<'_>, out: &mut Vec<u8>) {
 fn put_connect(connect: &Connect<'_>, out: &mut Vec<u8>) {
     let version = connect.version;
     put_packet(0x10, out, |out| {
-        put_text(
-            if version == Version::V31 {
-                "MQIsdp"
-            } else {
-                "MQTT"
-            },
-            out,
-        );
+        put_text(if version == Version::V31 { "MQIsdp" } else { "MQTT" }, out);
         out.push(match version {
             Version::V31 => 3,
             Version::V311 => 4,
@@ -176,39 +155,13 @@ fn put_connect(connect: &Connect<'_>, out: &mut Vec<u8>) {
         put_properties(version, out, |out| {
             put(connect.session_expiry.map(Property::SessionExpiry), out);
             put(connect.receive_maximum.map(Property::ReceiveMaximum), out);
-            put(
-                connect.maximum_packet_size.map(Property::MaximumPacketSize),
-                out,
-            );
-            put(
-                connect.topic_alias_maximum.map(Property::TopicAliasMaximum),
-                out,
-            );
-            put(
-                connect
-                    .request_response_information
-                    .map(Property::RequestResponseInformation),
-                out,
-            );
-            put(
-                connect
-                    .request_problem_information
-                    .map(Property::RequestProblemInformation),
-                out,
-            );
+            put(connect.maximum_packet_size.map(Property::MaximumPacketSize), out);
+            put(connect.topic_alias_maximum.map(Property::TopicAliasMaximum), out);
+            put(connect.request_response_information.map(Property::RequestResponseInformation), out);
+            put(connect.request_problem_information.map(Property::RequestProblemInformation), out);
             connect.user_properties.put(out);
-            put(
-                connect
-                    .authentication_method
-                    .map(Property::AuthenticationMethod),
-                out,
-            );
-            put(
-                connect
-                    .authentication_data
-                    .map(Property::AuthenticationData),
-                out,
-            );
+            put(connect.authentication_method.map(Property::AuthenticationMethod), out);
+            put(connect.authentication_data.map(Property::AuthenticationData), out);
         });
         put_text(connect.client_id, out);
         if let Some(will) = &connect.will {
@@ -234,10 +187,7 @@ fn connect_flags(connect: &Connect<'_>) -> u8 {
 fn put_will(version: Version, will: &Will<'_>, out: &mut Vec<u8>) {
     put_properties(version, out, |out| {
         put(will.delay.map(Property::WillDelay), out);
-        put(
-            will.properties.message_expiry.map(Property::MessageExpiry),
-            out,
-        );
+        put(will.properties.message_expiry.map(Property::MessageExpiry), out);
         out.extend_from_slice(&will.properties.forwardable());
     });
     put_text(will.topic, out);
@@ -252,68 +202,21 @@ fn put_connack(version: Version, connack: &Connack<'_>, out: &mut Vec<u8>) {
         put_properties(version, out, |out| {
             put(connack.session_expiry.map(Property::SessionExpiry), out);
             put(connack.receive_maximum.map(Property::ReceiveMaximum), out);
-            put(
-                connack
-                    .maximum_qos
-                    .map(|qos| Property::MaximumQos(qos != 0)),
-                out,
-            );
+            put(connack.maximum_qos.map(|qos| Property::MaximumQos(qos != 0)), out);
             put(connack.retain_available.map(Property::RetainAvailable), out);
-            put(
-                connack.maximum_packet_size.map(Property::MaximumPacketSize),
-                out,
-            );
-            put(
-                connack.assigned_client_id.map(Property::AssignedClientId),
-                out,
-            );
-            put(
-                connack.topic_alias_maximum.map(Property::TopicAliasMaximum),
-                out,
-            );
+            put(connack.maximum_packet_size.map(Property::MaximumPacketSize), out);
+            put(connack.assigned_client_id.map(Property::AssignedClientId), out);
+            put(connack.topic_alias_maximum.map(Property::TopicAliasMaximum), out);
             put(connack.reason_string.map(Property::ReasonString), out);
             connack.user_properties.put(out);
-            put(
-                connack
-                    .wildcard_subscription_available
-                    .map(Property::WildcardSubscriptionAvailable),
-                out,
-            );
-            put(
-                connack
-                    .subscription_ids_available
-                    .map(Property::SubscriptionIdsAvailable),
-                out,
-            );
-            put(
-                connack
-                    .shared_subscription_available
-                    .map(Property::SharedSubscriptionAvailable),
-                out,
-            );
-            put(
-                connack.server_keep_alive.map(Property::ServerKeepAlive),
-                out,
-            );
-            put(
-                connack
-                    .response_information
-                    .map(Property::ResponseInformation),
-                out,
-            );
+            put(connack.wildcard_subscription_available.map(Property::WildcardSubscriptionAvailable), out);
+            put(connack.subscription_ids_available.map(Property::SubscriptionIdsAvailable), out);
+            put(connack.shared_subscription_available.map(Property::SharedSubscriptionAvailable), out);
+            put(connack.server_keep_alive.map(Property::ServerKeepAlive), out);
+            put(connack.response_information.map(Property::ResponseInformation), out);
             put(connack.server_reference.map(Property::ServerReference), out);
-            put(
-                connack
-                    .authentication_method
-                    .map(Property::AuthenticationMethod),
-                out,
-            );
-            put(
-                connack
-                    .authentication_data
-                    .map(Property::AuthenticationData),
-                out,
-            );
+            put(connack.authentication_method.map(Property::AuthenticationMethod), out);
+            put(connack.authentication_data.map(Property::AuthenticationData), out);
         });
     });
 }
@@ -327,11 +230,7 @@ fn put_subscribe(version: Version, subscribe: &Subscribe<'_>, out: &mut Vec<u8>)
         });
         for (filter, options) in &subscribe.filters {
             put_text(filter, out);
-            out.push(if version == Version::V5 {
-                options_byte(*options)
-            } else {
-                options.qos as u8
-            });
+            out.push(if version == Version::V5 { options_byte(*options) } else { options.qos as u8 });
         }
     });
 }
@@ -352,12 +251,7 @@ fn put_suback(version: Version, first: u8, suback: &Suback<'_>, out: &mut Vec<u8
             out.extend(suback.reasons.iter().map(|reason| reason.0));
         } else if first == 0x90 {
             // The only failure 3.1.1 knows; 3.1 knows none, and its clients take it for a strange QoS.
-            out.extend(
-                suback
-                    .reasons
-                    .iter()
-                    .map(|reason| if reason.is_error() { 0x80 } else { reason.0 }),
-            );
+            out.extend(suback.reasons.iter().map(|reason| if reason.is_error() { 0x80 } else { reason.0 }));
         }
     });
 }
@@ -383,10 +277,7 @@ fn put_disconnect(version: Version, disconnect: &Disconnect<'_>, out: &mut Vec<u
             put(disconnect.session_expiry.map(Property::SessionExpiry), out);
             put(disconnect.reason_string.map(Property::ReasonString), out);
             disconnect.user_properties.put(out);
-            put(
-                disconnect.server_reference.map(Property::ServerReference),
-                out,
-            );
+            put(disconnect.server_reference.map(Property::ServerReference), out);
         });
     });
 }
@@ -403,15 +294,8 @@ fn put_auth(version: Version, auth: &Auth<'_>, out: &mut Vec<u8>) {
     put_packet(0xF0, out, |out| {
         out.push(auth.reason.0);
         put_properties(version, out, |out| {
-            put(
-                auth.authentication_method
-                    .map(Property::AuthenticationMethod),
-                out,
-            );
-            put(
-                auth.authentication_data.map(Property::AuthenticationData),
-                out,
-            );
+            put(auth.authentication_method.map(Property::AuthenticationMethod), out);
+            put(auth.authentication_data.map(Property::AuthenticationData), out);
             put(auth.reason_string.map(Property::ReasonString), out);
             auth.user_properties.put(out);
         });
@@ -429,11 +313,7 @@ fn put_properties(version: Version, out: &mut Vec<u8>, properties: impl FnOnce(&
     }
 }
 
-fn put_reason_properties(
-    reason: Option<&str>,
-    user_properties: &UserProperties<'_>,
-    out: &mut Vec<u8>,
-) {
+fn put_reason_properties(reason: Option<&str>, user_properties: &UserProperties<'_>, out: &mut Vec<u8>) {
     put_with_length(out, |out| {
         put(reason.map(Property::ReasonString), out);
         user_properties.put(out);

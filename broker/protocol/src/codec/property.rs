@@ -7,13 +7,7 @@ use super::wire::{Properties, Property, Reader, id, put_text, set, skip};
 use super::{DecodeError, Version};
 
 /// What goes to subscribers unaltered. MQTT 5.0 §3.3.2.3 [MQTT-3.3.2-4] [MQTT-3.3.2-15] [MQTT-3.3.2-17] [MQTT-3.3.2-20].
-const FORWARDED: &[u8] = &[
-    id::PayloadFormat,
-    id::ContentType,
-    id::ResponseTopic,
-    id::CorrelationData,
-    id::User,
-];
+const FORWARDED: &[u8] = &[id::PayloadFormat, id::ContentType, id::ResponseTopic, id::CorrelationData, id::User];
 const FORWARDABLE: u64 = set(FORWARDED);
 const PUBLISH: u64 = FORWARDABLE | set(&[id::MessageExpiry, id::TopicAlias, id::SubscriptionId]);
 const WILL: u64 = FORWARDABLE | set(&[id::MessageExpiry, id::WillDelay]);
@@ -38,11 +32,7 @@ pub struct PublishProperties<'a> {
 impl<'a> PublishProperties<'a> {
     /// From a block that [`Self::forwardable`] or [`PublishPropertiesBuilder`] made.
     pub fn from_forwardable(block: &'a [u8], message_expiry: Option<u32>) -> Self {
-        Self {
-            message_expiry,
-            raw: block,
-            ..Self::default()
-        }
+        Self { message_expiry, raw: block, ..Self::default() }
     }
 
     /// The encoded properties that subscribers receive unaltered and in this order: Payload Format Indicator,
@@ -50,55 +40,27 @@ impl<'a> PublishProperties<'a> {
     ///
     /// Copies only if a property that is not forwarded stands between two that are.
     pub fn forwardable(&self) -> Cow<'a, [u8]> {
-        if self.is_mixed {
-            forwardable(self.raw)
-        } else {
-            Cow::Borrowed(self.raw)
-        }
+        if self.is_mixed { forwardable(self.raw) } else { Cow::Borrowed(self.raw) }
     }
 
     /// `Some(true)`: the payload claims to be UTF-8. Not checked here.
     pub fn payload_format(&self) -> Option<bool> {
-        self.find(|property| {
-            if let Property::PayloadFormat(value) = property {
-                Some(value)
-            } else {
-                None
-            }
-        })
+        self.find(|property| if let Property::PayloadFormat(value) = property { Some(value) } else { None })
     }
 
     /// Content Type.
     pub fn content_type(&self) -> Option<&'a str> {
-        self.find(|property| {
-            if let Property::ContentType(value) = property {
-                Some(value)
-            } else {
-                None
-            }
-        })
+        self.find(|property| if let Property::ContentType(value) = property { Some(value) } else { None })
     }
 
     /// A valid Topic Name. [MQTT-3.3.2-14]
     pub fn response_topic(&self) -> Option<&'a str> {
-        self.find(|property| {
-            if let Property::ResponseTopic(value) = property {
-                Some(value)
-            } else {
-                None
-            }
-        })
+        self.find(|property| if let Property::ResponseTopic(value) = property { Some(value) } else { None })
     }
 
     /// Correlation Data.
     pub fn correlation_data(&self) -> Option<&'a [u8]> {
-        self.find(|property| {
-            if let Property::CorrelationData(value) = property {
-                Some(value)
-            } else {
-                None
-            }
-        })
+        self.find(|property| if let Property::CorrelationData(value) = property { Some(value) } else { None })
     }
 
     /// User Properties, in order.
@@ -108,18 +70,8 @@ impl<'a> PublishProperties<'a> {
 
     /// Subscription Identifiers. A client must not send any. [MQTT-3.3.4-6]
     pub fn subscription_ids(&self) -> impl Iterator<Item = NonZeroU32> + use<'a> {
-        let raw = if self.has_subscription_ids {
-            self.raw
-        } else {
-            &[]
-        };
-        iterate(raw).filter_map(|property| {
-            if let Property::SubscriptionId(id) = property {
-                Some(id)
-            } else {
-                None
-            }
-        })
+        let raw = if self.has_subscription_ids { self.raw } else { &[] };
+        iterate(raw).filter_map(|property| if let Property::SubscriptionId(id) = property { Some(id) } else { None })
     }
 
     /// Whether [`Self::subscription_ids`] has any; costs nothing.
@@ -141,18 +93,12 @@ impl<'a> PublishProperties<'a> {
     }
 
     /// The properties of a Will, and its Will Delay Interval.
-    pub(super) fn read_will(
-        version: Version,
-        reader: &mut Reader<'a>,
-    ) -> Result<(Self, Option<u32>), DecodeError> {
+    pub(super) fn read_will(version: Version, reader: &mut Reader<'a>) -> Result<(Self, Option<u32>), DecodeError> {
         Self::collect(Properties::open(version, reader, WILL)?)
     }
 
     fn collect(mut properties: Properties<'a>) -> Result<(Self, Option<u32>), DecodeError> {
-        let mut all = Self {
-            raw: properties.raw,
-            ..Self::default()
-        };
+        let mut all = Self { raw: properties.raw, ..Self::default() };
         let mut delay = None;
         while let Some(property) = properties.next()? {
             match property {
@@ -205,11 +151,7 @@ fn append<'a>(kept: &mut Cow<'a, [u8]>, run: &'a [u8]) {
 
 fn iterate(raw: &[u8]) -> impl Iterator<Item = Property<'_>> {
     let mut reader = Reader::new(raw);
-    std::iter::from_fn(move || {
-        Property::read(&mut reader)
-            .ok()
-            .map(|(_, property)| property)
-    })
+    std::iter::from_fn(move || Property::read(&mut reader).ok().map(|(_, property)| property))
 }
 
 /// Encodes a block of properties for [`PublishProperties::from_forwardable`], in the order of the calls.
@@ -291,13 +233,8 @@ impl<'a> UserProperties<'a> {
             Source::Raw(raw) => (raw, &[]),
             Source::Pairs(pairs) => (&[], pairs),
         };
-        let of_raw = iterate(raw).filter_map(|property| {
-            if let Property::User(pair) = property {
-                Some(pair)
-            } else {
-                None
-            }
-        });
+        let of_raw =
+            iterate(raw).filter_map(|property| if let Property::User(pair) = property { Some(pair) } else { None });
         of_raw.chain(pairs.iter().copied())
     }
 

@@ -62,17 +62,13 @@ impl<'a> Reader<'a> {
             value |= u32::from(byte & 0x7F) << (7 * index);
             if byte & 0x80 == 0 {
                 return if byte == 0 && index > 0 {
-                    Err(DecodeError::Malformed(
-                        "variable byte integer longer than needed",
-                    ))
+                    Err(DecodeError::Malformed("variable byte integer longer than needed"))
                 } else {
                     Ok(value)
                 };
             }
         }
-        Err(DecodeError::Malformed(
-            "variable byte integer of more than four bytes",
-        ))
+        Err(DecodeError::Malformed("variable byte integer of more than four bytes"))
     }
 
     #[inline]
@@ -93,8 +89,7 @@ impl<'a> Reader<'a> {
     /// A string whose caller looks for the null character.
     #[inline]
     pub(super) fn utf8(&mut self) -> Result<&'a str, DecodeError> {
-        std::str::from_utf8(self.binary()?)
-            .map_err(|_| DecodeError::Malformed("string is not UTF-8"))
+        std::str::from_utf8(self.binary()?).map_err(|_| DecodeError::Malformed("string is not UTF-8"))
     }
 
     /// [MQTT-2.2.1-3]
@@ -104,11 +99,7 @@ impl<'a> Reader<'a> {
     }
 
     pub(super) fn end(&self) -> Result<(), DecodeError> {
-        if self.rest.is_empty() {
-            Ok(())
-        } else {
-            Err(DecodeError::Malformed("bytes after the end of the packet"))
-        }
+        if self.rest.is_empty() { Ok(()) } else { Err(DecodeError::Malformed("bytes after the end of the packet")) }
     }
 }
 
@@ -267,8 +258,7 @@ mod read {
         NonZeroU16::new(reader.u16()?).ok_or(DecodeError::TopicAliasInvalid)
     }
     pub(super) fn subscription_id(reader: &mut Reader<'_>) -> Read<NonZeroU32> {
-        NonZeroU32::new(reader.varint()?)
-            .ok_or(DecodeError::Protocol("subscription identifier is 0"))
+        NonZeroU32::new(reader.varint()?).ok_or(DecodeError::Protocol("subscription identifier is 0"))
     }
     pub(super) fn text<'a>(reader: &mut Reader<'a>) -> Read<&'a str> {
         reader.text()
@@ -343,9 +333,7 @@ mod skip {
     pub(super) fn u32(reader: &mut Reader<'_>) -> Skip {
         reader.take(4).map(drop)
     }
-    pub(super) use self::{
-        binary as text, binary as topic, u16 as nonzero16, u16 as topic_alias, u32 as nonzero32,
-    };
+    pub(super) use self::{binary as text, binary as topic, u16 as nonzero16, u16 as topic_alias, u32 as nonzero32};
     pub(super) fn subscription_id(reader: &mut Reader<'_>) -> Skip {
         reader.varint().map(drop)
     }
@@ -381,23 +369,14 @@ pub(super) struct Properties<'a> {
 impl<'a> Properties<'a> {
     /// Takes the whole block off `reader`; an empty one for 3.x. `allowed` is a [`set`].
     #[inline]
-    pub(super) fn open(
-        version: Version,
-        reader: &mut Reader<'a>,
-        allowed: u64,
-    ) -> Result<Self, DecodeError> {
+    pub(super) fn open(version: Version, reader: &mut Reader<'a>, allowed: u64) -> Result<Self, DecodeError> {
         let raw = if version == Version::V5 {
             let len = reader.varint()?;
             reader.take(len as usize)?
         } else {
             &[]
         };
-        Ok(Self {
-            raw,
-            reader: Reader::new(raw),
-            allowed,
-            seen: 0,
-        })
+        Ok(Self { raw, reader: Reader::new(raw), allowed, seen: 0 })
     }
 
     /// # Errors
@@ -417,16 +396,10 @@ impl<'a> Properties<'a> {
         let (id, property) = Property::read(&mut self.reader)?;
         let bit = 1 << id;
         if self.allowed & bit == 0 {
-            return Err(DecodeError::Malformed(
-                "property does not belong into this packet",
-            ));
+            return Err(DecodeError::Malformed("property does not belong into this packet"));
         }
         let is_publish = self.allowed & set(&[id::TopicAlias]) != 0;
-        let repeatable = if is_publish {
-            REPEATABLE_IN_PUBLISH
-        } else {
-            REPEATABLE
-        };
+        let repeatable = if is_publish { REPEATABLE_IN_PUBLISH } else { REPEATABLE };
         if self.seen & bit & !repeatable != 0 {
             return Err(DecodeError::Protocol("property is there twice"));
         }

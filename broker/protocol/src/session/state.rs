@@ -105,7 +105,7 @@ pub struct Session {
     /// Packet Identifiers of QoS 2 messages that were routed and wait for PUBREL. [MQTT-4.3.3-10]
     received: HashSet<u16, foldhash::fast::RandomState>,
     link: Option<Box<Link>>,
-    session_expiry: u32,
+    expiry: u32,
     availability: Arc<Availability>,
     shares: usize,
 }
@@ -123,7 +123,7 @@ impl Session {
             queue_bytes: 0,
             received: HashSet::default(),
             link: None,
-            session_expiry: 0,
+            expiry: 0,
             availability: Arc::default(),
             shares: 0,
         }
@@ -136,7 +136,7 @@ impl Session {
 
     /// Seconds this Session outlives its Network Connection.
     pub fn session_expiry(&self) -> u32 {
-        self.session_expiry
+        self.expiry
     }
 
     /// Messages that wait in the queue.
@@ -172,7 +172,7 @@ impl Session {
     /// A Network Connection begins, after its CONNACK was written: sends again what was not acknowledged, then what
     /// was queued. [MQTT-4.4.0-1]
     pub fn connected(&mut self, now_ms: u64, link: Link, server: &ServerLimits, out: &mut Outbox) {
-        self.session_expiry = link.limits.session_expiry;
+        self.expiry = link.limits.session_expiry;
         self.link = Some(Box::new(link));
         self.inflight.rewind();
         self.pump(now_ms, server, out);
@@ -222,10 +222,10 @@ impl Session {
 
     /// MQTT 5.0 §3.14.2.2.2: an interval that was zero stays zero.
     fn change_expiry(&mut self, expiry: u32, server: &ServerLimits) -> Result<(), Fault> {
-        if self.session_expiry == 0 && expiry > 0 {
+        if self.expiry == 0 && expiry > 0 {
             return Err(fault(ReasonCode::PROTOCOL_ERROR, "Session Expiry Interval raised from zero at DISCONNECT"));
         }
-        self.session_expiry = expiry.min(server.session_expiry_max);
+        self.expiry = expiry.min(server.session_expiry_max);
         Ok(())
     }
 
@@ -235,6 +235,10 @@ impl Session {
         server: &ServerLimits,
         out: &mut Outbox,
     ) -> Result<Event<'a>, Fault> {
+        if publish.properties.has_subscription_ids() {
+            // [MQTT-3.3.4-6]
+            return Err(fault(ReasonCode::PROTOCOL_ERROR, "Subscription Identifier in a PUBLISH from the client"));
+        }
         if publish.qos > server.maximum_qos {
             return Err(fault(ReasonCode::QOS_NOT_SUPPORTED, "PUBLISH above the Maximum QoS"));
         }
@@ -344,20 +348,35 @@ impl Session {
         }
     }
 
-    /// Writes a packet in the version of the Network Connection.
+    /// Writes a packet in the version of the Network Connection. One larger than the client takes counts as sent.
+    /// [MQTT-3.1.2-24], [MQTT-3.1.2-25]
     pub fn send(&self, packet: &Packet<'_>, out: &mut Outbox) {
-        if let Some(link) = &self.link {
-            out.append(|bytes| encode(link.version, packet, bytes));
-        }
+        let Some(link) = &self.link else { return };
+        out.append(|bytes| {
+            let start = bytes.len();
+            encode(link.version, packet, bytes);
+            if bytes.len() - start > link.limits.packet_bytes_max as usize {
+                bytes.truncate(start);
+            }
+        });
     }
 
-    fn send_ack(&self, kind: fn(Ack<'static>) -> Packet<'static>, packet_id: PacketId, reason: ReasonCode, out: &mut Outbox) {
+    fn send_ack(
+        &self,
+        kind: fn(Ack<'static>) -> Packet<'static>,
+        packet_id: PacketId,
+        reason: ReasonCode,
+        out: &mut Outbox,
+    ) {
         let ack = Ack { packet_id, reason, reason_string: None, user_properties: UserProperties::default() };
         self.send(&kind(ack), out);
     }
 
     /// Sends a message, queues it, or drops it.
-    #[allow(clippy::too_many_arguments, reason = "the hot path: a struct built per subscriber costs more than it tells")]
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "the hot path: a struct built per subscriber costs more than it tells"
+    )]
     pub fn deliver(
         &mut self,
         now_ms: u64,
@@ -419,7 +438,8 @@ impl Session {
         let Some(link) = &mut self.link else { return };
         let quota = usize::from(link.limits.receive_maximum);
         let mut frames = FrameCache::default();
-        while self.inflight.has_unsent() && self.inflight.outstanding() < quota && out.len() < server.outbound_bytes_max {
+        while self.inflight.has_unsent() && self.inflight.outstanding() < quota && out.len() < server.outbound_bytes_max
+        {
             let Some(slot) = self.inflight.next_unsent() else { break };
             match &slot.phase {
                 Phase::Publish(delivery) => {

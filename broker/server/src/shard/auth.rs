@@ -52,7 +52,7 @@ impl Shard {
                 self.on_connect_outcome(id, &request, outcome);
             }
             State::Live { .. } => self.on_reauth_outcome(id, outcome),
-            State::New | State::Lingering => {}
+            State::New | State::Leaving { .. } | State::Lingering => {}
         }
     }
 

@@ -46,7 +46,7 @@ impl Shard {
                 self.calls.cancel(id, epoch);
                 None
             }
-            State::New => None,
+            State::New | State::Leaving { .. } => None,
             State::Lingering => return self.remove(id),
         };
         let conn = &mut self.conns[id];
@@ -74,7 +74,9 @@ impl Shard {
         if conn.version != Version::V5 {
             return;
         }
-        let Some(link) = live.and_then(|slot| self.sessions.get(slot)).and_then(|session| session.link()) else { return };
+        let Some(link) = live.and_then(|slot| self.sessions.get(slot)).and_then(|session| session.link()) else {
+            return;
+        };
         let mut packet = Vec::new();
         for text in [link.problem_information.then_some(text), None] {
             packet.clear();
@@ -127,7 +129,9 @@ impl Shard {
         if let State::Live { slot } = conn.state {
             self.leave_session(slot, true);
         }
-        if !conn.outbox.is_empty() && let Some(bytes) = conn.outbox.single() {
+        if !conn.outbox.is_empty()
+            && let Some(bytes) = conn.outbox.single()
+        {
             let _ = conn.stream.write(bytes);
         }
         let _ = self.poll.registry().deregister(&mut conn.stream);

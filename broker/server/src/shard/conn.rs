@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use mio::{Interest, Token};
 use tracing::{debug, trace};
 use wasmqtt_protocol::codec::{self, DecodeError, ReasonCode, Version};
+use wasmqtt_protocol::ports::Grant;
 use wasmqtt_protocol::session::{Event, Outbox};
 
 use super::connect::Opening;
@@ -34,12 +35,23 @@ pub(super) enum State {
     New,
     /// Authentication is under way.
     Opening(Box<Opening>),
+    /// Let in, and about to move to the shard its Session lives on.
+    Leaving { opening: Box<Opening>, grant: Grant, to: u16 },
     /// Has a Session.
-    Live {
-        slot: u32,
-    },
+    Live { slot: u32 },
     /// Said goodbye; waits for the peer to close.
     Lingering,
+}
+
+impl State {
+    /// Packets are read and handled; otherwise they wait for an answer of ours.
+    fn reads(&self) -> bool {
+        match self {
+            Self::Opening(opening) => opening.reads,
+            Self::Leaving { .. } => false,
+            Self::New | Self::Live { .. } | Self::Lingering => true,
+        }
+    }
 }
 
 pub(crate) struct Conn {
@@ -131,14 +143,12 @@ impl Shard {
         let outbound_max = self.shared.limits.outbound_bytes_max;
         let Some(conn) = self.conns.get_mut(id) else { return };
         conn.held = false;
-        match &conn.state {
-            // What follows CONNECT is read when the answer is known.
-            State::Opening(opening) if !opening.reads => return,
-            State::Lingering => return self.discard_input(id),
-            _ => {}
+        if matches!(conn.state, State::Lingering) {
+            return self.discard_input(id);
         }
-        if conn.outbox.len() >= outbound_max {
-            // Its answers pile up: read on when they are written, see `flush`.
+        // What follows CONNECT is read when the answer is known; when a client's answers pile up, it is read on when
+        // they are written, see `flush`.
+        if !conn.state.reads() || conn.outbox.len() >= outbound_max {
             return;
         }
         if congested {
@@ -146,9 +156,8 @@ impl Shard {
         }
         let mut scratch = std::mem::take(&mut self.scratch);
         let mut reads = 0;
-        loop {
-            let Some(conn) = self.conns.get_mut(id) else { break };
-            if matches!(&conn.state, State::Opening(opening) if !opening.reads) || matches!(conn.state, State::Lingering) {
+        while let Some(conn) = self.conns.get_mut(id) {
+            if !conn.state.reads() || matches!(conn.state, State::Lingering) {
                 break;
             }
             if reads == READS_MAX || conn.outbox.len() >= outbound_max {
@@ -226,10 +235,11 @@ impl Shard {
         let mut used = 0;
         loop {
             let Some(conn) = self.conns.get_mut(id) else { return bytes.len() };
-            match &conn.state {
-                State::Lingering => return bytes.len(),
-                State::Opening(opening) if !opening.reads => return used,
-                _ => {}
+            if matches!(conn.state, State::Lingering) {
+                return bytes.len();
+            }
+            if !conn.state.reads() {
+                return used;
             }
             let rest = &bytes[used..];
             if rest.is_empty() {

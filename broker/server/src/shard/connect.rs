@@ -148,24 +148,42 @@ impl Shard {
         let client_id = Arc::clone(&opening.request.client_id);
         let key = {
             let mut directory = shared.directory(&client_id);
-            match directory.get(&client_id) {
-                Some(key) => *key,
-                None => {
-                    let key = self.sessions.reserve();
-                    directory.insert(Arc::clone(&client_id), key);
-                    self.sessions.put(Session::new(client_id, key));
-                    shared.stats.sessions.fetch_add(1, Ordering::Relaxed);
-                    return self.open(id, *opening, &grant, key, false);
-                }
+            if let Some(key) = directory.get(&client_id) {
+                *key
+            } else {
+                let key = self.sessions.reserve();
+                directory.insert(Arc::clone(&client_id), key);
+                self.sessions.put(Session::new(client_id, key));
+                shared.stats.sessions.fetch_add(1, Ordering::Relaxed);
+                drop(directory);
+                return self.open(id, *opening, &grant, key, false);
             }
         };
-        if key.shard == self.index { self.resume(id, *opening, &grant, key) } else { self.hand_over(id, opening, grant, key) }
+        if key.shard == self.index {
+            self.resume(id, *opening, &grant, key)
+        } else {
+            self.hand_over(id, opening, grant, key)
+        }
     }
 
     /// The Session lives elsewhere: the connection goes there, so that messages already on their way to the Session
-    /// keep their order.
+    /// keep their order. It leaves at the end of the batch, when the bytes behind its CONNECT are kept.
     fn hand_over(&mut self, id: usize, opening: Box<Opening>, grant: Grant, key: SessionKey) {
-        let Some(mut conn) = self.conns.try_remove(id) else { return };
+        self.conns[id].state = State::Leaving { opening, grant, to: key.shard };
+        self.leaving.push(id);
+    }
+
+    pub(super) fn run_leaving(&mut self) {
+        for id in std::mem::take(&mut self.leaving) {
+            if self.conns.get(id).is_some_and(|conn| matches!(conn.state, State::Leaving { .. })) {
+                self.leave_shard(id);
+            }
+        }
+    }
+
+    fn leave_shard(&mut self, id: usize) {
+        let mut conn = self.conns.remove(id);
+        let State::Leaving { opening, grant, to } = std::mem::replace(&mut conn.state, State::New) else { return };
         if let Some((at, timer)) = conn.timer.take() {
             self.timers.cancel(at, timer);
         }
@@ -174,9 +192,8 @@ impl Shard {
         conn.held = false;
         conn.blocked = false;
         self.shared.load[usize::from(self.index)].fetch_sub(1, Ordering::Relaxed);
-        self.shared.load[usize::from(key.shard)].fetch_add(1, Ordering::Relaxed);
-        let adopted = Adopted { conn, opening, grant };
-        self.shared.mailboxes[usize::from(key.shard)].send(Mail::Adopt(Box::new(adopted)));
+        self.shared.load[usize::from(to)].fetch_add(1, Ordering::Relaxed);
+        self.shared.mailboxes[usize::from(to)].send(Mail::Adopt(Box::new(Adopted { conn, opening, grant })));
     }
 
     pub(super) fn on_adopt(&mut self, adopted: Adopted) {
@@ -274,7 +291,8 @@ fn write_connack(
     let granted = &opening.link.limits;
     let connack = Connack {
         session_present: present && conn.version != Version::V31,
-        session_expiry: (granted.session_expiry != opening.session_expiry.unwrap_or(0)).then_some(granted.session_expiry),
+        session_expiry: (granted.session_expiry != opening.session_expiry.unwrap_or(0))
+            .then_some(granted.session_expiry),
         receive_maximum: NonZeroU16::new(limits.receive_maximum).filter(|max| max.get() < u16::MAX),
         maximum_qos: (limits.maximum_qos < Qos::ExactlyOnce).then_some(limits.maximum_qos as u8),
         retain_available: (!limits.retain_available).then_some(false),

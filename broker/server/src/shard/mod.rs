@@ -83,6 +83,8 @@ pub(crate) struct Shard {
     dirty: Vec<usize>,
     /// Connections that had more to read than one buffer, or were held back.
     readable: Vec<usize>,
+    /// Connections that go to another shard at the end of the batch.
+    leaving: Vec<usize>,
     /// Messages for other shards, by shard.
     outgoing: Vec<Vec<Remote>>,
     scratch: Vec<u8>,
@@ -110,6 +112,7 @@ impl Shard {
             calls: Calls::new(waker),
             dirty: Vec::new(),
             readable: Vec::new(),
+            leaving: Vec::new(),
             outgoing: shared.mailboxes.iter().map(|_| Vec::new()).collect(),
             scratch: vec![0; SCRATCH_BYTES],
             pool: Vec::new(),
@@ -159,6 +162,7 @@ impl Shard {
             }
             self.run_calls();
             self.run_timers();
+            self.run_leaving();
             self.flush_all();
         }
     }

@@ -11,6 +11,7 @@ use wasmqtt_protocol::session::{Delivered, Delivery, Incoming, Wish};
 use super::routes::random;
 use super::{Ending, Shard};
 use crate::mailbox::Remote;
+use crate::shared::is_too_deep;
 
 impl Shard {
     pub(super) fn on_publish(&mut self, id: usize, slot: u32, publish: &Publish<'_>, aliased: Option<&str>) {
@@ -25,6 +26,9 @@ impl Shard {
             publish.properties.message_expiry.map(|secs| self.now_ms + u64::from(secs) * 1000),
             Some(key),
         );
+        if is_too_deep(incoming.topic) {
+            return self.fault(id, ReasonCode::TOPIC_NAME_INVALID, "Topic Name with too many levels");
+        }
         let reason = if incoming.topic.starts_with("$SYS/") {
             ReasonCode::NOT_AUTHORIZED
         } else if self.publish(&incoming) {
@@ -76,8 +80,7 @@ impl Shard {
             self.deliver_target(incoming, target, None);
         }
         for (shard, targets) in &route.remote {
-            let remote =
-                Remote { message: Arc::clone(incoming.message()), targets: Arc::clone(targets), share: None };
+            let remote = Remote { message: Arc::clone(incoming.message()), targets: Arc::clone(targets), share: None };
             self.outgoing[usize::from(*shard)].push(remote);
         }
         for (group, cursor) in &route.groups {
@@ -128,8 +131,7 @@ impl Shard {
             conn.outbox.lend(&mut self.pool);
         }
         let out = conn.as_mut().map(|conn| &mut conn.outbox);
-        let delivered =
-            session.deliver(self.now_ms, incoming, wish, share, &mut self.frames, &self.shared.limits, out);
+        let delivered = session.deliver(self.now_ms, incoming, wish, share, &mut self.frames, &self.shared.limits, out);
         match delivered {
             Delivered::Sent => {
                 self.tally.sent += 1;
@@ -187,4 +189,3 @@ impl Shard {
         self.end(id, Ending::Server(reason, text));
     }
 }
-

@@ -14,6 +14,7 @@ use wasmqtt_protocol::session::{Delivered, Incoming, Wish};
 use wasmqtt_protocol::topic::Filter;
 
 use super::Shard;
+use crate::shared::is_too_deep;
 
 /// Retained messages on their way to a new subscription. Bounded by what is retained and by SUBSCRIBE packets.
 #[derive(Default)]
@@ -37,7 +38,8 @@ impl Shard {
         let mut reasons = Vec::with_capacity(subscribe.filters.len());
         let mut retained = Vec::new();
         for (text, options) in &subscribe.filters {
-            let Ok(filter) = Filter::parse(text) else {
+            let parsed = Filter::parse(text).ok().filter(|filter| !is_too_deep(filter.as_str()));
+            let Some(filter) = parsed else {
                 reasons.push(refusal(version, ReasonCode::TOPIC_FILTER_INVALID));
                 continue;
             };
@@ -85,7 +87,8 @@ impl Shard {
         let Some(session) = self.sessions.get_mut(key.slot) else { return false };
         let is_new = session.subscribe(filter.clone(), subscription).is_none();
         let availability = Arc::clone(session.availability());
-        if let Some(outbox) = self.sessions.conn(key.slot).and_then(|id| self.conns.get(id)).map(|conn| conn.outbox.len())
+        if let Some(outbox) =
+            self.sessions.conn(key.slot).and_then(|id| self.conns.get(id)).map(|conn| conn.outbox.len())
             && let Some(session) = self.sessions.get(key.slot)
         {
             session.refresh_availability(outbox, &self.shared.limits);

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use wasmqtt_protocol::codec::ReasonCode;
 use wasmqtt_protocol::router::SessionKey;
+use wasmqtt_protocol::session::{Link, Session};
 
 use super::conn::State;
 use super::{Ending, Shard};
@@ -72,9 +73,7 @@ impl Shard {
     /// Replaces the deadlines of a Session.
     pub(super) fn set_deadlines(&mut self, key: SessionKey, expires_ms: Option<u64>, will_ms: Option<u64>) {
         let old = self.sessions.replace_deadlines(key.slot, expires_ms, will_ms);
-        for (old, new, timer) in
-            [(old.0, expires_ms, Timer::Expiry(key)), (old.1, will_ms, Timer::Will(key))]
-        {
+        for (old, new, timer) in [(old.0, expires_ms, Timer::Expiry(key)), (old.1, will_ms, Timer::Will(key))] {
             if let Some(at) = old {
                 self.timers.cancel(at, timer);
             }
@@ -117,7 +116,7 @@ impl Shard {
             return;
         }
         let State::Live { slot } = self.conns[id].state else { return };
-        let Some(keep_alive) = self.sessions.get(slot).and_then(|s| s.link()).and_then(|l| l.keep_alive_ms()) else {
+        let Some(keep_alive) = self.sessions.get(slot).and_then(Session::link).and_then(Link::keep_alive_ms) else {
             return;
         };
         // A connection that is not read, because its answers pile up, may well have sent something.

@@ -2,9 +2,7 @@
 
 use super::{Limits, frame, reason};
 use crate::codec::wire::{Properties, Property, Reader, id, set};
-use crate::codec::{
-    Connack, Connect, DecodeError, PublishProperties, Qos, UserProperties, Version, Will,
-};
+use crate::codec::{Connack, Connect, DecodeError, PublishProperties, Qos, UserProperties, Version, Will};
 
 const CONNECT: u64 = set(&[
     id::SessionExpiry,
@@ -37,8 +35,8 @@ const CONNACK: u64 = set(&[
     id::AuthenticationData,
 ]);
 const CONNACK_REASONS: &[u8] = &[
-    0x00, 0x80, 0x81, 0x82, 0x83, 0x84, 0x85, 0x86, 0x87, 0x88, 0x89, 0x8A, 0x8C, 0x90, 0x95, 0x97,
-    0x99, 0x9A, 0x9B, 0x9C, 0x9D, 0x9F,
+    0x00, 0x80, 0x81, 0x82, 0x83, 0x84, 0x85, 0x86, 0x87, 0x88, 0x89, 0x8A, 0x8C, 0x90, 0x95, 0x97, 0x99, 0x9A, 0x9B,
+    0x9C, 0x9D, 0x9F,
 ];
 const CONNACK_RETURN_CODES: &[u8] = &[0, 1, 2, 3, 4, 5];
 
@@ -47,14 +45,7 @@ const CONNACK_RETURN_CODES: &[u8] = &[0, 1, 2, 3, 4, 5];
 ///
 /// A Protocol Level we do not know is answered in the nearest version that we do. [MQTT-3.1.2-1] [MQTT-3.1.2-2]
 pub fn answer_version(packet: &[u8]) -> Option<Version> {
-    let header_len = frame(
-        packet,
-        &Limits {
-            packet_bytes_max: u32::MAX,
-        },
-    )
-    .ok()??
-    .header_len;
+    let header_len = frame(packet, &Limits { packet_bytes_max: u32::MAX }).ok()??.header_len;
     if packet[0] != 0x10 {
         return None;
     }
@@ -138,9 +129,7 @@ impl Flags {
         }
         // [MQTT-3.1.2-11] [MQTT-3.1.2-13] ([MQTT-3.1.2-13] and [MQTT-3.1.2-15] in 3.1.1)
         if !flags.has(Flags::WILL) && flags.has(Flags::WILL_QOS | Flags::WILL_RETAIN) {
-            return Err(DecodeError::Malformed(
-                "will QoS or will retain without a will",
-            ));
+            return Err(DecodeError::Malformed("will QoS or will retain without a will"));
         }
         // [MQTT-3.1.2-12] ([MQTT-3.1.2-14] in 3.1.1)
         if byte & Flags::WILL_QOS == Flags::WILL_QOS {
@@ -154,10 +143,7 @@ impl Flags {
     }
 }
 
-fn connect_properties<'a>(
-    connect: &mut Connect<'a>,
-    body: &mut Reader<'a>,
-) -> Result<(), DecodeError> {
+fn connect_properties<'a>(connect: &mut Connect<'a>, body: &mut Reader<'a>) -> Result<(), DecodeError> {
     let mut properties = Properties::open(connect.version, body, CONNECT)?;
     while let Some(property) = properties.next()? {
         match property {
@@ -183,51 +169,30 @@ fn connect_properties<'a>(
 /// MQTT 5.0 §3.1.2.11.10.
 fn check_authentication(method: Option<&str>, data: Option<&[u8]>) -> Result<(), DecodeError> {
     if data.is_some() && method.is_none() {
-        return Err(DecodeError::Protocol(
-            "authentication data without a method",
-        ));
+        return Err(DecodeError::Protocol("authentication data without a method"));
     }
     Ok(())
 }
 
-fn will<'a>(
-    version: Version,
-    flags: Flags,
-    body: &mut Reader<'a>,
-) -> Result<Will<'a>, DecodeError> {
+fn will<'a>(version: Version, flags: Flags, body: &mut Reader<'a>) -> Result<Will<'a>, DecodeError> {
     let (properties, delay) = PublishProperties::read_will(version, body)?;
     let topic = body.text()?;
     if !crate::topic::is_valid_topic_name(topic) {
         return Err(DecodeError::TopicNameInvalid);
     }
     let payload = body.binary()?;
-    let qos = Qos::from_bits((flags.0 & Flags::WILL_QOS) >> 3)
-        .ok_or(DecodeError::Malformed("will QoS 3"))?;
-    Ok(Will {
-        qos,
-        retain: flags.has(Flags::WILL_RETAIN),
-        topic,
-        payload,
-        delay,
-        properties,
-    })
+    let qos = Qos::from_bits((flags.0 & Flags::WILL_QOS) >> 3).ok_or(DecodeError::Malformed("will QoS 3"))?;
+    Ok(Will { qos, retain: flags.has(Flags::WILL_RETAIN), topic, payload, delay, properties })
 }
 
 /// [MQTT-3.2.2-1]
-pub(super) fn connack<'a>(
-    version: Version,
-    body: &mut Reader<'a>,
-) -> Result<Connack<'a>, DecodeError> {
+pub(super) fn connack<'a>(version: Version, body: &mut Reader<'a>) -> Result<Connack<'a>, DecodeError> {
     let flags = body.u8()?;
     // 3.1 reserves the whole byte.
     if flags > 1 && version != Version::V31 {
         return Err(DecodeError::Malformed("reserved connect acknowledge flags"));
     }
-    let reasons = if version == Version::V5 {
-        CONNACK_REASONS
-    } else {
-        CONNACK_RETURN_CODES
-    };
+    let reasons = if version == Version::V5 { CONNACK_REASONS } else { CONNACK_RETURN_CODES };
     let mut connack = Connack {
         session_present: flags == 1 && version != Version::V31,
         reason: reason(body.u8()?, reasons)?,

@@ -51,21 +51,12 @@ pub fn frame(buffer: &[u8], limits: &Limits) -> Result<Option<Frame>, DecodeErro
             let header_len = index + 2;
             let announced = remaining + header_len as u32;
             if announced > limits.packet_bytes_max {
-                return Err(DecodeError::PacketTooLarge {
-                    announced,
-                    limit: limits.packet_bytes_max,
-                });
+                return Err(DecodeError::PacketTooLarge { announced, limit: limits.packet_bytes_max });
             }
-            return Ok(Some(Frame {
-                first,
-                header_len,
-                total_len: announced as usize,
-            }));
+            return Ok(Some(Frame { first, header_len, total_len: announced as usize }));
         }
     }
-    Err(DecodeError::Malformed(
-        "remaining length of more than four bytes",
-    ))
+    Err(DecodeError::Malformed("remaining length of more than four bytes"))
 }
 
 /// [MQTT-2.1.3-1] ([MQTT-2.2.2-1] and [MQTT-2.2.2-2] in 3.1.1), [MQTT-3.3.1-2], [MQTT-3.3.1-4]
@@ -87,11 +78,7 @@ fn check_first(first: u8) -> Result<(), DecodeError> {
         6 | 8 | 10 => flags & 0b0111 == 0b0010,
         _ => flags == 0,
     };
-    if is_valid {
-        Ok(())
-    } else {
-        Err(DecodeError::Malformed("reserved flags of the fixed header"))
-    }
+    if is_valid { Ok(()) } else { Err(DecodeError::Malformed("reserved flags of the fixed header")) }
 }
 
 /// Decodes one whole packet, as [`frame`] measured it. `version` is that of the Network Connection, and does not
@@ -104,23 +91,11 @@ fn check_first(first: u8) -> Result<(), DecodeError> {
 /// one packet.
 #[inline]
 pub fn decode(version: Version, packet: &[u8]) -> Result<Packet<'_>, DecodeError> {
-    let Some(Frame {
-        first,
-        header_len,
-        total_len,
-    }) = frame(
-        packet,
-        &Limits {
-            packet_bytes_max: u32::MAX,
-        },
-    )?
-    else {
+    let Some(Frame { first, header_len, total_len }) = frame(packet, &Limits { packet_bytes_max: u32::MAX })? else {
         return Err(DecodeError::Malformed("ends early"));
     };
     if total_len != packet.len() {
-        return Err(DecodeError::Malformed(
-            "length differs from remaining length",
-        ));
+        return Err(DecodeError::Malformed("length differs from remaining length"));
     }
     if first >> 4 != 1 {
         check_shortest(version, packet, header_len)?;
@@ -136,9 +111,7 @@ pub fn decode(version: Version, packet: &[u8]) -> Result<Packet<'_>, DecodeError
 #[inline]
 fn check_shortest(version: Version, packet: &[u8], header_len: usize) -> Result<(), DecodeError> {
     if version == Version::V5 && header_len > 2 && packet[header_len - 1] == 0 {
-        return Err(DecodeError::Malformed(
-            "remaining length longer than needed",
-        ));
+        return Err(DecodeError::Malformed("remaining length longer than needed"));
     }
     Ok(())
 }
@@ -150,11 +123,7 @@ fn publish(version: Version, first: u8, mut body: Reader<'_>) -> Result<Publish<
     if crate::topic::has_wildcard_or_nul(topic.as_bytes()) {
         return Err(DecodeError::TopicNameInvalid);
     }
-    let packet_id = if qos == Qos::AtMostOnce {
-        None
-    } else {
-        Some(body.packet_id()?)
-    };
+    let packet_id = if qos == Qos::AtMostOnce { None } else { Some(body.packet_id()?) };
     let properties = PublishProperties::read(version, &mut body)?;
     if topic.is_empty() && properties.topic_alias.is_none() {
         return Err(if version == Version::V5 {
@@ -164,15 +133,7 @@ fn publish(version: Version, first: u8, mut body: Reader<'_>) -> Result<Publish<
         });
     }
     let (dup, retain) = (first & 0b1000 != 0, first & 1 != 0);
-    Ok(Publish {
-        dup,
-        qos,
-        retain,
-        topic,
-        packet_id,
-        properties,
-        payload: body.rest,
-    })
+    Ok(Publish { dup, qos, retain, topic, packet_id, properties, payload: body.rest })
 }
 
 fn other(version: Version, packet: &[u8], header_len: usize) -> Result<Packet<'_>, DecodeError> {
@@ -213,8 +174,6 @@ fn reason(value: u8, allowed: &[u8]) -> Result<ReasonCode, DecodeError> {
     if allowed.contains(&value) {
         Ok(ReasonCode(value))
     } else {
-        Err(DecodeError::Protocol(
-            "reason code does not belong into this packet",
-        ))
+        Err(DecodeError::Protocol("reason code does not belong into this packet"))
     }
 }

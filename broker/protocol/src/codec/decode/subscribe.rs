@@ -4,13 +4,11 @@ use super::ack::reason_properties;
 use super::reason;
 use crate::codec::wire::{Properties, Property, Reader, id, set};
 use crate::codec::{
-    DecodeError, Qos, ReasonCode, RetainHandling, Suback, Subscribe, SubscribeOptions, Unsubscribe,
-    UserProperties, Version,
+    DecodeError, Qos, ReasonCode, RetainHandling, Suback, Subscribe, SubscribeOptions, Unsubscribe, UserProperties,
+    Version,
 };
 
-const SUBACK_REASONS: &[u8] = &[
-    0x00, 0x01, 0x02, 0x80, 0x83, 0x87, 0x8F, 0x91, 0x97, 0x9E, 0xA1, 0xA2,
-];
+const SUBACK_REASONS: &[u8] = &[0x00, 0x01, 0x02, 0x80, 0x83, 0x87, 0x8F, 0x91, 0x97, 0x9E, 0xA1, 0xA2];
 const SUBACK_REASONS_3X: &[u8] = &[0x00, 0x01, 0x02, 0x80];
 const UNSUBACK_REASONS: &[u8] = &[0x00, 0x11, 0x80, 0x83, 0x87, 0x8F, 0x91];
 
@@ -18,10 +16,7 @@ const SUBSCRIBE: u64 = set(&[id::SubscriptionId, id::User]);
 const UNSUBSCRIBE: u64 = set(&[id::User]);
 
 /// [MQTT-3.8.3-2] ([MQTT-3.8.3-3] in 3.1.1)
-pub(super) fn subscribe<'a>(
-    version: Version,
-    body: &mut Reader<'a>,
-) -> Result<Subscribe<'a>, DecodeError> {
+pub(super) fn subscribe<'a>(version: Version, body: &mut Reader<'a>) -> Result<Subscribe<'a>, DecodeError> {
     let packet_id = body.packet_id()?;
     let mut properties = Properties::open(version, body, SUBSCRIBE)?;
     let mut subscription_id = None;
@@ -38,28 +33,17 @@ pub(super) fn subscribe<'a>(
         return Err(DecodeError::Protocol("no topic filter"));
     }
     let user_properties = UserProperties::from_raw(properties.raw);
-    Ok(Subscribe {
-        packet_id,
-        subscription_id,
-        user_properties,
-        filters,
-    })
+    Ok(Subscribe { packet_id, subscription_id, user_properties, filters })
 }
 
 /// [MQTT-3.8.3-5] ([MQTT-3-8.3-4] in 3.1.1)
 fn options(version: Version, byte: u8) -> Result<SubscribeOptions, DecodeError> {
     if version != Version::V5 {
-        let qos =
-            Qos::from_bits(byte).ok_or(DecodeError::Malformed("requested QoS is not 0, 1 or 2"))?;
-        return Ok(SubscribeOptions {
-            qos,
-            ..SubscribeOptions::default()
-        });
+        let qos = Qos::from_bits(byte).ok_or(DecodeError::Malformed("requested QoS is not 0, 1 or 2"))?;
+        return Ok(SubscribeOptions { qos, ..SubscribeOptions::default() });
     }
     if byte & 0b1100_0000 != 0 {
-        return Err(DecodeError::Malformed(
-            "reserved bits of the subscription options",
-        ));
+        return Err(DecodeError::Malformed("reserved bits of the subscription options"));
     }
     Ok(SubscribeOptions {
         qos: Qos::from_bits(byte & 0b11).ok_or(DecodeError::Protocol("maximum QoS 3"))?,
@@ -74,46 +58,17 @@ fn options(version: Version, byte: u8) -> Result<SubscribeOptions, DecodeError> 
     })
 }
 
-pub(super) fn suback<'a>(
-    version: Version,
-    body: &mut Reader<'a>,
-) -> Result<Suback<'a>, DecodeError> {
-    let (packet_id, (reason_string, user_properties)) =
-        (body.packet_id()?, reason_properties(version, body)?);
-    let reasons = reasons(
-        body,
-        if version == Version::V5 {
-            SUBACK_REASONS
-        } else {
-            SUBACK_REASONS_3X
-        },
-    )?;
-    Ok(Suback {
-        packet_id,
-        reasons,
-        reason_string,
-        user_properties,
-    })
+pub(super) fn suback<'a>(version: Version, body: &mut Reader<'a>) -> Result<Suback<'a>, DecodeError> {
+    let (packet_id, (reason_string, user_properties)) = (body.packet_id()?, reason_properties(version, body)?);
+    let reasons = reasons(body, if version == Version::V5 { SUBACK_REASONS } else { SUBACK_REASONS_3X })?;
+    Ok(Suback { packet_id, reasons, reason_string, user_properties })
 }
 
 /// 3.x has no Reason Codes here.
-pub(super) fn unsuback<'a>(
-    version: Version,
-    body: &mut Reader<'a>,
-) -> Result<Suback<'a>, DecodeError> {
-    let (packet_id, (reason_string, user_properties)) =
-        (body.packet_id()?, reason_properties(version, body)?);
-    let reasons = if version == Version::V5 {
-        reasons(body, UNSUBACK_REASONS)?
-    } else {
-        Vec::new()
-    };
-    Ok(Suback {
-        packet_id,
-        reasons,
-        reason_string,
-        user_properties,
-    })
+pub(super) fn unsuback<'a>(version: Version, body: &mut Reader<'a>) -> Result<Suback<'a>, DecodeError> {
+    let (packet_id, (reason_string, user_properties)) = (body.packet_id()?, reason_properties(version, body)?);
+    let reasons = if version == Version::V5 { reasons(body, UNSUBACK_REASONS)? } else { Vec::new() };
+    Ok(Suback { packet_id, reasons, reason_string, user_properties })
 }
 
 fn reasons(body: &mut Reader<'_>, allowed: &[u8]) -> Result<Vec<ReasonCode>, DecodeError> {
@@ -125,10 +80,7 @@ fn reasons(body: &mut Reader<'_>, allowed: &[u8]) -> Result<Vec<ReasonCode>, Dec
 }
 
 /// [MQTT-3.10.3-2]
-pub(super) fn unsubscribe<'a>(
-    version: Version,
-    body: &mut Reader<'a>,
-) -> Result<Unsubscribe<'a>, DecodeError> {
+pub(super) fn unsubscribe<'a>(version: Version, body: &mut Reader<'a>) -> Result<Unsubscribe<'a>, DecodeError> {
     let packet_id = body.packet_id()?;
     let mut properties = Properties::open(version, body, UNSUBSCRIBE)?;
     while properties.next()?.is_some() {}
@@ -139,9 +91,5 @@ pub(super) fn unsubscribe<'a>(
     if filters.is_empty() {
         return Err(DecodeError::Protocol("no topic filter"));
     }
-    Ok(Unsubscribe {
-        packet_id,
-        user_properties: UserProperties::from_raw(properties.raw),
-        filters,
-    })
+    Ok(Unsubscribe { packet_id, user_properties: UserProperties::from_raw(properties.raw), filters })
 }

@@ -27,11 +27,7 @@ fn check_refused(versions: &[Version], first: u8, body: &[u8], code: ReasonCode)
     let packet = packet(first, body);
     for &version in versions {
         match decode(version, &packet) {
-            Err(error) => assert_eq!(
-                error.reason_code(),
-                code,
-                "{version:?} {packet:02X?}: {error}"
-            ),
+            Err(error) => assert_eq!(error.reason_code(), code, "{version:?} {packet:02X?}: {error}"),
             Ok(decoded) => panic!("{version:?} {packet:02X?} is not refused: {decoded:?}"),
         }
     }
@@ -41,8 +37,7 @@ fn check_refused(versions: &[Version], first: u8, body: &[u8], code: ReasonCode)
 fn check_same(versions: &[Version], first: u8, body: &[u8]) {
     let bytes = packet(first, body);
     for &version in versions {
-        let decoded = decode(version, &bytes)
-            .unwrap_or_else(|error| panic!("{version:?} {bytes:02X?}: {error}"));
+        let decoded = decode(version, &bytes).unwrap_or_else(|error| panic!("{version:?} {bytes:02X?}: {error}"));
         let mut again = Vec::new();
         encode(version, &decoded, &mut again);
         assert_eq!(again, bytes, "{version:?} {decoded:?}");
@@ -74,20 +69,9 @@ fn connect(version: Version, flags: u8, properties: &[u8], payload: &[&[u8]]) ->
     body
 }
 
-fn check_connect_refused(
-    versions: &[Version],
-    flags: u8,
-    properties: &[u8],
-    payload: &[&[u8]],
-    code: ReasonCode,
-) {
+fn check_connect_refused(versions: &[Version], flags: u8, properties: &[u8], payload: &[&[u8]], code: ReasonCode) {
     for &version in versions {
-        check_refused(
-            &[version],
-            0x10,
-            &connect(version, flags, properties, payload),
-            code,
-        );
+        check_refused(&[version], 0x10, &connect(version, flags, properties, payload), code);
     }
 }
 
@@ -112,14 +96,11 @@ fn one_of_each(version: Version) -> Vec<(u8, Vec<u8>)> {
             (0xE0, vec![]),
         ];
     }
-    let connect_properties = b"\x11\0\0\0\x05\x21\0\x05\x27\0\0\x01\0\x22\0\x05\x19\x01\x17\0\x26\0\x01a\0\x01b\x15\0\x01m\x16\0\x01d";
+    let connect_properties =
+        b"\x11\0\0\0\x05\x21\0\x05\x27\0\0\x01\0\x22\0\x05\x19\x01\x17\0\x26\0\x01a\0\x01b\x15\0\x01m\x16\0\x01d";
     let mut connect = connect(version, 0b1110_1110, connect_properties, &[b"id"]);
     connect.extend_from_slice(b"\x0F\x18\0\0\0\x01\x02\0\0\0\x02\x26\0\0\0\0");
-    connect.extend(
-        [&b"will"[..], b"gone", b"user", b"pass"]
-            .iter()
-            .flat_map(|part| text(part)),
-    );
+    connect.extend([&b"will"[..], b"gone", b"user", b"pass"].iter().flat_map(|part| text(part)));
     let explained = b"\x0B\x1F\0\x01r\x26\0\x01a\0\x01b";
     let with = |head: &[u8], tail: &[u8]| [head, explained, tail].concat();
     vec![
@@ -174,10 +155,7 @@ fn packets_cut_short_anywhere_are_refused() {
             let whole = packet(first, &body);
             for end in 0..whole.len() {
                 assert!(
-                    matches!(
-                        decode(version, &whole[..end]),
-                        Err(DecodeError::Malformed(_))
-                    ),
+                    matches!(decode(version, &whole[..end]), Err(DecodeError::Malformed(_))),
                     "{version:?} {whole:02X?}"
                 );
             }
@@ -189,11 +167,7 @@ fn packets_cut_short_anywhere_are_refused() {
                     bytes
                 });
                 let is_shorter = matches!(first >> 4, 3..=11 | 14 | 15);
-                assert!(
-                    decoded.is_err() || is_shorter,
-                    "{version:?} {first:02X} {:02X?}",
-                    &body[..end]
-                );
+                assert!(decoded.is_err() || is_shorter, "{version:?} {first:02X} {:02X?}", &body[..end]);
             }
         }
     }
@@ -204,10 +178,7 @@ fn bytes_behind_the_end_are_malformed() {
     for &version in ALL {
         for (first, mut body) in one_of_each(version) {
             let whole = packet(first, &body);
-            assert!(matches!(
-                decode(version, &[&whole[..], &[0]].concat()),
-                Err(DecodeError::Malformed(_))
-            ));
+            assert!(matches!(decode(version, &[&whole[..], &[0]].concat()), Err(DecodeError::Malformed(_))));
             body.push(0);
             // A payload takes any byte, a list of Reason Codes another code, a list of filters a filter cut short.
             if first >> 4 != 3 && first != 0x90 && first != 0xB0 && first != 0xE0 && first != 0xF0 {
@@ -227,16 +198,9 @@ fn bytes_behind_the_end_are_malformed() {
 /// §1.5.4 [MQTT-1.5.4-1] [MQTT-1.5.4-2], [MQTT-1.5.3-1] [MQTT-1.5.3-2] in 3.1.1.
 #[test]
 fn strings_that_are_not_utf8_or_contain_null_are_malformed() {
-    for wrong in [
-        &b"\0"[..],
-        b"a\0b",
-        b"\xFF",
-        b"\xC0\x80",
-        b"\xED\xA0\x80",
-        b"\xED\xBF\xBF",
-        b"\xF4\x90\x80\x80",
-        b"\xE2\x82",
-    ] {
+    for wrong in
+        [&b"\0"[..], b"a\0b", b"\xFF", b"\xC0\x80", b"\xED\xA0\x80", b"\xED\xBF\xBF", b"\xF4\x90\x80\x80", b"\xE2\x82"]
+    {
         check_connect_refused(ALL, 2, &[], &[wrong], MALFORMED);
         check_connect_refused(ALL, 0x82, &[], &[b"id", wrong], MALFORMED);
         for &version in ALL {
@@ -245,20 +209,14 @@ fn strings_that_are_not_utf8_or_contain_null_are_malformed() {
             check_refused(&[version], 0xA2, &filter, MALFORMED);
             check_refused(&[version], 0x82, &[&filter[..], &[0]].concat(), MALFORMED);
             let name = [&text(wrong), no_properties].concat();
-            let code = if wrong.contains(&0) {
-                ReasonCode::TOPIC_NAME_INVALID
-            } else {
-                MALFORMED
-            };
+            let code = if wrong.contains(&0) { ReasonCode::TOPIC_NAME_INVALID } else { MALFORMED };
             check_refused(&[version], 0x30, &name, code);
         }
     }
     // [MQTT-1.5.4-3]: U+FEFF is a character like any other.
     for &version in ALL {
         let bytes = packet(0x10, &connect(version, 2, &[], &["\u{FEFF}".as_bytes()]));
-        let Packet::Connect(connect) = decode(version, &bytes).unwrap() else {
-            panic!()
-        };
+        let Packet::Connect(connect) = decode(version, &bytes).unwrap() else { panic!() };
         assert_eq!(connect.client_id, "\u{FEFF}");
     }
 }
@@ -301,10 +259,7 @@ fn other_protocols_and_levels_are_refused_and_answered_in_the_nearest_version() 
         check_refused(ALL, 0x10, &body, MALFORMED);
         assert_eq!(answer_version(&packet(0x10, &body)), None);
     }
-    assert_eq!(
-        answer_version(&packet(0x10, &connect(V31, 0, &[], &[]))),
-        Some(V31)
-    );
+    assert_eq!(answer_version(&packet(0x10, &connect(V31, 0, &[], &[]))), Some(V31));
     assert_eq!(answer_version(&[0xC0, 0]), None);
     assert_eq!(answer_version(&[0x10]), None);
 }
@@ -334,33 +289,13 @@ fn publish_has_a_topic_name_and_no_qos_3_and_no_dup_with_qos_0() {
     for &version in ALL {
         let end: &[u8] = if version == V5 { &[0] } else { &[] };
         check_same(&[version], 0x30, &[b"\0\x01a", end].concat());
-        check_refused(
-            &[version],
-            0x36,
-            &[b"\0\x01a\0\x01", end].concat(),
-            MALFORMED,
-        );
+        check_refused(&[version], 0x36, &[b"\0\x01a\0\x01", end].concat(), MALFORMED);
         check_refused(&[version], 0x38, &[b"\0\x01a", end].concat(), MALFORMED);
-        check_refused(
-            &[version],
-            0x30,
-            &[b"\0\x01#", end].concat(),
-            ReasonCode::TOPIC_NAME_INVALID,
-        );
-        check_refused(
-            &[version],
-            0x30,
-            &[b"\0\x03a/+", end].concat(),
-            ReasonCode::TOPIC_NAME_INVALID,
-        );
+        check_refused(&[version], 0x30, &[b"\0\x01#", end].concat(), ReasonCode::TOPIC_NAME_INVALID);
+        check_refused(&[version], 0x30, &[b"\0\x03a/+", end].concat(), ReasonCode::TOPIC_NAME_INVALID);
         check_refused(&[version], 0x32, &[b"\0\x01a\0\0", end].concat(), PROTOCOL);
         check_refused(&[version], 0x32, b"\0\x01a\0", MALFORMED);
-        check_refused(
-            &[version],
-            0x30,
-            &[b"\0\0", end].concat(),
-            if version == V5 { PROTOCOL } else { MALFORMED },
-        );
+        check_refused(&[version], 0x30, &[b"\0\0", end].concat(), if version == V5 { PROTOCOL } else { MALFORMED });
     }
     check_same(&[V5], 0x30, b"\0\0\x03\x23\0\x01payload");
 }
@@ -429,12 +364,7 @@ fn subscribe_has_filters_and_options_that_exist() {
     for options in 3..=0xFF {
         check_refused(V3, 0x82, &[0, 1, 0, 1, b'a', options], MALFORMED);
     }
-    for (options, code) in [
-        (0x03, PROTOCOL),
-        (0x30, PROTOCOL),
-        (0x40, MALFORMED),
-        (0x80, MALFORMED),
-    ] {
+    for (options, code) in [(0x03, PROTOCOL), (0x30, PROTOCOL), (0x40, MALFORMED), (0x80, MALFORMED)] {
         check_refused(&[V5], 0x82, &[0, 1, 0, 0, 1, b'a', options], code);
     }
     check_same(&[V5], 0x82, &[0, 1, 0, 0, 1, b'a', 0x2E]);
@@ -450,14 +380,8 @@ fn dup_of_control_packets_is_taken_from_3_1_alone() {
 /// §1.5.5 [MQTT-1.5.5-1].
 #[test]
 fn overlong_lengths_are_malformed_in_5() {
-    assert_eq!(
-        decode(V311, &[0x40, 0x82, 0x00, 0, 1]).unwrap(),
-        decode(V311, &[0x40, 2, 0, 1]).unwrap()
-    );
-    assert!(matches!(
-        decode(V5, &[0x40, 0x82, 0x00, 0, 1]),
-        Err(DecodeError::Malformed(_))
-    ));
+    assert_eq!(decode(V311, &[0x40, 0x82, 0x00, 0, 1]).unwrap(), decode(V311, &[0x40, 2, 0, 1]).unwrap());
+    assert!(matches!(decode(V5, &[0x40, 0x82, 0x00, 0, 1]), Err(DecodeError::Malformed(_))));
     let mut long = packet(0x10, &connect(V5, 2, &[], &[b"id"]));
     long.splice(1..2, [long[1] | 0x80, 0]);
     assert!(matches!(decode(V5, &long), Err(DecodeError::Malformed(_))));
@@ -468,9 +392,7 @@ fn overlong_lengths_are_malformed_in_5() {
 /// §2.1.4, §3.1.2.11.4.
 #[test]
 fn frame_tells_the_size_before_the_body_is_there() {
-    let limits = Limits {
-        packet_bytes_max: 1_000,
-    };
+    let limits = Limits { packet_bytes_max: 1_000 };
     for (buffer, expected) in [
         (&[][..], None),
         (&[0x30], None),
@@ -480,44 +402,20 @@ fn frame_tells_the_size_before_the_body_is_there() {
         (&[0x30, 0xE5, 0x07, 1], Some((3, 1_000))),
         (&[0x30, 0x80, 0x80, 0x80, 0x00], Some((5, 5))),
     ] {
-        let measured = frame(buffer, &limits)
-            .unwrap()
-            .map(|frame| (frame.header_len, frame.total_len));
+        let measured = frame(buffer, &limits).unwrap().map(|frame| (frame.header_len, frame.total_len));
         assert_eq!(measured, expected, "{buffer:02X?}");
     }
-    let too_large = DecodeError::PacketTooLarge {
-        announced: 1_001,
-        limit: 1_000,
-    };
+    let too_large = DecodeError::PacketTooLarge { announced: 1_001, limit: 1_000 };
     assert_eq!(frame(&[0x30, 0xE6, 0x07], &limits), Err(too_large));
     assert_eq!(too_large.reason_code(), ReasonCode::PACKET_TOO_LARGE);
-    assert!(matches!(
-        frame(&[0x30, 0xFF, 0xFF, 0xFF, 0x7F], &limits),
-        Err(DecodeError::PacketTooLarge { .. })
-    ));
-    for wrong in [
-        &[0x30, 0x80, 0x80, 0x80, 0x80][..],
-        &[0x00],
-        &[0x36],
-        &[0x38],
-        &[0x11],
-        &[0x60],
-        &[0x80],
-        &[0xC1],
-    ] {
-        assert!(
-            matches!(frame(wrong, &limits), Err(DecodeError::Malformed(_))),
-            "{wrong:02X?}"
-        );
+    assert!(matches!(frame(&[0x30, 0xFF, 0xFF, 0xFF, 0x7F], &limits), Err(DecodeError::PacketTooLarge { .. })));
+    for wrong in [&[0x30, 0x80, 0x80, 0x80, 0x80][..], &[0x00], &[0x36], &[0x38], &[0x11], &[0x60], &[0x80], &[0xC1]] {
+        assert!(matches!(frame(wrong, &limits), Err(DecodeError::Malformed(_))), "{wrong:02X?}");
     }
 }
 
 /// [MQTT-3.3.2-4] [MQTT-3.3.2-15] [MQTT-3.3.2-17] [MQTT-3.3.2-20]; the rest is for one Network Connection.
 #[test]
 fn publish_fits_two_cache_lines() {
-    assert!(
-        size_of::<Packet<'_>>() <= 128,
-        "{}",
-        size_of::<Packet<'_>>()
-    );
+    assert!(size_of::<Packet<'_>>() <= 128, "{}", size_of::<Packet<'_>>());
 }

@@ -42,33 +42,15 @@ fn properties_belong_into_their_packet_and_come_once() {
     ];
     // MQTT 5.0 §2.2.2.2, table 2-4.
     let places: &[Place] = &[
-        (
-            0x10,
-            b"\0\x04MQTT\x05\x02\0\0",
-            b"\0\0",
-            &[0x11, 0x15, 0x16, 0x17, 0x19, 0x21, 0x22, 0x26, 0x27],
-        ),
-        (
-            0x10,
-            b"\0\x04MQTT\x05\x06\0\0\0\0\0",
-            b"\0\x01w\0\0",
-            &[0x01, 0x02, 0x03, 0x08, 0x09, 0x18, 0x26],
-        ),
+        (0x10, b"\0\x04MQTT\x05\x02\0\0", b"\0\0", &[0x11, 0x15, 0x16, 0x17, 0x19, 0x21, 0x22, 0x26, 0x27]),
+        (0x10, b"\0\x04MQTT\x05\x06\0\0\0\0\0", b"\0\x01w\0\0", &[0x01, 0x02, 0x03, 0x08, 0x09, 0x18, 0x26]),
         (
             0x20,
             &[0, 0],
             &[],
-            &[
-                0x11, 0x12, 0x13, 0x15, 0x16, 0x1A, 0x1C, 0x1F, 0x21, 0x22, 0x24, 0x25, 0x26, 0x27,
-                0x28, 0x29, 0x2A,
-            ],
+            &[0x11, 0x12, 0x13, 0x15, 0x16, 0x1A, 0x1C, 0x1F, 0x21, 0x22, 0x24, 0x25, 0x26, 0x27, 0x28, 0x29, 0x2A],
         ),
-        (
-            0x30,
-            b"\0\x01a",
-            &[],
-            &[0x01, 0x02, 0x03, 0x08, 0x09, 0x0B, 0x23, 0x26],
-        ),
+        (0x30, b"\0\x01a", &[], &[0x01, 0x02, 0x03, 0x08, 0x09, 0x0B, 0x23, 0x26]),
         (0x40, &[0, 1, 0], &[], &[0x1F, 0x26]),
         (0x50, &[0, 1, 0], &[], &[0x1F, 0x26]),
         (0x62, &[0, 1, 0], &[], &[0x1F, 0x26]),
@@ -86,9 +68,7 @@ fn properties_belong_into_their_packet_and_come_once() {
             // Authentication Data is only allowed with a method, and AUTH requires one.
             let needs_method = id == 0x16 || (first == 0xF0 && id != 0x15);
             let method: &[u8] = if needs_method { b"\x15\0\x01m" } else { b"" };
-            let body = |properties: &[u8]| {
-                [before, &[properties.len() as u8], properties, behind].concat()
-            };
+            let body = |properties: &[u8]| [before, &[properties.len() as u8], properties, behind].concat();
             let (once, twice) = ([method, &one].concat(), [method, &one, &one].concat());
             if !allowed.contains(&id) {
                 check_refused(&[V5], first, &body(&one), MALFORMED);
@@ -103,12 +83,7 @@ fn properties_belong_into_their_packet_and_come_once() {
             check_refused(&[V5], first, &body(&once[..once.len() - 1]), MALFORMED);
         }
         for unknown in [0x00, 0x04, 0x2B, 0x7F, 0xFF] {
-            check_refused(
-                &[V5],
-                first,
-                &[before, &[2, unknown, 0], behind].concat(),
-                MALFORMED,
-            );
+            check_refused(&[V5], first, &[before, &[2, unknown, 0], behind].concat(), MALFORMED);
         }
     }
 }
@@ -160,35 +135,17 @@ fn forwardable_properties_keep_their_bytes_and_order() {
         (&[ALIAS, USER, FORMAT], &[USER, FORMAT], true),
         (&[USER, FORMAT, ALIAS, EXPIRY], &[USER, FORMAT], true),
         (&[ALIAS, EXPIRY, ID], &[], true),
-        (
-            &[USER, ALIAS, FORMAT, EXPIRY, CONTENT, ID, USER],
-            &[USER, FORMAT, CONTENT, USER],
-            false,
-        ),
+        (&[USER, ALIAS, FORMAT, EXPIRY, CONTENT, ID, USER], &[USER, FORMAT, CONTENT, USER], false),
     ];
     for (parts, expected, is_borrowed) in cases {
         let properties = parts.concat();
-        let bytes = packet(
-            0x30,
-            &[b"\0\x01t", &[properties.len() as u8][..], &properties].concat(),
-        );
-        let Packet::Publish(publish) = decode(V5, &bytes).unwrap() else {
-            panic!()
-        };
+        let bytes = packet(0x30, &[b"\0\x01t", &[properties.len() as u8][..], &properties].concat());
+        let Packet::Publish(publish) = decode(V5, &bytes).unwrap() else { panic!() };
         let forwardable = publish.properties.forwardable();
         assert_eq!(*forwardable, expected.concat());
-        assert_eq!(
-            matches!(forwardable, std::borrow::Cow::Borrowed(_)),
-            *is_borrowed
-        );
-        assert_eq!(
-            publish.properties.has_subscription_ids(),
-            parts.contains(&ID)
-        );
-        assert_eq!(
-            publish.properties.message_expiry,
-            parts.contains(&EXPIRY).then_some(9)
-        );
+        assert_eq!(matches!(forwardable, std::borrow::Cow::Borrowed(_)), *is_borrowed);
+        assert_eq!(publish.properties.has_subscription_ids(), parts.contains(&ID));
+        assert_eq!(publish.properties.message_expiry, parts.contains(&EXPIRY).then_some(9));
         assert_eq!(publish.qos, Qos::AtMostOnce);
     }
 }

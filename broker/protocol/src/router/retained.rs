@@ -1,0 +1,158 @@
+//! Retained messages by Topic Name. MQTT 5.0 §3.3.1.3.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use super::Message;
+use super::trie::Trie;
+
+/// There is no room for another retained message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the store of retained messages is full")]
+pub struct Full;
+
+/// At most one message per topic; bounded by count and bytes.
+#[derive(Debug)]
+pub struct Retained {
+    trie: Trie<Option<Arc<Message>>>,
+    expiring: BTreeSet<(u64, Box<str>)>,
+    len: usize,
+    bytes: usize,
+    messages_max: usize,
+    bytes_max: usize,
+}
+
+fn size(message: &Message) -> usize {
+    message.topic.len() + message.payload.len() + message.properties.len() + 128
+}
+
+impl Retained {
+    /// An empty store with its bounds.
+    pub fn new(messages_max: usize, bytes_max: usize) -> Self {
+        Self { trie: Trie::default(), expiring: BTreeSet::new(), len: 0, bytes: 0, messages_max, bytes_max }
+    }
+
+    /// Messages in it, expired ones that were not swept included.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Nothing is retained.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// What it holds, in bytes, with an estimate of its own cost.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Levels it holds in memory; 0 when it is empty.
+    pub fn nodes(&self) -> usize {
+        self.trie.len()
+    }
+
+    /// Keeps a message in place of the one its topic had. [MQTT-3.3.1-5]
+    ///
+    /// # Errors
+    /// [`Full`] at either bound; what was retained for the topic stays.
+    pub fn set(&mut self, message: Arc<Message>) -> Result<(), Full> {
+        let old = self.get(&message.topic).map_or(0, |old| size(old));
+        let is_new = usize::from(old == 0);
+        if self.len + is_new > self.messages_max || self.bytes - old + size(&message) > self.bytes_max {
+            return Err(Full);
+        }
+        let node = self.trie.entry(&message.topic);
+        self.bytes = self.bytes - old + size(&message);
+        self.len += is_new;
+        if let Some(at) = message.expires_at_ms {
+            self.expiring.insert((at, message.topic.clone()));
+        }
+        let previous = self.trie.value_mut(node).replace(Arc::clone(&message));
+        if let Some(at) = previous.and_then(|previous| previous.expires_at_ms)
+            && message.expires_at_ms != Some(at)
+        {
+            self.expiring.remove(&(at, message.topic.clone()));
+        }
+        Ok(())
+    }
+
+    /// Forgets the message of a topic; `false` if there was none. [MQTT-3.3.1-6]
+    pub fn remove(&mut self, topic: &str) -> bool {
+        let Some(node) = self.trie.find(topic) else { return false };
+        let Some(old) = self.trie.value_mut(node).take() else { return false };
+        if let Some(at) = old.expires_at_ms {
+            self.expiring.remove(&(at, old.topic.clone()));
+        }
+        self.len -= 1;
+        self.bytes -= size(&old);
+        self.trie.prune(topic, Option::is_some);
+        true
+    }
+
+    /// The message of a topic, expired or not.
+    pub fn get(&self, topic: &str) -> Option<&Arc<Message>> {
+        self.trie.value(self.trie.find(topic)?).as_ref()
+    }
+
+    /// Adds every message that `filter` matches and that is not expired.
+    pub fn matching(&self, filter: &str, now_ms: u64, out: &mut Vec<Arc<Message>>) {
+        self.trie.matching_topics(filter, |message| {
+            out.extend(message.iter().filter(|m| m.expires_at_ms.is_none_or(|at| at > now_ms)).cloned());
+            true
+        });
+    }
+
+    /// Removes expired messages, at most `budget`; how many it were. [MQTT-3.3.2-5]
+    pub fn sweep_expired(&mut self, now_ms: u64, budget: usize) -> usize {
+        for done in 0..budget {
+            let Some((_, topic)) = self.expiring.first().filter(|(at, _)| *at <= now_ms).cloned() else { return done };
+            self.remove(&topic);
+        }
+        budget
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::codec::Qos;
+
+    fn message(topic: &str, expires_at_ms: Option<u64>) -> Arc<Message> {
+        Arc::new(Message {
+            topic: topic.into(),
+            payload: Bytes::from_static(b"x"),
+            properties: Bytes::new(),
+            qos: Qos::AtMostOnce,
+            retain: true,
+            expires_at_ms,
+            publisher: None,
+        })
+    }
+
+    /// [MQTT-3.3.2-5]
+    #[test]
+    fn expired_messages_are_neither_found_nor_kept() {
+        let mut retained = Retained::new(10, 10_000);
+        retained.set(message("a", Some(5))).unwrap();
+        retained.set(message("b", Some(9))).unwrap();
+        retained.set(message("b", None)).unwrap();
+        let mut found = Vec::new();
+        retained.matching("#", 5, &mut found);
+        assert_eq!(found.len(), 1);
+        assert_eq!(retained.sweep_expired(100, 10), 1);
+        assert_eq!(retained.len(), 1);
+    }
+
+    #[test]
+    fn bounds_hold_and_replacing_needs_no_room() {
+        let mut retained = Retained::new(1, 10_000);
+        retained.set(message("a", None)).unwrap();
+        assert_eq!(retained.set(message("b", None)), Err(Full));
+        retained.set(message("a", None)).unwrap();
+        assert!(retained.remove("a"));
+        assert_eq!((retained.len(), retained.bytes(), retained.nodes()), (0, 0, 0));
+    }
+}
