@@ -153,7 +153,7 @@ impl<T: Default> Trie<T> {
             let plain = |name: &str| place != ROOT || !name.starts_with('$');
             match level {
                 "+" => {
-                    stack.extend(node.children.iter().filter(|(name, _)| plain(name)).map(|(_, child)| (*child, next)))
+                    stack.extend(node.children.iter().filter(|(name, _)| plain(name)).map(|(_, child)| (*child, next)));
                 }
                 "#" => {
                     if place != ROOT && !visit(&node.value) {

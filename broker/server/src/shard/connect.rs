@@ -160,9 +160,9 @@ impl Shard {
             }
         };
         if key.shard == self.index {
-            self.resume(id, *opening, &grant, key)
+            self.resume(id, *opening, &grant, key);
         } else {
-            self.hand_over(id, opening, grant, key)
+            self.hand_over(id, opening, grant, key);
         }
     }
 
