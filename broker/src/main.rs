@@ -1,2 +1,176 @@
-//! The `wasmqtt` binary.
-fn main() {}
+//! The `wasmqtt` binary: command line, configuration, and the wiring of server and plugin host.
+#![forbid(unsafe_code)]
+
+mod passwd; // entries for password files
+mod plugins; // settings → plugin host
+mod serve; // from settings to a running broker and back
+mod settings; // the configuration file, and what it means
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+use wasmqtt_server::Listener;
+
+// Each shard allocates and frees small things all day; this allocator keeps a heap per thread for that.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// An MQTT broker that is extended with WebAssembly components.
+#[derive(Debug, Parser)]
+#[command(
+    name = "wasmqtt",
+    version,
+    after_help = "\
+Examples:
+  wasmqtt serve                                   on 127.0.0.1:1883, for this machine
+  wasmqtt serve --config /etc/wasmqtt.toml
+  wasmqtt config check /etc/wasmqtt.toml
+  wasmqtt passwd /etc/wasmqtt/passwords ann       asks for the password
+  wasmqtt plugin inspect plugins/auth-file.wasm"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the broker until SIGTERM or SIGINT.
+    #[command(after_help = "\
+Prints one line per listener when it is ready, such as `listening on mqtt://127.0.0.1:1883`; the log goes to standard
+error. SIGTERM and SIGINT end it in good order, a second one at once.
+
+Examples:
+  wasmqtt serve
+  wasmqtt serve --config wasmqtt.toml
+  wasmqtt serve --listen 127.0.0.1:0 --listen unix:/run/wasmqtt.sock")]
+    Serve(ServeArgs),
+    /// Check or show a configuration file.
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Add, replace or delete an entry of a password file.
+    #[command(after_help = "\
+The password is asked for twice, or taken from the first line of standard input when that is not a terminal.
+
+Examples:
+  wasmqtt passwd etc/passwords ann
+  printf '%s\\n' \"$PASSWORD\" | wasmqtt passwd etc/passwords ann
+  wasmqtt passwd --delete etc/passwords ann")]
+    Passwd(PasswdArgs),
+    /// Look at plugins.
+    #[command(subcommand)]
+    Plugin(PluginCommand),
+}
+
+#[derive(Debug, Args)]
+struct ServeArgs {
+    /// Configuration file; without it, the defaults apply.
+    #[arg(short, long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Listen here instead of what the configuration says: `host:port`, or `unix:/path`. May be repeated.
+    #[arg(short, long, value_name = "ADDR", value_parser = settings::parse_listen)]
+    listen: Vec<Listener>,
+}
+
+#[derive(Debug, Subcommand)]
+enum ConfigCommand {
+    /// Say what is wrong with a configuration file; the exit status is 0 if nothing is.
+    Check {
+        /// The file.
+        file: PathBuf,
+    },
+    /// Print what a configuration file means, defaults included.
+    Show {
+        /// The file.
+        file: PathBuf,
+        /// For machines.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+struct PasswdArgs {
+    /// The password file; made if it is not there, readable by its owner only.
+    file: PathBuf,
+    /// User name.
+    user: String,
+    /// Delete the entry.
+    #[arg(long)]
+    delete: bool,
+    /// Memory one check takes; more makes guessing dearer, and needs room in the plugin's memory limit.
+    #[arg(long, value_name = "KIB", default_value_t = argon2::Params::DEFAULT_M_COST,
+        value_parser = clap::value_parser!(u32).range(8..=4_194_304))]
+    memory_kib: u32,
+    /// Passes over that memory.
+    #[arg(long, value_name = "N", default_value_t = argon2::Params::DEFAULT_T_COST,
+        value_parser = clap::value_parser!(u32).range(1..=100))]
+    iterations: u32,
+}
+
+#[derive(Debug, Subcommand)]
+enum PluginCommand {
+    /// Show what a component exports and imports, and which plug-points of the broker it fills.
+    Inspect {
+        /// The component.
+        file: PathBuf,
+        /// For machines.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Serve(args) => {
+            let mut settings = match &args.config {
+                Some(file) => settings::load(file)?,
+                None => settings::defaults()?,
+            };
+            if !args.listen.is_empty() {
+                settings.listeners = args.listen;
+            }
+            serve::run(settings)
+        }
+        Command::Config(ConfigCommand::Check { file }) => {
+            settings::load(&file)?;
+            print(&format!("{}: ok\n", file.display()))
+        }
+        Command::Config(ConfigCommand::Show { file, json }) => {
+            let settings = settings::load(&file)?;
+            let shown = settings.shown();
+            print(&if json {
+                serde_json::to_string_pretty(&shown).context("write JSON")? + "\n"
+            } else {
+                toml::to_string(&shown).context("write TOML")?
+            })
+        }
+        Command::Passwd(args) if args.delete => passwd::delete(&args.file, &args.user),
+        Command::Passwd(args) => {
+            let cost = passwd::Cost { memory_kib: args.memory_kib, iterations: args.iterations };
+            passwd::set(&args.file, &args.user, cost)
+        }
+        Command::Plugin(PluginCommand::Inspect { file, json }) => print(&plugins::inspect(&file, json)?),
+    }
+}
+
+/// To standard output. A reader that has seen enough (`| head`) is not an error.
+fn print(text: &str) -> anyhow::Result<()> {
+    match io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error).context("write to standard output"),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,44 @@
+//! What a component file is, without running it.
+
+use std::path::Path;
+
+use serde::Serialize;
+use wasmtime::component::Component;
+
+use crate::HostError;
+use crate::loader::COMPONENT_BYTES_MAX;
+
+/// The outside of a component.
+#[derive(Debug, Clone, Serialize)]
+pub struct Inspection {
+    /// Bytes of the file.
+    pub size: u64,
+    /// Those of its exports that this broker calls.
+    pub plug_points: Vec<String>,
+    /// Names of its exports.
+    pub exports: Vec<String>,
+    /// Names of its imports.
+    pub imports: Vec<String>,
+}
+
+/// Reads and compiles a component, and lists what it exports and imports.
+///
+/// # Errors
+/// The file cannot be read, is too large, or is no valid component.
+pub fn inspect(path: &Path) -> Result<Inspection, HostError> {
+    let bytes = std::fs::read(path).map_err(HostError::new)?;
+    if bytes.len() > COMPONENT_BYTES_MAX {
+        return Err(HostError::new(format!("{} bytes; at most {COMPONENT_BYTES_MAX} are allowed", bytes.len())));
+    }
+    let engine = crate::engine::engine()?;
+    let component = Component::new(&engine, &bytes).map_err(|error| HostError::new(format!("not a component: {error:#}")))?;
+    let ty = component.component_type();
+    let exports: Vec<String> = ty.exports(&engine).map(|(name, _)| name.to_owned()).collect();
+    let point = |name: &String| name.strip_prefix("wasmqtt:plugin/").map(str::to_owned);
+    Ok(Inspection {
+        size: bytes.len() as u64,
+        plug_points: exports.iter().filter_map(point).filter(|name| !name.starts_with("lifecycle@")).collect(),
+        imports: ty.imports(&engine).map(|(name, _)| name.to_owned()).collect(),
+        exports,
+    })
+}

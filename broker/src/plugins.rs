@@ -1,0 +1,61 @@
+//! The plugin host, as the settings want it, and `plugin inspect`.
+
+use std::fmt::Write as _;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context;
+use wasmqtt_host::{HostConfig, PluginHost};
+use wasmqtt_protocol::ports::{NoPlugins, Plugins};
+
+use crate::settings::Settings;
+
+/// Compiled components, below `data_dir`.
+const CACHE_FOLDER: &str = "plugin-cache";
+
+/// Loads every plugin of the settings; `None` if there can be none, and then there is no Wasm runtime either.
+pub(crate) fn start(settings: &Settings) -> anyhow::Result<Option<Arc<PluginHost>>> {
+    if settings.plugin_dir.is_none() && settings.plugins.is_empty() {
+        return Ok(None);
+    }
+    let config = HostConfig {
+        dir: settings.plugin_dir.clone(),
+        plugins: settings.plugins.clone(),
+        cache_dir: settings.data_dir.join(CACHE_FOLDER),
+        shards: match settings.shards {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            shards => shards,
+        },
+        ..HostConfig::default()
+    };
+    Ok(Some(PluginHost::start(config).context("load plugins")?))
+}
+
+/// What the server asks.
+pub(crate) fn port(host: Option<&Arc<PluginHost>>) -> Arc<dyn Plugins> {
+    match host {
+        Some(host) => Arc::clone(host) as Arc<dyn Plugins>,
+        None => Arc::new(NoPlugins),
+    }
+}
+
+/// What `plugin inspect` prints.
+pub(crate) fn inspect(file: &Path, json: bool) -> anyhow::Result<String> {
+    let inspection = wasmqtt_host::inspect(file).with_context(|| format!("inspect {}", file.display()))?;
+    if json {
+        return Ok(serde_json::to_string_pretty(&inspection).context("write JSON")? + "\n");
+    }
+    let mut text = format!("{}: {} bytes\n", file.display(), inspection.size);
+    for (title, names) in
+        [("plug-points", &inspection.plug_points), ("exports", &inspection.exports), ("imports", &inspection.imports)]
+    {
+        let _ = writeln!(text, "{title}:");
+        for name in names {
+            let _ = writeln!(text, "  {name}");
+        }
+        if names.is_empty() {
+            text.push_str("  none\n");
+        }
+    }
+    Ok(text)
+}

@@ -1,0 +1,414 @@
+//! The configuration file, and what it means.
+//!
+//! [`load`] reads the file once and gives [`Settings`], where every value is present and has been checked. Its errors
+//! name file, line, key, value and what is allowed; all problems are reported, not only the first. Nothing else in the
+//! broker reads configuration.
+mod read; // TOML with spans → values with a place
+mod show; // `Settings` → TOML or JSON, as `config show` prints them
+
+use std::collections::HashSet;
+use std::fmt;
+use std::io;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use wasmqtt_host::{FileGrant, Mode, OnError, PluginConfig, PluginLimits};
+use wasmqtt_protocol::codec::Qos;
+use wasmqtt_server::{Anonymous, Bind, Limits, Listener};
+
+use self::read::{Section, Source, Text};
+
+/// Where the broker listens when nobody says otherwise.
+const LISTEN_DEFAULT: &str = "127.0.0.1:1883";
+/// Place in the chain when `[[plugin]]` does not say.
+const ORDER_DEFAULT: i32 = 100;
+/// Spellings of [`OnError`].
+const ON_ERROR: [(&str, OnError); 4] =
+    [("deny", OnError::Deny), ("allow", OnError::Allow), ("skip", OnError::Skip), ("retry", OnError::Retry)];
+/// Spellings of [`Mode`].
+const MODES: [(&str, Mode); 2] = [("read", Mode::Read), ("write", Mode::Write)];
+
+/// What the operator wants, complete and checked. All paths are absolute.
+#[derive(Debug, Clone)]
+pub(crate) struct Settings {
+    /// What the broker keeps on disk; made when it is first needed.
+    pub(crate) data_dir: PathBuf,
+    /// At least one.
+    pub(crate) listeners: Vec<Listener>,
+    /// [`Anonymous::Loopback`] if the file does not say.
+    pub(crate) anonymous: Anonymous,
+    pub(crate) limits: Limits,
+    /// 0: one per core.
+    pub(crate) shards: usize,
+    /// Watched folder with `*.wasm`; `None`: no folder was named, and there is no `plugins` beside the file.
+    pub(crate) plugin_dir: Option<PathBuf>,
+    /// In the order of the file.
+    pub(crate) plugins: Vec<PluginConfig>,
+    pub(crate) log: Log,
+}
+
+/// Where log lines go is not a choice: standard error.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Log {
+    /// A level, or `target=level` pairs with commas between them.
+    pub(crate) level: String,
+    /// JSON lines rather than text.
+    pub(crate) json: bool,
+}
+
+/// Why there are no [`Settings`].
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConfigError {
+    #[error("cannot read configuration file {}: {error}", path.display())]
+    Read { path: PathBuf, error: io::Error },
+    #[error("{}", Problems { path, problems })]
+    Invalid { path: PathBuf, problems: Vec<Problem> },
+}
+
+/// One thing that is wrong with a file, and where.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Problem {
+    /// From 1.
+    pub(crate) line: usize,
+    pub(crate) text: String,
+}
+
+struct Problems<'a> {
+    path: &'a Path,
+    problems: &'a [Problem],
+}
+
+impl fmt::Display for Problems<'_> {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (place, problem) in self.problems.iter().enumerate() {
+            let separator = if place == 0 { "" } else { "\n" };
+            write!(out, "{separator}{}:{}: {}", self.path.display(), problem.line, problem.text)?;
+        }
+        Ok(())
+    }
+}
+
+/// Reads and checks the file at `path`. Relative paths in it start at its folder.
+///
+/// # Errors
+/// [`ConfigError::Read`] if there is no such file, [`ConfigError::Invalid`] with every problem in it.
+pub(crate) fn load(path: &Path) -> Result<Settings, ConfigError> {
+    let failed = |error| ConfigError::Read { path: path.to_owned(), error };
+    let text = std::fs::read_to_string(path).map_err(failed)?;
+    let absolute = std::path::absolute(path).map_err(failed)?;
+    let base = absolute.parent().unwrap_or(Path::new("/"));
+    parse(&text, base).map_err(|problems| ConfigError::Invalid { path: path.to_owned(), problems })
+}
+
+/// What an empty file in the current folder would mean.
+///
+/// # Errors
+/// [`ConfigError::Read`] if there is no current folder.
+pub(crate) fn defaults() -> Result<Settings, ConfigError> {
+    let path = PathBuf::from(".");
+    let base = std::env::current_dir().map_err(|error| ConfigError::Read { path: path.clone(), error })?;
+    parse("", &base).map_err(|problems| ConfigError::Invalid { path, problems })
+}
+
+/// Reads `host:port`, `[v6]:port` or `unix:/path`, as `--listen` takes them.
+pub(crate) fn parse_listen(text: &str) -> Result<Listener, String> {
+    match text.strip_prefix("unix:") {
+        Some("") => Err("a path must follow `unix:`".to_owned()),
+        Some(path) => {
+            let path = std::path::absolute(path).map_err(|error| error.to_string())?;
+            Ok(unix_listener(path))
+        }
+        None => tcp_listener(text.strip_prefix("mqtt://").unwrap_or(text)),
+    }
+}
+
+fn parse(text: &str, base: &Path) -> Result<Settings, Vec<Problem>> {
+    let source = Source::new(text);
+    let document = source.parse()?;
+    let settings = meaning(source.root(&document), base);
+    source.finish()?;
+    Ok(settings)
+}
+
+/// The one place that knows keys, defaults and ranges. Problems are left with the source of `root`.
+fn meaning(mut root: Section<'_>, base: &Path) -> Settings {
+    let data_dir = base.join(root.text("data_dir").map_or("data", |text| text.value));
+    let shards = root.number("shards", 0, 0..=1024);
+
+    let mut listeners = Vec::new();
+    for listener in root.sections("listener") {
+        listeners.extend(meant_listener(listener, base, &listeners));
+    }
+    if listeners.is_empty() {
+        listeners.extend(tcp_listener(LISTEN_DEFAULT));
+    }
+
+    let mut auth = root.section("auth");
+    let anonymous = match auth.flag("anonymous") {
+        None => Anonymous::Loopback,
+        Some(true) => Anonymous::Allow,
+        Some(false) => Anonymous::Deny,
+    };
+    auth.finish();
+
+    let limits = meant_limits(root.section("limits"));
+
+    let mut folder = root.section("plugins");
+    let plugin_dir = match folder.text("dir") {
+        Some(dir) => {
+            let path = base.join(dir.value);
+            if !path.is_dir() {
+                folder.problem(&dir, &format!("no such folder ({})", path.display()));
+            }
+            Some(path)
+        }
+        None => Some(base.join("plugins")).filter(|path| path.is_dir()),
+    };
+    folder.finish();
+
+    let mut plugins = Vec::new();
+    let mut names = HashSet::new();
+    for plugin in root.sections("plugin") {
+        plugins.extend(meant_plugin(plugin, base, plugin_dir.as_deref(), &mut names));
+    }
+
+    let mut store = root.section("store");
+    store.choice("durability", &[("memory", ())]);
+    store.finish();
+
+    let mut log = root.section("log");
+    let level = log.text("level");
+    if let Some(level) = &level
+        && !is_log_level(level.value)
+    {
+        log.problem(
+            level,
+            "allowed are error, warn, info, debug, trace, off, and pairs such as \"info,wasmqtt_host=debug\"",
+        );
+    }
+    let level = level.map_or("info", |text| text.value).to_owned();
+    let json = log.choice("format", &[("text", false), ("json", true)]).unwrap_or(false);
+    log.finish();
+
+    root.finish();
+    Settings { data_dir, listeners, anonymous, limits, shards, plugin_dir, plugins, log: Log { level, json } }
+}
+
+fn meant_limits(mut limits: Section<'_>) -> Limits {
+    let default = Limits::default();
+    let meant = Limits {
+        packet_bytes_max: limits.number("packet_bytes_max", default.packet_bytes_max, 128..=268_435_460),
+        receive_maximum: limits.number("receive_maximum", default.receive_maximum, 1..=65_535),
+        inflight_max: limits.number("inflight_max", default.inflight_max, 1..=65_535),
+        topic_alias_maximum: limits.number("topic_alias_maximum", default.topic_alias_maximum, 0..=65_535),
+        maximum_qos: match limits.number("maximum_qos", 2, 0..=2) {
+            0 => Qos::AtMostOnce,
+            1 => Qos::AtLeastOnce,
+            _ => Qos::ExactlyOnce,
+        },
+        retain_available: limits.flag("retain_available").unwrap_or(default.retain_available),
+        keep_alive_max: match limits.number("keep_alive_max_secs", 0, 0..=65_535) {
+            0 => None,
+            seconds => Some(Duration::from_secs(seconds)),
+        },
+        connect_timeout: limits.seconds("connect_timeout_secs", default.connect_timeout, 1..=3_600),
+        session_expiry_max: limits.seconds("session_expiry_max_secs", default.session_expiry_max, 0..=4_294_967_295),
+        queue_messages_max: limits.number("queue_messages_max", default.queue_messages_max, 1..=1_000_000_000),
+        queue_bytes_max: limits.number("queue_bytes_max", default.queue_bytes_max, 1_024..=1 << 40),
+        outbound_bytes_max: limits.number("outbound_bytes_max", default.outbound_bytes_max, 1_024..=1 << 32),
+        connections_max: limits.number("connections_max", default.connections_max, 1..=1_000_000_000),
+    };
+    limits.finish();
+    meant
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Protocol {
+    Mqtt,
+    Unix,
+    NotYet,
+}
+
+fn meant_listener(mut listener: Section<'_>, base: &Path, others: &[Listener]) -> Option<Listener> {
+    let bind = listener.required("bind", "an address such as \"127.0.0.1:1883\"");
+    let protocol = listener.text("protocol");
+    let kind = match protocol.as_ref().map_or("mqtt", |text| text.value) {
+        "mqtt" => Protocol::Mqtt,
+        "unix" => Protocol::Unix,
+        "mqtts" | "ws" | "wss" => {
+            listener.problem(protocol.as_ref()?, "not available yet: allowed are \"mqtt\" and \"unix\"");
+            Protocol::NotYet
+        }
+        _ => {
+            listener.problem(protocol.as_ref()?, "allowed are \"mqtt\" and \"unix\"");
+            Protocol::NotYet
+        }
+    };
+    listener.finish();
+    let bind = bind?;
+    let meant = match kind {
+        Protocol::NotYet => return None,
+        Protocol::Unix if bind.value.is_empty() => Err("must be the path of a socket file".to_owned()),
+        Protocol::Unix => Ok(unix_listener(base.join(bind.value))),
+        Protocol::Mqtt => tcp_listener(bind.value),
+    };
+    match meant {
+        Ok(meant) if others.iter().any(|other| other.name == meant.name && !meant.name.ends_with(":0")) => {
+            listener.problem(&bind, "another [[listener]] has this address already");
+            None
+        }
+        Ok(meant) => Some(meant),
+        Err(why) => {
+            listener.problem(&bind, &why);
+            None
+        }
+    }
+}
+
+fn tcp_listener(text: &str) -> Result<Listener, String> {
+    let allowed = "must be an address and a port such as \"127.0.0.1:1883\", \"0.0.0.0:1883\" or \"[::1]:1883\"";
+    let address: SocketAddr = match text.parse() {
+        Ok(address) => address,
+        // Anything else may still be a host name; a missing port or an empty host is not worth a question.
+        Err(_) if text.rsplit_once(':').is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err()) => {
+            return Err(allowed.to_owned());
+        }
+        Err(_) => match text.to_socket_addrs().map(|mut found| found.next()) {
+            Ok(Some(address)) => address,
+            Ok(None) => return Err(allowed.to_owned()),
+            Err(error) => return Err(format!("{allowed} ({error})")),
+        },
+    };
+    Ok(Listener { bind: Bind::Tcp(address), name: format!("mqtt://{address}").into() })
+}
+
+fn unix_listener(path: PathBuf) -> Listener {
+    Listener { name: Arc::from(format!("unix:{}", path.display())), bind: Bind::Unix(path) }
+}
+
+fn meant_plugin<'a>(
+    mut plugin: Section<'a>,
+    base: &Path,
+    dir: Option<&Path>,
+    names: &mut HashSet<&'a str>,
+) -> Option<PluginConfig> {
+    let name = plugin.required("name", "a name such as \"auth-file\"");
+    if let Some(name) = &name {
+        if !is_plugin_name(name.value) {
+            plugin.problem(name, "must be 1 to 64 letters, digits, `-` or `_`");
+        } else if !names.insert(name.value) {
+            plugin.problem(name, "another [[plugin]] has this name already");
+        }
+    }
+    let path = meant_plugin_path(&mut plugin, name.as_ref(), dir.unwrap_or(base));
+    let sha256 = plugin.text("sha256");
+    if let Some(digest) = &sha256
+        && !(digest.value.len() == 64 && digest.value.bytes().all(|byte| byte.is_ascii_hexdigit()))
+    {
+        plugin.problem(digest, "must be 64 hexadecimal digits");
+    }
+    let order = plugin.number("order", ORDER_DEFAULT, -1_000_000..=1_000_000);
+    let on_error = plugin.choice("on_error", &ON_ERROR).unwrap_or_default();
+    let config = flatten(plugin.table("config"));
+
+    let mut grants = plugin.section("grants");
+    let files = grants.sections("files").into_iter().filter_map(|file| meant_file_grant(file, base)).collect();
+    grants.finish();
+
+    let mut limits = plugin.section("limits");
+    let default = PluginLimits::default();
+    let meant_limits = PluginLimits {
+        memory_mib: limits.number("memory_mib", default.memory_mib, 1..=4_096),
+        deadline_ms: limits.number("deadline_ms", default.deadline_ms, 1..=600_000),
+        cpu_ms: limits.number("cpu_ms", default.cpu_ms, 1..=600_000),
+        instances: limits.number("instances", default.instances, 1..=1_024),
+    };
+    limits.finish();
+
+    plugin.finish();
+    Some(PluginConfig {
+        name: name?.value.to_owned(),
+        path: path?,
+        order,
+        on_error,
+        config,
+        files,
+        limits: meant_limits,
+        sha256: sha256.map(|digest| digest.value.to_ascii_lowercase()),
+    })
+}
+
+/// A relative path starts at the plugin folder, where uploads and reloads happen; `NAME.wasm` if there is none.
+fn meant_plugin_path(plugin: &mut Section<'_>, name: Option<&Text<'_>>, root: &Path) -> Option<PathBuf> {
+    let written = plugin.text("path");
+    let path = match (&written, name) {
+        (Some(path), _) => root.join(path.value),
+        (None, Some(name)) => root.join(format!("{}.wasm", name.value)),
+        (None, None) => return None,
+    };
+    if !path.is_file() {
+        let file = path.display();
+        match (&written, name) {
+            (Some(written), _) => plugin.problem(written, &format!("no such file ({file})")),
+            (None, Some(name)) => plugin.problem(name, &format!("without `path`, and no such file ({file})")),
+            (None, None) => {}
+        }
+    }
+    Some(path)
+}
+
+/// Pairs, as plugins take their settings: `config = { a = { b = 1 } }` becomes `a.b` and `1`. Lists count from 0.
+fn flatten(table: toml::Table) -> Vec<(String, String)> {
+    let mut pairs = Vec::new();
+    let mut open: Vec<(String, toml::Value)> = table.into_iter().rev().collect();
+    while let Some((name, value)) = open.pop() {
+        match value {
+            toml::Value::Table(inner) => {
+                open.extend(inner.into_iter().rev().map(|(key, value)| (format!("{name}.{key}"), value)));
+            }
+            toml::Value::Array(items) => {
+                open.extend(items.into_iter().enumerate().rev().map(|(at, value)| (format!("{name}.{at}"), value)));
+            }
+            toml::Value::String(text) => pairs.push((name, text)),
+            other => pairs.push((name, other.to_string())),
+        }
+    }
+    pairs
+}
+
+fn meant_file_grant(mut grant: Section<'_>, base: &Path) -> Option<FileGrant> {
+    let host = grant.required("host", "a file or folder of this machine");
+    let guest = grant.required("guest", "the path under which the plugin sees it, such as \"/passwords\"");
+    let mode = grant.choice("mode", &MODES).unwrap_or_default();
+    grant.finish();
+    let (host, guest): (Text<'_>, Text<'_>) = (host?, guest?);
+    let path = base.join(host.value);
+    if !path.exists() {
+        grant.problem(&host, &format!("no such file or folder ({})", path.display()));
+    }
+    if path.is_file() && mode == Mode::Write {
+        grant.problem(&host, "a single file can only be read: grant its folder, or say mode = \"read\"");
+    }
+    if !guest.value.starts_with('/') || guest.value.split('/').any(|part| part == "..") {
+        grant.problem(&guest, "must be an absolute path without `..`, such as \"/passwords\"");
+    }
+    Some(FileGrant { host: path, guest: guest.value.to_owned(), mode })
+}
+
+fn is_plugin_name(name: &str) -> bool {
+    (1..=64).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte))
+}
+
+/// A bare word must be a level: the log library would take a misspelt one for the name of a target.
+fn is_log_level(text: &str) -> bool {
+    let is_level = |word: &str| ["off", "error", "warn", "info", "debug", "trace"].contains(&word);
+    text.split(',').all(|part| match part.split_once('=') {
+        Some((target, level)) => !target.is_empty() && is_level(level),
+        None => is_level(part),
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,183 @@
+//! [`Settings`] in the form of the file, with every value that applies.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::Serialize;
+use wasmqtt_host::{FileGrant, PluginConfig};
+use wasmqtt_protocol::codec::Qos;
+use wasmqtt_server::{Anonymous, Bind};
+
+use super::{MODES, ON_ERROR, Settings};
+
+#[derive(Serialize)]
+pub(crate) struct Shown<'a> {
+    data_dir: &'a Path,
+    shards: usize,
+    auth: Auth,
+    limits: Limits,
+    plugins: Folder<'a>,
+    store: Store,
+    log: Log<'a>,
+    listener: Vec<Listener>,
+    plugin: Vec<Plugin<'a>>,
+}
+
+#[derive(Serialize)]
+struct Listener {
+    bind: String,
+    protocol: &'static str,
+}
+
+/// Absent means loopback clients only, which has no other spelling in the file.
+#[derive(Serialize)]
+struct Auth {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    anonymous: Option<bool>,
+}
+
+#[derive(Serialize)]
+struct Limits {
+    packet_bytes_max: u32,
+    receive_maximum: u16,
+    inflight_max: u16,
+    topic_alias_maximum: u16,
+    maximum_qos: u8,
+    retain_available: bool,
+    keep_alive_max_secs: u64,
+    connect_timeout_secs: u64,
+    session_expiry_max_secs: u64,
+    queue_messages_max: usize,
+    queue_bytes_max: usize,
+    outbound_bytes_max: usize,
+    connections_max: usize,
+}
+
+#[derive(Serialize)]
+struct Folder<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dir: Option<&'a Path>,
+}
+
+#[derive(Serialize)]
+struct Plugin<'a> {
+    name: &'a str,
+    path: &'a Path,
+    order: i32,
+    on_error: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sha256: Option<&'a str>,
+    config: BTreeMap<&'a str, &'a str>,
+    grants: Grants<'a>,
+    limits: ShownLimits,
+}
+
+#[derive(Serialize)]
+struct Grants<'a> {
+    files: Vec<ShownGrant<'a>>,
+}
+
+#[derive(Serialize)]
+struct ShownGrant<'a> {
+    host: &'a Path,
+    guest: &'a str,
+    mode: &'static str,
+}
+
+#[derive(Serialize)]
+struct ShownLimits {
+    memory_mib: u32,
+    deadline_ms: u64,
+    cpu_ms: u64,
+    instances: usize,
+}
+
+#[derive(Serialize)]
+struct Store {
+    durability: &'static str,
+}
+
+#[derive(Serialize)]
+struct Log<'a> {
+    level: &'a str,
+    format: &'static str,
+}
+
+impl Settings {
+    /// As a file would have to say it; reading that file gives the same settings.
+    pub(crate) fn shown(&self) -> Shown<'_> {
+        let limits = &self.limits;
+        Shown {
+            data_dir: &self.data_dir,
+            shards: self.shards,
+            auth: Auth {
+                anonymous: match self.anonymous {
+                    Anonymous::Loopback => None,
+                    Anonymous::Allow => Some(true),
+                    Anonymous::Deny => Some(false),
+                },
+            },
+            limits: Limits {
+                packet_bytes_max: limits.packet_bytes_max,
+                receive_maximum: limits.receive_maximum,
+                inflight_max: limits.inflight_max,
+                topic_alias_maximum: limits.topic_alias_maximum,
+                maximum_qos: match limits.maximum_qos {
+                    Qos::AtMostOnce => 0,
+                    Qos::AtLeastOnce => 1,
+                    Qos::ExactlyOnce => 2,
+                },
+                retain_available: limits.retain_available,
+                keep_alive_max_secs: limits.keep_alive_max.map_or(0, |time| time.as_secs()),
+                connect_timeout_secs: limits.connect_timeout.as_secs(),
+                session_expiry_max_secs: limits.session_expiry_max.as_secs(),
+                queue_messages_max: limits.queue_messages_max,
+                queue_bytes_max: limits.queue_bytes_max,
+                outbound_bytes_max: limits.outbound_bytes_max,
+                connections_max: limits.connections_max,
+            },
+            plugins: Folder { dir: self.plugin_dir.as_deref() },
+            store: Store { durability: "memory" },
+            log: Log { level: &self.log.level, format: if self.log.json { "json" } else { "text" } },
+            listener: self.listeners.iter().map(shown_listener).collect(),
+            plugin: self.plugins.iter().map(shown_plugin).collect(),
+        }
+    }
+}
+
+fn shown_listener(listener: &wasmqtt_server::Listener) -> Listener {
+    match &listener.bind {
+        Bind::Tcp(address) => Listener { bind: address.to_string(), protocol: "mqtt" },
+        Bind::Unix(path) => Listener { bind: path.display().to_string(), protocol: "unix" },
+    }
+}
+
+fn shown_plugin(plugin: &PluginConfig) -> Plugin<'_> {
+    let file = |grant: &FileGrant| spelling(&MODES, grant.mode);
+    let limits = &plugin.limits;
+    Plugin {
+        name: &plugin.name,
+        path: &plugin.path,
+        order: plugin.order,
+        on_error: spelling(&ON_ERROR, plugin.on_error),
+        sha256: plugin.sha256.as_deref(),
+        config: plugin.config.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect(),
+        grants: Grants {
+            files: plugin
+                .files
+                .iter()
+                .map(|grant| ShownGrant { host: &grant.host, guest: &grant.guest, mode: file(grant) })
+                .collect(),
+        },
+        limits: ShownLimits {
+            memory_mib: limits.memory_mib,
+            deadline_ms: limits.deadline_ms,
+            cpu_ms: limits.cpu_ms,
+            instances: limits.instances,
+        },
+    }
+}
+
+fn spelling<T: PartialEq>(spellings: &[(&'static str, T)], value: T) -> &'static str {
+    spellings.iter().find(|(_, known)| *known == value).map_or("", |(name, _)| name)
+}

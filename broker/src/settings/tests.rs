@@ -1,0 +1,266 @@
+use std::fs;
+
+use tempfile::TempDir;
+
+use super::*;
+
+/// A folder with the files that the full example names.
+fn folder() -> TempDir {
+    let folder = TempDir::new().expect("temporary folder");
+    fs::create_dir_all(folder.path().join("plugins")).expect("folder");
+    fs::create_dir_all(folder.path().join("etc")).expect("folder");
+    fs::write(folder.path().join("plugins/auth-file.wasm"), "").expect("file");
+    fs::write(folder.path().join("etc/passwords"), "").expect("file");
+    folder
+}
+
+fn meant(text: &str) -> Settings {
+    let folder = folder();
+    parse(text, folder.path()).unwrap_or_else(|problems| panic!("{problems:?}"))
+}
+
+/// Checks that `text` has exactly these problems, each a line and words of its message.
+fn check_problems(text: &str, expected: &[(usize, &[&str])]) {
+    let folder = folder();
+    let problems = parse(text, folder.path()).expect_err("has problems");
+    assert_eq!(problems.len(), expected.len(), "{problems:?}");
+    for (problem, (line, words)) in problems.iter().zip(expected) {
+        assert_eq!(problem.line, *line, "{problem:?}");
+        for word in *words {
+            assert!(problem.text.contains(word), "{word:?} is not in {:?}", problem.text);
+        }
+    }
+}
+
+const FULL: &str = r#"
+data_dir = "data"
+shards = 3
+[[listener]]
+bind = "127.0.0.1:1884"
+protocol = "mqtt"
+[[listener]]
+bind = "run/wasmqtt.sock"
+protocol = "unix"
+[auth]
+anonymous = false
+[limits]
+packet_bytes_max = 2_000_000
+receive_maximum = 10
+inflight_max = 20
+topic_alias_maximum = 0
+maximum_qos = 1
+retain_available = false
+keep_alive_max_secs = 60
+connect_timeout_secs = 5
+session_expiry_max_secs = 0
+queue_messages_max = 7
+queue_bytes_max = 8192
+outbound_bytes_max = 4096
+connections_max = 100
+[plugins]
+dir = "plugins"
+[[plugin]]
+name = "auth-file"
+path = "auth-file.wasm"
+order = 10
+on_error = "skip"
+sha256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+config = { file = "/passwords", depth = { most = 3, names = ["a", "b"] } }
+grants = { files = [{ host = "etc/passwords", guest = "/passwords", mode = "read" }] }
+limits = { memory_mib = 32, deadline_ms = 4000, cpu_ms = 300, instances = 2 }
+[store]
+durability = "memory"
+[log]
+level = "info,wasmqtt_host=debug"
+format = "json"
+"#;
+
+#[test]
+fn each_key_of_a_full_file_arrives() {
+    let folder = folder();
+    let settings = parse(FULL, folder.path()).expect("valid");
+    assert_eq!(settings.data_dir, folder.path().join("data"));
+    assert_eq!(settings.shards, 3);
+    assert_eq!(&*settings.listeners[0].name, "mqtt://127.0.0.1:1884");
+    assert!(matches!(&settings.listeners[1].bind, Bind::Unix(path) if *path == folder.path().join("run/wasmqtt.sock")));
+    assert_eq!(settings.anonymous, Anonymous::Deny);
+    let limits = &settings.limits;
+    assert_eq!(limits.packet_bytes_max, 2_000_000);
+    assert_eq!((limits.receive_maximum, limits.inflight_max, limits.topic_alias_maximum), (10, 20, 0));
+    assert_eq!((limits.maximum_qos, limits.retain_available), (Qos::AtLeastOnce, false));
+    assert_eq!(limits.keep_alive_max, Some(Duration::from_mins(1)));
+    assert_eq!((limits.connect_timeout, limits.session_expiry_max), (Duration::from_secs(5), Duration::ZERO));
+    assert_eq!((limits.queue_messages_max, limits.queue_bytes_max), (7, 8192));
+    assert_eq!((limits.outbound_bytes_max, limits.connections_max), (4096, 100));
+    assert_eq!(settings.plugin_dir, Some(folder.path().join("plugins")));
+    let plugin = &settings.plugins[0];
+    assert_eq!((plugin.name.as_str(), plugin.order, plugin.on_error), ("auth-file", 10, OnError::Skip));
+    assert_eq!(plugin.path, folder.path().join("plugins/auth-file.wasm"));
+    let pairs: Vec<_> = plugin.config.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    assert_eq!(pairs, [("depth.most", "3"), ("depth.names.0", "a"), ("depth.names.1", "b"), ("file", "/passwords")]);
+    assert!(plugin.sha256.as_ref().is_some_and(|digest| digest.starts_with("e3b0")));
+    assert_eq!(plugin.files[0].host, folder.path().join("etc/passwords"));
+    assert_eq!((plugin.files[0].guest.as_str(), plugin.files[0].mode), ("/passwords", Mode::Read));
+    let limits = &plugin.limits;
+    assert_eq!((limits.memory_mib, limits.deadline_ms, limits.cpu_ms, limits.instances), (32, 4000, 300, 2));
+    assert_eq!(settings.log, Log { level: "info,wasmqtt_host=debug".into(), json: true });
+}
+
+#[test]
+fn an_empty_file_means_the_documented_defaults() {
+    let settings = meant("");
+    assert_eq!(settings.listeners.len(), 1);
+    assert_eq!(&*settings.listeners[0].name, "mqtt://127.0.0.1:1883");
+    assert_eq!(settings.anonymous, Anonymous::Loopback);
+    assert_eq!(settings.limits.packet_bytes_max, 1_048_576);
+    assert_eq!(settings.limits.session_expiry_max, Duration::from_hours(7 * 24));
+    assert_eq!(settings.limits.queue_bytes_max, 16_777_216);
+    assert_eq!(settings.limits.keep_alive_max, None);
+    assert!(settings.plugin_dir.is_some(), "the folder `plugins` beside the file");
+    assert_eq!(settings.log, Log { level: "info".into(), json: false });
+}
+
+#[test]
+fn without_a_plugins_folder_there_is_none() {
+    let empty = TempDir::new().expect("temporary folder");
+    assert_eq!(parse("", empty.path()).expect("valid").plugin_dir, None);
+}
+
+/// What `config show` prints is a configuration with the same meaning.
+#[test]
+fn shown_settings_read_back_alike() {
+    let folder = folder();
+    for text in ["", FULL, "auth.anonymous = true"] {
+        let settings = parse(text, folder.path()).expect("valid");
+        let shown = toml::to_string(&settings.shown()).expect("TOML");
+        let again = parse(&shown, folder.path()).unwrap_or_else(|problems| panic!("{problems:?}\n{shown}"));
+        assert_eq!(toml::to_string(&again.shown()).expect("TOML"), shown);
+    }
+}
+
+#[test]
+fn unknown_keys_come_with_a_suggestion() {
+    check_problems(
+        "data_dir = \"data\"\n[limits]\nrecieve_maximum = 10\n",
+        &[(3, &["limits.recieve_maximum", "= 10", "did you mean `receive_maximum`?", "known are packet_bytes_max"])],
+    );
+    check_problems("[limit]\n", &[(1, &["unknown key `limit`", "did you mean `limits`?"])]);
+    check_problems(
+        "[[plugin]]\nname = \"auth-file\"\nlimits = { zebra = 1 }\n",
+        &[(3, &["plugin.limits.zebra", "= 1"])],
+    );
+}
+
+#[test]
+fn numbers_name_their_range() {
+    check_problems(
+        "[limits]\nreceive_maximum = 70000\nmaximum_qos = -1\nqueue_messages_max = \"many\"\ninflight_max = 99999999999999999999\n",
+        &[
+            (2, &["limits.receive_maximum = 70000", "from 1 to 65535"]),
+            (3, &["limits.maximum_qos = -1", "from 0 to 2"]),
+            (4, &["limits.queue_messages_max = \"many\"", "whole number"]),
+            (5, &["limits.inflight_max = 99999999999999999999", "from 1 to 65535"]),
+        ],
+    );
+}
+
+#[test]
+fn words_name_what_is_allowed() {
+    check_problems(
+        "[store]\ndurability = \"fsync\"\n[log]\nformat = \"xml\"\nlevel = \"inof\"\n[auth]\nanonymous = \"yes\"\n",
+        &[
+            (2, &["store.durability = \"fsync\"", "the only value is \"memory\""]),
+            (4, &["log.format = \"xml\"", "allowed are \"text\", \"json\""]),
+            (5, &["log.level = \"inof\"", "info"]),
+            (7, &["auth.anonymous = \"yes\"", "true and false"]),
+        ],
+    );
+}
+
+#[test]
+fn listeners_say_what_is_wrong_with_them() {
+    check_problems(
+        "[[listener]]\nbind = \"127.0.0.1\"\n[[listener]]\nbind = \"127.0.0.1:8883\"\nprotocol = \"mqtts\"\n\
+         [[listener]]\nprotocol = \"mqtt\"\n[[listener]]\nbind = \"127.0.0.1:1\"\n[[listener]]\nbind = \"127.0.0.1:1\"\n\
+         [[listener]]\nbind = \"127.0.0.1:2\"\nprotocol = \"amqp\"\n",
+        &[
+            (2, &["listener.bind = \"127.0.0.1\"", "address and a port"]),
+            (5, &["listener.protocol = \"mqtts\"", "not available yet"]),
+            (7, &["listener", "`bind` is missing"]),
+            (11, &["listener.bind = \"127.0.0.1:1\"", "already"]),
+            (14, &["listener.protocol = \"amqp\"", "allowed are \"mqtt\" and \"unix\""]),
+        ],
+    );
+}
+
+#[test]
+fn several_listeners_may_take_any_free_port() {
+    assert_eq!(meant("listener = [{ bind = \"127.0.0.1:0\" }, { bind = \"127.0.0.1:0\" }]").listeners.len(), 2);
+}
+
+#[test]
+fn missing_files_are_named() {
+    check_problems(
+        "[plugins]\ndir = \"modules\"\n[[plugin]]\nname = \"a\"\npath = \"/nowhere/a.wasm\"\n\
+         grants = { files = [{ host = \"etc/shadow\", guest = \"passwords\" }] }\n",
+        &[
+            (2, &["plugins.dir = \"modules\"", "no such folder"]),
+            (5, &["plugin.path = \"/nowhere/a.wasm\"", "no such file (/nowhere/a.wasm)"]),
+            (6, &["plugin.grants.files.host = \"etc/shadow\"", "no such file or folder"]),
+            (6, &["plugin.grants.files.guest = \"passwords\"", "absolute"]),
+        ],
+    );
+    check_problems(
+        "[[plugin]]\nname = \"auth-file\"\n[[plugin.grants.files]]\nhost = \"etc/passwords\"\nguest = \"/p\"\nmode = \"write\"\n",
+        &[(4, &["plugin.grants.files.host = \"etc/passwords\"", "can only be read"])],
+    );
+    check_problems("[[plugin]]\nname = \"b\"\n", &[(2, &["plugin.name = \"b\"", "b.wasm"])]);
+}
+
+#[test]
+fn plugins_need_names_of_their_own() {
+    check_problems(
+        "[[plugin]]\nname = \"auth-file\"\n[[plugin]]\nname = \"auth-file\"\n[[plugin]]\nname = \"../x\"\npath = \"auth-file.wasm\"\n\
+         on_error = \"explode\"\n[[plugin]]\npath = \"auth-file.wasm\"\n",
+        &[
+            (4, &["plugin.name = \"auth-file\"", "already"]),
+            (6, &["plugin.name = \"../x\"", "letters"]),
+            (8, &["plugin.on_error = \"explode\"", "\"deny\""]),
+            (10, &["`name` is missing"]),
+        ],
+    );
+}
+
+#[test]
+fn what_is_not_toml_is_said_with_its_line() {
+    check_problems("data_dir = \"data\"\n[limits\n", &[(2, &["not TOML"])]);
+    check_problems("[limits]\n[limits]\n", &[(2, &["not TOML"])]);
+    check_problems("limits = 3\n[[auth]]\n", &[(1, &["limits = 3", "table"]), (2, &["auth", "table"])]);
+}
+
+#[test]
+fn an_unreadable_file_is_named() {
+    let error = load(Path::new("/nowhere/wasmqtt.toml")).expect_err("absent").to_string();
+    assert!(error.contains("/nowhere/wasmqtt.toml"), "{error}");
+}
+
+#[test]
+fn invalid_files_are_named_on_each_line() {
+    let folder = folder();
+    let path = folder.path().join("wasmqtt.toml");
+    fs::write(&path, "a = 1\nb = 2\n").expect("file");
+    let error = load(&path).expect_err("unknown keys").to_string();
+    let lines: Vec<_> = error.lines().collect();
+    assert!(lines[0].starts_with(&format!("{}:1: unknown key `a` = 1", path.display())), "{error}");
+    assert!(lines[1].starts_with(&format!("{}:2: unknown key `b` = 2", path.display())), "{error}");
+}
+
+#[test]
+fn listen_arguments_are_addresses_or_sockets() {
+    assert_eq!(&*parse_listen("0.0.0.0:1883").expect("valid").name, "mqtt://0.0.0.0:1883");
+    assert_eq!(&*parse_listen("[::1]:0").expect("valid").name, "mqtt://[::1]:0");
+    assert_eq!(&*parse_listen("unix:/run/wasmqtt.sock").expect("valid").name, "unix:/run/wasmqtt.sock");
+    for wrong in ["", "1883", ":1883", "localhost", "127.0.0.1:99999", "unix:"] {
+        assert!(parse_listen(wrong).is_err(), "{wrong}");
+    }
+}
