@@ -240,7 +240,7 @@ mod tests {
         assert_eq!((own.qos, own.ids.len()), (Qos::AtMostOnce, 1), "No Local does not count for own messages");
     }
 
-    /// [MQTT-4.8.2-2] ff.: members take turns, those that cannot take more are skipped.
+    /// Each message goes to one member, and the broker may choose which. MQTT 5.0 §4.8.2.
     #[test]
     fn members_take_turns_and_busy_ones_are_skipped() {
         use Available::{Busy, Offline, Ready};

@@ -76,6 +76,17 @@ impl<T: Default> Trie<T> {
         node
     }
 
+    /// Nodes that [`Self::entry`] would make for `path`.
+    pub(super) fn missing(&self, path: &str) -> usize {
+        let mut levels = path.split('/');
+        let mut node = ROOT;
+        while let Some(level) = levels.next() {
+            let Some(child) = self.child(node, level) else { return levels.count() + 1 };
+            node = child;
+        }
+        0
+    }
+
     pub(super) fn find(&self, path: &str) -> Option<u32> {
         path.split('/').try_fold(ROOT, |node, level| self.child(node, level))
     }
