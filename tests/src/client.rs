@@ -211,8 +211,12 @@ impl Client {
     /// `kind` is `Packet::Puback` or one of the others.
     pub fn ack(&mut self, kind: fn(Ack<'static>) -> Packet<'static>, id: u16, reason: u8) {
         let packet_id = PacketId::new(id).expect("identifier");
-        let ack =
-            Ack { packet_id, reason: ReasonCode(reason), reason_string: None, user_properties: UserProperties::default() };
+        let ack = Ack {
+            packet_id,
+            reason: ReasonCode(reason),
+            reason_string: None,
+            user_properties: UserProperties::default(),
+        };
         self.send(&kind(ack));
     }
 
@@ -276,9 +280,11 @@ impl Client {
         while self.recv() != Got::Closed {}
     }
 
-    /// Goes without a word.
-    pub fn vanish(self) {
-        let _ = self.stream.shutdown(Shutdown::Both);
+    /// Goes without a word, and waits until the broker has noticed.
+    pub fn vanish(mut self) {
+        let _ = self.stream.shutdown(Shutdown::Write);
+        self.passed_over.clear();
+        while self.recv() != Got::Closed {}
     }
 
     pub fn stream(&self) -> &TcpStream {

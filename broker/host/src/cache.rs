@@ -40,7 +40,12 @@ impl Cache {
     }
 
     /// The compiled component, and whether it came from the cache.
-    pub(crate) fn component(&self, engine: &Engine, bytes: &[u8], digest: &str) -> Result<(Component, bool), HostError> {
+    pub(crate) fn component(
+        &self,
+        engine: &Engine,
+        bytes: &[u8],
+        digest: &str,
+    ) -> Result<(Component, bool), HostError> {
         let path = self.dir.join(format!("{digest}-{:016x}.cwasm", compatibility(engine)));
         if let Some(component) = load(engine, &path) {
             return Ok((component, true));

@@ -125,7 +125,9 @@ impl Generation {
             running.store.set_epoch_deadline(1);
             let call = lifecycle.wasmqtt_plugin_lifecycle().call_health(&mut running.store);
             let answer = limited(&meter, self.cpu(), self.deadline(), call).await;
-            answer.map_err(|error| format!("health: {error}"))?.map_err(|error| format!("health: {}", lifecycle_failure(error)))?;
+            answer
+                .map_err(|error| format!("health: {error}"))?
+                .map_err(|error| format!("health: {}", lifecycle_failure(error)))?;
         }
         pooled.finished();
         Ok(())
@@ -162,12 +164,18 @@ impl Generation {
         let Some(running) = pooled.begin() else { return Ok(()) };
         let meter = running.meter();
         if let Some(lifecycle) = &running.lifecycle {
-            let settings: Vec<Pair> =
-                self.config.config.iter().map(|(name, value)| Pair { name: name.clone(), value: value.clone() }).collect();
+            let settings: Vec<Pair> = self
+                .config
+                .config
+                .iter()
+                .map(|(name, value)| Pair { name: name.clone(), value: value.clone() })
+                .collect();
             running.store.set_epoch_deadline(1);
             let call = lifecycle.wasmqtt_plugin_lifecycle().call_init(&mut running.store, &settings);
             let answer = limited(&meter, self.cpu(), self.deadline(), call).await;
-            answer.map_err(|error| format!("init: {error}"))?.map_err(|error| format!("init: {}", lifecycle_failure(error)))?;
+            answer
+                .map_err(|error| format!("init: {error}"))?
+                .map_err(|error| format!("init: {}", lifecycle_failure(error)))?;
         }
         pooled.finished();
         Ok(())

@@ -31,7 +31,8 @@ pub fn inspect(path: &Path) -> Result<Inspection, HostError> {
         return Err(HostError::new(format!("{} bytes; at most {COMPONENT_BYTES_MAX} are allowed", bytes.len())));
     }
     let engine = crate::engine::engine()?;
-    let component = Component::new(&engine, &bytes).map_err(|error| HostError::new(format!("not a component: {error:#}")))?;
+    let component =
+        Component::new(&engine, &bytes).map_err(|error| HostError::new(format!("not a component: {error:#}")))?;
     let ty = component.component_type();
     let exports: Vec<String> = ty.exports(&engine).map(|(name, _)| name.to_owned()).collect();
     let point = |name: &String| name.strip_prefix("wasmqtt:plugin/").map(str::to_owned);

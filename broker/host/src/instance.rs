@@ -235,7 +235,8 @@ pub(crate) async fn limited<T>(
 
 /// The chain of causes without the backtrace of the guest.
 fn one_line(error: &wasmtime::Error) -> String {
-    let causes: Vec<String> = error.chain().map(|cause| cause.to_string().lines().next().unwrap_or_default().to_owned()).collect();
+    let causes: Vec<String> =
+        error.chain().map(|cause| cause.to_string().lines().next().unwrap_or_default().to_owned()).collect();
     causes.join(": ")
 }
 

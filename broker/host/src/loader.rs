@@ -142,7 +142,11 @@ impl Loader {
                     changed = true;
                 }
                 Err(error) if strict && configured => {
-                    return Err(HostError::new(format!("plugin {:?} ({}): {error}", config.name, config.path.display())));
+                    return Err(HostError::new(format!(
+                        "plugin {:?} ({}): {error}",
+                        config.name,
+                        config.path.display()
+                    )));
                 }
                 Err(error) => {
                     if running.is_some() {
@@ -167,7 +171,8 @@ impl Loader {
 
     /// Configured plugins, and files in the folder that no entry names.
     fn wanted(&self) -> Vec<(PluginConfig, bool)> {
-        let mut wanted: Vec<(PluginConfig, bool)> = self.config.plugins.iter().map(|plugin| (plugin.clone(), true)).collect();
+        let mut wanted: Vec<(PluginConfig, bool)> =
+            self.config.plugins.iter().map(|plugin| (plugin.clone(), true)).collect();
         let entries = self.config.dir.as_deref().and_then(|dir| std::fs::read_dir(dir).ok());
         for entry in entries.into_iter().flatten().flatten() {
             let path = entry.path();
@@ -181,7 +186,11 @@ impl Loader {
     }
 
     /// `None`: what runs is what the files say, or the file is gone and was configured.
-    fn load(&mut self, config: &PluginConfig, running: Option<&Arc<Generation>>) -> Result<Option<Arc<Generation>>, HostError> {
+    fn load(
+        &mut self,
+        config: &PluginConfig,
+        running: Option<&Arc<Generation>>,
+    ) -> Result<Option<Arc<Generation>>, HostError> {
         let bytes = read_component(config)?;
         let identity = identity(config, &bytes)?;
         if running.is_some_and(|running| running.identity == identity)
@@ -210,8 +219,7 @@ impl Loader {
         let number = self.next_number;
         self.next_number += 1;
         let mounts = self.mounts(config, number)?;
-        let parts =
-            Parts { engine: &self.engine, linker: &self.linker, clock: &self.clock, reaper: &self.reaper };
+        let parts = Parts { engine: &self.engine, linker: &self.linker, clock: &self.clock, reaper: &self.reaper };
         let generation =
             Arc::new(Generation::new(&parts, &component, config.clone(), (number, identity.to_owned()), mounts)?);
         tokio::runtime::Handle::current().block_on(generation.prepare(self.config.shards))?;
@@ -224,7 +232,8 @@ impl Loader {
     fn mounts(&self, config: &PluginConfig, number: u64) -> Result<Vec<Mount>, HostError> {
         let mut mounts: Vec<Mount> = Vec::new();
         for (place, grant) in config.files.iter().enumerate() {
-            let failed = |error: &dyn std::fmt::Display| HostError::new(format!("grant {}: {error}", grant.host.display()));
+            let failed =
+                |error: &dyn std::fmt::Display| HostError::new(format!("grant {}: {error}", grant.host.display()));
             if grant.host.is_dir() {
                 mounts.push(Mount { host: grant.host.clone(), guest: grant.guest.clone(), mode: grant.mode });
                 continue;
@@ -239,7 +248,9 @@ impl Loader {
             let folder = folder.to_string_lossy().into_owned();
             let name = name.to_string_lossy().into_owned();
             let known = mounts.iter().find(|mount| mount.guest == folder).map(|mount| mount.host.clone());
-            let alone = known.unwrap_or_else(|| self.cache.dir().join("files").join(format!("{}-{}-{number}-{place}", config.name, std::process::id())));
+            let alone = known.unwrap_or_else(|| {
+                self.cache.dir().join("files").join(format!("{}-{}-{number}-{place}", config.name, std::process::id()))
+            });
             copy_alone(&grant.host, &alone, &name).map_err(|error| failed(&error))?;
             if !mounts.iter().any(|mount| mount.guest == folder) {
                 mounts.push(Mount { host: alone, guest: folder, mode: Mode::Read });
@@ -270,7 +281,10 @@ fn read_component(config: &PluginConfig) -> Result<Vec<u8>, HostError> {
     if let Some(pin) = &config.sha256
         && !pin.eq_ignore_ascii_case(&cache::digest(&bytes))
     {
-        return Err(HostError::new(format!("its SHA-256 is {}, configured is sha256 = {pin:?}", cache::digest(&bytes))));
+        return Err(HostError::new(format!(
+            "its SHA-256 is {}, configured is sha256 = {pin:?}",
+            cache::digest(&bytes)
+        )));
     }
     Ok(bytes)
 }

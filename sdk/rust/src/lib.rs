@@ -130,7 +130,9 @@ impl<P: Instance> lifecycle::Guest for Component<P> {
     fn init(settings: Vec<lifecycle::Pair>) -> Result<(), lifecycle::Failure> {
         let settings = Settings(settings.into_iter().map(|pair| (pair.name, pair.value)).collect());
         let plugin = P::new(&settings).map_err(lifecycle::Failure::Internal)?;
-        P::cell().with(|cell| cell.set(plugin)).map_err(|_| lifecycle::Failure::Internal("init was called twice".into()))
+        P::cell()
+            .with(|cell| cell.set(plugin))
+            .map_err(|_| lifecycle::Failure::Internal("init was called twice".into()))
     }
 
     fn health() -> Result<(), lifecycle::Failure> {

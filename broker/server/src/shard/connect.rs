@@ -10,13 +10,16 @@ use tracing::debug;
 use wasmqtt_protocol::codec::{self, Connack, Connect, Packet, Qos, ReasonCode, Version, encode};
 use wasmqtt_protocol::ports::{AuthOutcome, AuthRequest, Grant};
 use wasmqtt_protocol::router::{Message, SessionKey};
-use wasmqtt_protocol::session::{Link, Session, WillMessage};
+use wasmqtt_protocol::session::{Link, ServerLimits, Session, WillMessage};
 
 use super::conn::{Conn, State};
 use super::timers::Timer;
 use super::{Ending, Shard};
 use crate::config::Anonymous;
 use crate::mailbox::Mail;
+
+/// More than any CONNACK takes: properties of fixed size and at most two strings and one blob.
+const CONNACK_BYTES_MAX: usize = 256 * 1024;
 
 /// A CONNECT that is being answered.
 pub(crate) struct Opening {
@@ -145,6 +148,11 @@ impl Shard {
             return self.refuse(id, ReasonCode::SERVER_SHUTTING_DOWN);
         }
         let shared = Arc::clone(&self.shared);
+        // A client that cannot even be told what it gets. [MQTT-3.1.2-24]
+        let client_max = opening.link.limits.packet_bytes_max as usize;
+        if client_max < CONNACK_BYTES_MAX && connack(&opening, &grant, false, &shared.limits).len() > client_max {
+            return self.remove(id);
+        }
         let client_id = Arc::clone(&opening.request.client_id);
         let key = {
             let mut directory = shared.directory(&client_id);
@@ -227,7 +235,7 @@ impl Shard {
         let conn = &mut self.conns[id];
         let epoch = conn.epoch;
         conn.outbox.lend(&mut self.pool);
-        write_connack(conn, &opening, grant, present, &shared.limits);
+        conn.outbox.extend(&connack(&opening, grant, present, &shared.limits));
         conn.state = State::Live { slot: key.slot };
         conn.auth = super::auth::Standing::of(&opening.request, conn.version);
         conn.heard_ms = self.now_ms;
@@ -281,16 +289,11 @@ fn will_message(will: &codec::Will<'_>) -> WillMessage {
 }
 
 /// What the server grants, where it differs from what the client assumes. MQTT 5.0 §3.2.2.3.
-fn write_connack(
-    conn: &mut Conn,
-    opening: &Opening,
-    grant: &Grant,
-    present: bool,
-    limits: &wasmqtt_protocol::session::ServerLimits,
-) {
+fn connack(opening: &Opening, grant: &Grant, present: bool, limits: &ServerLimits) -> Vec<u8> {
     let granted = &opening.link.limits;
+    let version = opening.link.version;
     let connack = Connack {
-        session_present: present && conn.version != Version::V31,
+        session_present: present && version != Version::V31,
         session_expiry: (granted.session_expiry != opening.session_expiry.unwrap_or(0))
             .then_some(granted.session_expiry),
         receive_maximum: NonZeroU16::new(limits.receive_maximum).filter(|max| max.get() < u16::MAX),
@@ -304,6 +307,7 @@ fn write_connack(
         authentication_data: grant.data.as_deref(),
         ..Connack::default()
     };
-    let version = conn.version;
-    conn.outbox.append(|bytes| encode(version, &Packet::Connack(Box::new(connack)), bytes));
+    let mut bytes = Vec::with_capacity(64);
+    encode(version, &Packet::Connack(Box::new(connack)), &mut bytes);
+    bytes
 }
