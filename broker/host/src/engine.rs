@@ -96,5 +96,5 @@ impl Clock {
 /// Nanoseconds of CPU time of this thread: time during which it did not run does not count against a guest.
 pub(crate) fn thread_cpu_ns() -> u64 {
     let now = clock_gettime(ClockId::ThreadCPUTime);
-    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+    now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
 }

@@ -164,20 +164,21 @@ pub(crate) fn linker(engine: &Engine) -> Result<Linker<Guest>, HostError> {
 /// CPU time of one call, over all the polls it takes.
 #[derive(Default)]
 pub(crate) struct Meter {
-    spent_ns: AtomicU64,
-    polled_at_ns: AtomicU64,
-    budget_ns: AtomicU64,
+    /// Nanoseconds, like the others.
+    spent: AtomicU64,
+    polled_at: AtomicU64,
+    budget: AtomicU64,
 }
 
 impl Meter {
     fn begin(&self, budget: Duration) {
-        self.spent_ns.store(0, Ordering::Relaxed);
-        self.budget_ns.store(budget.as_nanos() as u64, Ordering::Relaxed);
+        self.spent.store(0, Ordering::Relaxed);
+        self.budget.store(budget.as_nanos() as u64, Ordering::Relaxed);
     }
 
     fn is_over(&self) -> bool {
-        let now = thread_cpu_ns().saturating_sub(self.polled_at_ns.load(Ordering::Relaxed));
-        self.spent_ns.load(Ordering::Relaxed) + now > self.budget_ns.load(Ordering::Relaxed)
+        let now = thread_cpu_ns().saturating_sub(self.polled_at.load(Ordering::Relaxed));
+        self.spent.load(Ordering::Relaxed) + now > self.budget.load(Ordering::Relaxed)
     }
 }
 
@@ -197,7 +198,7 @@ impl Running {
         let watched = Arc::clone(&meter);
         store.epoch_deadline_callback(move |_| {
             if watched.is_over() {
-                let budget_ms = watched.budget_ns.load(Ordering::Relaxed) / 1_000_000;
+                let budget_ms = watched.budget.load(Ordering::Relaxed) / 1_000_000;
                 return Err(wasmtime::Error::msg(format!("computed longer than cpu_ms = {budget_ms}")));
             }
             Ok(UpdateDeadline::Yield(1))
@@ -250,9 +251,9 @@ impl<F: Future> Future for Metered<F> {
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
         let begun = thread_cpu_ns();
-        self.meter.polled_at_ns.store(begun, Ordering::Relaxed);
+        self.meter.polled_at.store(begun, Ordering::Relaxed);
         let result = self.call.as_mut().poll(context);
-        self.meter.spent_ns.fetch_add(thread_cpu_ns().saturating_sub(begun), Ordering::Relaxed);
+        self.meter.spent.fetch_add(thread_cpu_ns().saturating_sub(begun), Ordering::Relaxed);
         result
     }
 }

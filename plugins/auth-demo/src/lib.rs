@@ -3,7 +3,8 @@
 
 use wasmqtt_sdk::{Auth, BAD_USER_NAME_OR_PASSWORD, Challenge, Outcome, Plugin, Request, Settings, Step};
 
-struct Demo {
+/// Names and passwords from the settings.
+pub struct Demo {
     users: Vec<(String, String)>,
 }
 

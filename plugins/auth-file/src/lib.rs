@@ -13,7 +13,8 @@ use wasmqtt_sdk::{Auth, BAD_USER_NAME_OR_PASSWORD, Outcome, Plugin, Request, Set
 /// Verified passwords an instance remembers; Argon2 is slow on purpose, and clients come back.
 const REMEMBERED_MAX: usize = 10_000;
 
-struct AuthFile {
+/// The users of one password file.
+pub struct AuthFile {
     users: HashMap<String, String>,
     /// Somebody's hash: an unknown user must take as long as a wrong password.
     decoy: Option<String>,
