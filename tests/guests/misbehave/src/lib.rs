@@ -1,0 +1,105 @@
+//! A plugin that does what a plugin must not do: in `init` by its setting `init`, in `authenticate` by the User Name.
+
+use wasmqtt_sdk::{Auth, Challenge, Level, Outcome, Plugin, Request, Settings, Step, log};
+
+struct Misbehave {
+    answer: String,
+}
+
+impl Plugin for Misbehave {
+    fn new(settings: &Settings) -> Result<Self, String> {
+        match settings.get("init") {
+            Some("trap") => panic!("as told"),
+            Some("loop") => spin(),
+            Some("memory") => eat(),
+            Some("fail") => return Err("as told".into()),
+            _ => {}
+        }
+        Ok(Self { answer: settings.get("answer").unwrap_or("allow").to_owned() })
+    }
+
+    fn health(&self) -> Result<(), String> {
+        if self.answer == "sick" { Err("not well".into()) } else { Ok(()) }
+    }
+}
+
+impl Auth for Misbehave {
+    fn authenticate(&self, request: &Request) -> Result<Outcome, String> {
+        match request.username.as_deref().unwrap_or_default() {
+            "trap" => panic!("as told"),
+            "loop" => spin(),
+            "work" => work(),
+            "memory" => eat(),
+            "recurse" => log(Level::Info, &recurse(1).to_string()),
+            "big" => return Ok(Outcome::allow("x".repeat(4 << 20))),
+            "chatter" => (0..100_000).for_each(|line| log(Level::Info, &format!("line {line}\nand \u{1b}[31mred"))),
+            "print" => (0..100_000).for_each(|line| println!("line {line}")),
+            "sleep" => std::thread::sleep(std::time::Duration::from_secs(60)),
+            "connect" => return Ok(answer(std::net::TcpStream::connect("127.0.0.1:1").is_err_and(is_refused_by_host))),
+            "environment" => return Ok(answer(std::env::vars().next().is_none() && std::env::args().len() == 0)),
+            "success-as-denial" => return Ok(Outcome::Deny(0)),
+            "challenge" => {
+                let challenge = Challenge { data: b"?".to_vec(), state: vec![1; 70_000] };
+                return Ok(Outcome::Challenge(challenge));
+            }
+            "fail" => return Err("as told".into()),
+            "next" => return Ok(Outcome::Next),
+            path if path.starts_with("read:") => return Ok(read(&path["read:".len()..])),
+            path if path.starts_with("write:") => {
+                return Ok(answer(std::fs::write(&path["write:".len()..], "x").is_ok()));
+            }
+            _ => {}
+        }
+        Ok(match self.answer.as_str() {
+            "next" => Outcome::Next,
+            "deny" => Outcome::Deny(0x87),
+            name => Outcome::allow(name),
+        })
+    }
+
+    fn proceed(&self, _step: &Step) -> Result<Outcome, String> {
+        Ok(Outcome::Next)
+    }
+}
+
+fn answer(yes: bool) -> Outcome {
+    if yes { Outcome::allow("yes") } else { Outcome::Deny(0x87) }
+}
+
+fn is_refused_by_host(error: std::io::Error) -> bool {
+    error.kind() == std::io::ErrorKind::PermissionDenied
+}
+
+/// The content as the principal.
+fn read(path: &str) -> Outcome {
+    std::fs::read_to_string(path).map_or(Outcome::Deny(0x87), Outcome::allow)
+}
+
+fn spin() -> ! {
+    let mut count = 0_u64;
+    loop {
+        count = std::hint::black_box(count.wrapping_add(1));
+    }
+}
+
+/// A tenth of a second or so.
+fn work() {
+    (0..100_000_000_u64).for_each(|count| {
+        std::hint::black_box(count);
+    });
+}
+
+fn eat() -> ! {
+    let mut eaten = Vec::new();
+    loop {
+        eaten.push(std::hint::black_box(vec![1_u8; 1 << 20]));
+    }
+}
+
+#[allow(unconditional_recursion, reason = "that is the point")]
+fn recurse(depth: u64) -> u64 {
+    let room = std::hint::black_box([depth; 64]);
+    recurse(depth + 1) + room[(depth % 64) as usize]
+}
+
+wasmqtt_sdk::export_auth!(Misbehave);
