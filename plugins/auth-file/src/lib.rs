@@ -7,7 +7,8 @@ use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 
 use argon2::password_hash::phc::PasswordHash;
-use argon2::{Argon2, PasswordVerifier};
+use argon2::{Argon2, Block, Params, PasswordVerifier};
+use sha2::{Digest, Sha256};
 use wasmqtt_sdk::{Auth, BAD_USER_NAME_OR_PASSWORD, Outcome, Plugin, Request, Settings};
 
 /// Verified passwords an instance remembers; Argon2 is slow on purpose, and clients come back.
@@ -19,8 +20,9 @@ pub struct AuthFile {
     /// Somebody's hash: an unknown user must take as long as a wrong password.
     decoy: Option<String>,
     /// User → keyed digest of the password that was right.
-    remembered: RefCell<HashMap<String, (u64, u64)>>,
-    keys: (RandomState, RandomState),
+    remembered: RefCell<HashMap<String, [u8; 32]>>,
+    /// Random, so that what is remembered is worth nothing outside this instance.
+    key: [u8; 32],
 }
 
 impl AuthFile {
@@ -30,17 +32,19 @@ impl AuthFile {
             if line.trim().is_empty() || line.starts_with('#') {
                 continue;
             }
-            let (name, hash) = line.split_once(':').ok_or_else(|| format!("line {}: no colon", number + 1))?;
-            PasswordHash::new(hash).map_err(|error| format!("line {}: not an Argon2id hash: {error}", number + 1))?;
-            users.insert(name.to_owned(), hash.to_owned());
+            let at = |error: String| format!("line {}: {error}", number + 1);
+            let (name, hash) = line.trim_end().split_once(':').ok_or_else(|| at("no colon".into()))?;
+            check(hash).map_err(at)?;
+            if users.insert(name.to_owned(), hash.to_owned()).is_some() {
+                return Err(at(format!("{name} was named before")));
+            }
         }
         let decoy = users.values().next().cloned();
-        let keys = (RandomState::new(), RandomState::new());
-        Ok(Self { users, decoy, remembered: RefCell::default(), keys })
+        Ok(Self { users, decoy, remembered: RefCell::default(), key: random_key() })
     }
 
-    fn digest(&self, password: &[u8]) -> (u64, u64) {
-        (self.keys.0.hash_one(password), self.keys.1.hash_one(password))
+    fn digest(&self, password: &[u8]) -> [u8; 32] {
+        Sha256::new().chain_update(self.key).chain_update(password).finalize().into()
     }
 
     fn is_right(&self, username: &str, password: &[u8]) -> bool {
@@ -61,6 +65,28 @@ impl AuthFile {
         }
         right
     }
+}
+
+/// Refuses what could never be verified, before anybody waits for it.
+fn check(hash: &str) -> Result<(), String> {
+    let bad = |error: &dyn std::fmt::Display| format!("not an Argon2id hash: {error}");
+    let hash = PasswordHash::new(hash).map_err(|error| bad(&error))?;
+    if hash.algorithm.as_str() != "argon2id" {
+        return Err(bad(&hash.algorithm));
+    }
+    let params = Params::try_from(&hash).map_err(|error| bad(&error))?;
+    // The plugin has little memory, and running out of it later would end the instance instead of naming the line.
+    let mut blocks: Vec<Block> = Vec::new();
+    let kib = params.block_count();
+    blocks.try_reserve_exact(kib).map_err(|_| format!("needs {kib} KiB of memory; raise limits.memory_mib"))
+}
+
+fn random_key() -> [u8; 32] {
+    let mut key = [0; 32];
+    for chunk in key.chunks_mut(8) {
+        chunk.copy_from_slice(&RandomState::new().hash_one(0).to_le_bytes());
+    }
+    key
 }
 
 impl Plugin for AuthFile {
@@ -117,5 +143,9 @@ mod tests {
         let error = |text: &str| AuthFile::parse(text).err().expect("must be refused");
         assert_eq!(error("# ok\nalice"), "line 2: no colon");
         assert!(error("alice:plain").starts_with("line 1: not an Argon2id hash"));
+        let alice = entry("alice", "secret");
+        assert_eq!(error(&format!("{alice}\n{alice}")), "line 2: alice was named before");
+        let scrypt = "a:$scrypt$ln=16,r=8,p=1$aM15713r3Xsvxbi31lqr1Q$nFNh2CVHVjNldFVKDHDlm4CbdRSCdEBsjjJxD+iCs5E";
+        assert_eq!(error(scrypt), "line 1: not an Argon2id hash: scrypt");
     }
 }

@@ -32,7 +32,35 @@ pub mod bindings {
 use bindings::exports::wasmqtt::plugin::auth;
 pub use bindings::exports::wasmqtt::plugin::auth::{Challenge, Grant, Outcome, Request, Step};
 use bindings::exports::wasmqtt::plugin::lifecycle;
-pub use bindings::wasmqtt::plugin::host::{Level, log};
+pub use bindings::wasmqtt::plugin::host::Level;
+
+/// Writes a line to the broker's log, under the plugin's name. In native tests it goes to standard error.
+pub fn log(level: Level, message: &str) {
+    #[cfg(target_arch = "wasm32")]
+    bindings::wasmqtt::plugin::host::log(level, message);
+    #[cfg(not(target_arch = "wasm32"))]
+    eprintln!("{level:?} {message}");
+}
+
+/// Logs for somebody who is looking for a fault.
+pub fn debug(message: &str) {
+    log(Level::Debug, message);
+}
+
+/// Logs what an operator likes to know.
+pub fn info(message: &str) {
+    log(Level::Info, message);
+}
+
+/// Logs what should not happen.
+pub fn warn(message: &str) {
+    log(Level::Warn, message);
+}
+
+/// Logs what an operator has to do something about.
+pub fn error(message: &str) {
+    log(Level::Error, message);
+}
 
 /// Reason Code 0x86, Bad User Name or Password.
 pub const BAD_USER_NAME_OR_PASSWORD: u8 = 0x86;
