@@ -1,10 +1,11 @@
 //! Compiled components on disk, so that a restart or a known build does not compile again.
 //!
 //! The folder belongs to the broker alone (mode 0700): what lies there is run as native code. Each file begins with
-//! the SHA-256 of the rest; one that does not fit, or was made by another engine, is compiled anew.
+//! the SHA-256 of its name and the rest; one that does not fit, or was made by another engine, is compiled anew.
 
+use std::fmt::Write as _;
 use std::hash::{Hash, Hasher};
-use std::io::Write;
+use std::io::Write as _;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -16,11 +17,12 @@ use wasmtime::component::Component;
 use crate::HostError;
 
 const DIGEST_BYTES: usize = 32;
+/// Compiled components that are kept; the oldest go first.
+const ENTRIES_MAX: usize = 64;
 
 /// SHA-256 in hexadecimal.
 pub(crate) fn digest(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    Sha256::digest(bytes).iter().fold(String::new(), |mut text, byte| {
+    Sha256::digest(bytes).iter().fold(String::with_capacity(2 * DIGEST_BYTES), |mut text, byte| {
         let _ = write!(text, "{byte:02x}");
         text
     })
@@ -50,29 +52,49 @@ impl Cache {
         bytes: &[u8],
         digest: &str,
     ) -> Result<(Component, bool), HostError> {
-        let path = self.dir.join(format!("{digest}-{:016x}.cwasm", compatibility(engine)));
-        if let Some(component) = load(engine, &path) {
+        let name = format!("{digest}-{:016x}.cwasm", compatibility(engine));
+        let path = self.dir.join(&name);
+        if let Some(component) = load(engine, &path, &name) {
             return Ok((component, true));
         }
         let compiled = engine.precompile_component(bytes).map_err(|error| HostError::new(format!("{error:#}")))?;
-        if let Err(error) = store(&path, &compiled) {
+        if let Err(error) = store(&path, &name, &compiled) {
             debug!(path = %path.display(), %error, "compiled component not kept");
         }
+        self.prune();
         let component = deserialize(engine, &compiled).map_err(|error| HostError::new(format!("{error:#}")))?;
         Ok((component, false))
+    }
+
+    fn prune(&self) {
+        let entries = std::fs::read_dir(&self.dir).into_iter().flatten().flatten();
+        let is_ours = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "cwasm");
+        let with_age = |path: PathBuf| Some((std::fs::metadata(&path).ok()?.modified().ok()?, path));
+        let mut entries: Vec<_> = entries.map(|entry| entry.path()).filter(is_ours).filter_map(with_age).collect();
+        entries.sort();
+        for (_, path) in entries.iter().take(entries.len().saturating_sub(ENTRIES_MAX)) {
+            let _ = std::fs::remove_file(path);
+        }
     }
 }
 
 fn compatibility(engine: &Engine) -> u64 {
     let mut hasher = std::hash::DefaultHasher::new();
     engine.precompile_compatibility_hash().hash(&mut hasher);
+    // Two releases of ours may link wasmtime differently patched.
+    env!("CARGO_PKG_VERSION").hash(&mut hasher);
     hasher.finish()
 }
 
-fn load(engine: &Engine, path: &Path) -> Option<Component> {
+/// Covers the name too: one entry copied over another is as wrong as a damaged one.
+fn seal(name: &str, compiled: &[u8]) -> [u8; DIGEST_BYTES] {
+    Sha256::new().chain_update(name).chain_update(compiled).finalize().into()
+}
+
+fn load(engine: &Engine, path: &Path, name: &str) -> Option<Component> {
     let bytes = std::fs::read(path).ok()?;
     let (sum, compiled) = bytes.split_at_checked(DIGEST_BYTES)?;
-    if Sha256::digest(compiled).as_slice() != sum {
+    if seal(name, compiled) != sum {
         debug!(path = %path.display(), "damaged cache entry is ignored");
         return None;
     }
@@ -86,11 +108,11 @@ fn deserialize(engine: &Engine, compiled: &[u8]) -> wasmtime::Result<Component> 
     unsafe { Component::deserialize(engine, compiled) }
 }
 
-fn store(path: &Path, compiled: &[u8]) -> std::io::Result<()> {
+fn store(path: &Path, name: &str, compiled: &[u8]) -> std::io::Result<()> {
     let temporary = path.with_extension(format!("tmp{}", std::process::id()));
     let mut options = std::fs::OpenOptions::new();
     let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
-    file.write_all(Sha256::digest(compiled).as_slice())?;
+    file.write_all(&seal(name, compiled))?;
     file.write_all(compiled)?;
     file.sync_all()?;
     std::fs::rename(&temporary, path)

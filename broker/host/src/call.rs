@@ -1,6 +1,6 @@
 //! One question to one plugin, and what happens when no answer comes.
 
-use std::collections::VecDeque;
+use std::cell::Cell;
 use std::hash::BuildHasher;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -11,7 +11,11 @@ use wasmqtt_protocol::ports::{AuthOutcome, AuthRequest, AuthStep, Grant};
 
 use crate::bindings;
 use crate::config::OnError;
+use crate::instance::metered;
 use crate::shard::{Slot, WAITING_MAX};
+
+/// Log lines about failed calls: at most one per shard and plugin in this time.
+const LOG_PAUSE: Duration = Duration::from_secs(1);
 
 pub(crate) enum Question {
     Authenticate(Arc<AuthRequest>),
@@ -19,10 +23,30 @@ pub(crate) enum Question {
 }
 
 impl Question {
-    fn client_id(&self) -> &str {
+    fn request(&self) -> &AuthRequest {
         match self {
-            Self::Authenticate(request) => &request.client_id,
-            Self::Proceed(step) => &step.request.client_id,
+            Self::Authenticate(request) => request,
+            Self::Proceed(step) => &step.request,
+        }
+    }
+}
+
+/// Why there is no answer.
+enum Fault {
+    /// The plugin was not asked: too many wait already, or no instance became free in time.
+    Busy(String),
+    /// The plugin says that it cannot tell.
+    Failure(String),
+    /// A fresh instance could not be made.
+    NoInstance(String),
+    /// Trap, deadline or an answer that makes no sense.
+    Broke(String),
+}
+
+impl Fault {
+    fn into_text(self) -> String {
+        match self {
+            Self::Busy(text) | Self::Failure(text) | Self::NoInstance(text) | Self::Broke(text) => text,
         }
     }
 }
@@ -31,26 +55,23 @@ impl Question {
 pub(crate) async fn ask(slot: &Slot, question: &Question) -> AuthOutcome {
     let generation = &slot.generation;
     let on_error = generation.config.on_error;
-    let client = foldhash(question.client_id());
-    if slot.failures.borrow().refuses(client, Instant::now()) {
+    let client = slot.hasher.hash_one(&question.request().client_id);
+    if slot.breaker.borrow_mut().refuses(client, Instant::now) {
         return fallback(on_error);
     }
+    let counters = generation.counters.shard(slot.shard);
     let tries = if on_error == OnError::Retry { 2 } else { 1 };
     for _ in 0..tries {
-        generation.calls.fetch_add(1, Ordering::Relaxed);
-        match call(slot, question).await {
+        counters.calls.fetch_add(1, Ordering::Relaxed);
+        let fault = match call_in_time(slot, question).await {
             Ok(outcome) => {
-                slot.failures.borrow_mut().succeeded();
+                slot.breaker.borrow_mut().answered();
                 return outcome;
             }
-            Err(error) => {
-                generation.failures.fetch_add(1, Ordering::Relaxed);
-                if let Some(left_out) = slot.failures.borrow_mut().failed(client, Instant::now()) {
-                    let (plugin, client_id) = (&generation.name, question.client_id());
-                    warn!(%plugin, generation = generation.number, client_id, %error, left_out, "plugin call failed");
-                }
-            }
-        }
+            Err(fault) => fault,
+        };
+        counters.failures.fetch_add(1, Ordering::Relaxed);
+        note(slot, question, client, fault);
     }
     fallback(on_error)
 }
@@ -63,138 +84,87 @@ fn fallback(on_error: OnError) -> AuthOutcome {
     }
 }
 
-fn foldhash(client_id: &str) -> u64 {
-    std::hash::BuildHasherDefault::<std::hash::DefaultHasher>::default().hash_one(client_id)
+fn note(slot: &Slot, question: &Question, client: u64, fault: Fault) {
+    let (plugin, generation) = (&slot.generation.name, slot.generation.number);
+    let now = Instant::now();
+    if matches!(fault, Fault::Broke(_) | Fault::NoInstance(_))
+        && let Some(pause) = slot.breaker.borrow_mut().broke(client, now)
+    {
+        warn!(%plugin, generation, pause_ms = pause.as_millis() as u64, "plugin keeps failing, left alone for a while");
+    }
+    let (logged, left_out) = slot.logged.get();
+    if logged.is_some_and(|at| now.duration_since(at) < LOG_PAUSE) {
+        slot.logged.set((logged, left_out + 1));
+        return;
+    }
+    slot.logged.set((Some(now), 0));
+    let (client_id, error) = (&question.request().client_id, fault.into_text());
+    warn!(%plugin, generation, %client_id, %error, left_out, "plugin call failed");
 }
 
-async fn call(slot: &Slot, question: &Question) -> Result<AuthOutcome, String> {
-    if slot.waiting.get() >= WAITING_MAX {
-        return Err(format!("busy: {WAITING_MAX} calls wait already"));
+/// The deadline counts from the question, time in the queue included.
+async fn call_in_time(slot: &Slot, question: &Question) -> Result<AuthOutcome, Fault> {
+    let begun = Cell::new(false);
+    let deadline = slot.generation.deadline();
+    if let Ok(result) = tokio::time::timeout(deadline, call(slot, question, &begun)).await {
+        return result;
     }
-    slot.waiting.set(slot.waiting.get() + 1);
-    let waiting = Waiting(slot);
-    let permit = slot.permits.acquire().await.map_err(|error| error.to_string())?;
-    drop(waiting);
-    let idle = slot.idle.borrow_mut().pop();
-    let mut pooled = match idle {
-        Some(pooled) => pooled,
-        None => slot.generation.instance().await?,
+    let text = format!("no answer within deadline_ms = {}", deadline.as_millis());
+    Err(if begun.get() { Fault::Broke(text) } else { Fault::Busy(text) })
+}
+
+async fn call(slot: &Slot, question: &Question, begun: &Cell<bool>) -> Result<AuthOutcome, Fault> {
+    let permit = if let Ok(permit) = slot.permits.try_acquire() {
+        permit
+    } else {
+        let _waiting = Waiting::new(slot)?;
+        slot.permits.acquire().await.map_err(|error| Fault::Busy(error.to_string()))?
     };
-    slot.generation.clock.wake();
-    let Some(running) = pooled.begin() else { return Err("the instance is gone".into()) };
+    let generation = &slot.generation;
+    let mut pooled = match generation.take_idle(slot.shard) {
+        Some(pooled) => pooled,
+        None => generation.instantiate().await.map_err(Fault::NoInstance)?,
+    };
+    begun.set(true);
+    let missing = || Fault::Broke("it does not export auth".into());
+    let running = pooled.begin().ok_or_else(missing)?;
     let meter = running.meter();
-    let Some(auth) = &running.auth else { return Err("it does not export auth".into()) };
+    let auth = running.auth.as_ref().ok_or_else(missing)?.wasmqtt_plugin_auth();
     running.store.set_epoch_deadline(1);
-    let (cpu, deadline) = (slot.generation.cpu(), slot.generation.deadline());
-    let auth = auth.wasmqtt_plugin_auth();
     let answer = match question {
         Question::Authenticate(request) => {
             let request = bindings::request(request);
-            let call = auth.call_authenticate(&mut running.store, &request);
-            crate::instance::limited(&meter, cpu, deadline, call).await?
+            metered(&generation.clock, &meter, generation.cpu(), auth.call_authenticate(&mut running.store, &request))
+                .await
         }
         Question::Proceed(step) => {
             let step = bindings::step(step);
-            let call = auth.call_proceed(&mut running.store, &step);
-            crate::instance::limited(&meter, cpu, deadline, call).await?
+            metered(&generation.clock, &meter, generation.cpu(), auth.call_proceed(&mut running.store, &step)).await
         }
     };
+    let answer = answer.map_err(|error| Fault::Broke(generation.explained(running, error)))?;
     pooled.finished();
-    slot.idle.borrow_mut().push(pooled);
+    generation.put_idle(slot.shard, pooled);
     drop(permit);
-    bindings::outcome(answer, &slot.generation.name)
+    let outcome = answer.map_err(|failure| Fault::Failure(bindings::failure(failure)))?;
+    bindings::outcome(outcome, question.request(), &generation.name).map_err(Fault::Broke)
 }
 
-/// Counts down also when the call is dropped while it waits.
+/// Counts a call that waits for an instance, also if it is dropped meanwhile.
 struct Waiting<'a>(&'a Slot);
+
+impl<'a> Waiting<'a> {
+    fn new(slot: &'a Slot) -> Result<Self, Fault> {
+        if slot.waiting.get() >= WAITING_MAX {
+            return Err(Fault::Busy(format!("{WAITING_MAX} calls wait already")));
+        }
+        slot.waiting.set(slot.waiting.get() + 1);
+        Ok(Self(slot))
+    }
+}
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         self.0.waiting.set(self.0.waiting.get() - 1);
-    }
-}
-
-/// Failing clients in [`WINDOW`] after which the plugin is left alone for a while.
-const CLIENTS_MAX: usize = 5;
-const WINDOW: Duration = Duration::from_secs(10);
-/// How long it is left alone at first; doubles up to the longest.
-const PAUSE: Duration = Duration::from_secs(1);
-const PAUSE_MAX: Duration = Duration::from_mins(1);
-/// Failures remembered.
-const RECENT_MAX: usize = 64;
-
-/// A circuit breaker. Failures of one client count once, and that client is not asked about for [`WINDOW`]: a single
-/// hostile client cannot switch a plugin off for all others.
-#[derive(Default)]
-pub(crate) struct Failures {
-    recent: VecDeque<(Instant, u64)>,
-    open_until: Option<Instant>,
-    pause: Duration,
-    logged: Option<Instant>,
-    left_out: u64,
-}
-
-impl Failures {
-    pub(crate) fn refuses(&self, client: u64, now: Instant) -> bool {
-        self.open_until.is_some_and(|until| now < until)
-            || self.recent.iter().any(|(at, other)| *other == client && now.duration_since(*at) < WINDOW)
-    }
-
-    fn succeeded(&mut self) {
-        if self.open_until.take().is_some() {
-            self.recent.clear();
-            self.pause = Duration::ZERO;
-        }
-    }
-
-    /// `Some` when it is time for a log line, with the number of lines left out before.
-    fn failed(&mut self, client: u64, now: Instant) -> Option<u64> {
-        self.recent.retain(|(at, other)| now.duration_since(*at) < WINDOW && *other != client);
-        if self.recent.len() == RECENT_MAX {
-            self.recent.pop_front();
-        }
-        self.recent.push_back((now, client));
-        if self.recent.len() >= CLIENTS_MAX {
-            self.pause = (self.pause * 2).clamp(PAUSE, PAUSE_MAX);
-            self.open_until = Some(now + self.pause);
-        }
-        if self.logged.is_some_and(|at| now.duration_since(at) < Duration::from_secs(1)) {
-            self.left_out += 1;
-            return None;
-        }
-        self.logged = Some(now);
-        Some(std::mem::take(&mut self.left_out))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn one_client_cannot_open_the_breaker() {
-        let mut failures = Failures::default();
-        let now = Instant::now();
-        for _ in 0..100 {
-            failures.failed(1, now);
-        }
-        assert!(failures.refuses(1, now), "the client itself waits");
-        assert!(!failures.refuses(2, now));
-        assert!(!failures.refuses(1, now + WINDOW));
-    }
-
-    #[test]
-    fn many_clients_open_it_for_longer_and_longer_and_a_success_closes_it() {
-        let mut failures = Failures::default();
-        let now = Instant::now();
-        for client in 0..5 {
-            failures.failed(client, now);
-        }
-        assert!(failures.refuses(99, now));
-        assert!(!failures.refuses(99, now + PAUSE));
-        failures.failed(6, now + PAUSE);
-        assert!(failures.refuses(99, now + PAUSE + PAUSE));
-        failures.succeeded();
-        assert!(!failures.refuses(99, now));
     }
 }

@@ -6,7 +6,7 @@ use std::thread::Thread;
 use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
-use wasmtime::{Config, Engine, OptLevel};
+use wasmtime::{Config, Engine, InstanceAllocationStrategy, OptLevel, PoolingAllocationConfig};
 
 use crate::HostError;
 
@@ -18,8 +18,34 @@ const IDLE_TICKS: u32 = 64;
 const WASM_STACK_BYTES: usize = 512 * 1024;
 const FIBER_STACK_BYTES: usize = 2 * 1024 * 1024;
 
-/// The engine for all plugins. Concurrency support is off: with it every call costs two to five times as much.
-pub(crate) fn engine() -> Result<Engine, HostError> {
+/// Bytes that stay resident in a free slot of the pool, so that the next instance need not fault them in again.
+const KEEP_RESIDENT_BYTES: usize = 64 * 1024;
+
+/// Rooms of the pool: address space, which costs no memory until it is used.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Pool {
+    /// Instances at a time; one more is refused.
+    pub(crate) instances: u32,
+    /// Bytes one linear memory may have.
+    pub(crate) memory_bytes: usize,
+}
+
+/// The engine for all plugins. Without address space for the pool, instances are allocated one by one, which makes
+/// them two to five times slower to make and calls as fast as ever.
+pub(crate) fn engine(pool: Option<Pool>) -> Result<Engine, HostError> {
+    if let Some(pool) = pool {
+        match Engine::new(config().allocation_strategy(pooling(pool))) {
+            Ok(engine) => return Ok(engine),
+            Err(error) => {
+                tracing::warn!(%error, "no pool for plugin instances, they are allocated one by one");
+            }
+        }
+    }
+    Engine::new(&config()).map_err(|error| HostError::new(format!("cannot start wasmtime: {error:#}")))
+}
+
+/// Concurrency support is off: with it every call costs two to five times as much.
+fn config() -> Config {
     let mut config = Config::new();
     config
         .concurrency_support(false)
@@ -28,7 +54,26 @@ pub(crate) fn engine() -> Result<Engine, HostError> {
         .max_wasm_stack(WASM_STACK_BYTES)
         .async_stack_size(FIBER_STACK_BYTES)
         .wasm_backtrace_max_frames(std::num::NonZeroUsize::new(8));
-    Engine::new(&config).map_err(|error| HostError::new(format!("cannot start wasmtime: {error:#}")))
+    config
+}
+
+fn pooling(pool: Pool) -> InstanceAllocationStrategy {
+    // Most components have one memory and one core instance or two; a Python one has a hundred.
+    let mut pooling = PoolingAllocationConfig::new();
+    pooling
+        .total_component_instances(pool.instances)
+        .total_core_instances(pool.instances * 4)
+        .max_core_instances_per_component(256)
+        .total_memories(pool.instances * 2)
+        .max_memories_per_component(16)
+        .max_memory_size(pool.memory_bytes)
+        .total_tables(pool.instances * 4)
+        .max_tables_per_component(256)
+        .table_elements(20_000)
+        .total_stacks(pool.instances)
+        .linear_memory_keep_resident(KEEP_RESIDENT_BYTES)
+        .async_stack_keep_resident(KEEP_RESIDENT_BYTES);
+    InstanceAllocationStrategy::Pooling(pooling)
 }
 
 /// Advances the engine's epoch while calls are under way; an idle broker is not woken a thousand times a second.
@@ -56,7 +101,7 @@ impl Clock {
         Ok(clock)
     }
 
-    /// Guest code is about to run.
+    /// Guest code is about to run until the next tick; to be said again before it goes on.
     pub(crate) fn wake(&self) {
         if !self.used.load(Ordering::Relaxed) {
             self.used.store(true, Ordering::SeqCst);
@@ -83,7 +128,8 @@ impl Clock {
                 self.idle.store(0, Ordering::Relaxed);
             } else if self.idle.fetch_add(1, Ordering::Relaxed) >= IDLE_TICKS {
                 self.asleep.store(true, Ordering::SeqCst);
-                if !self.used.load(Ordering::SeqCst) {
+                // A call or a stop that came in between is seen here, or it has left a token for `park`.
+                if !self.used.load(Ordering::SeqCst) && !self.stopped.load(Ordering::SeqCst) {
                     std::thread::park();
                 }
                 self.asleep.store(false, Ordering::SeqCst);

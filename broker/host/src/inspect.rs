@@ -6,7 +6,7 @@ use serde::Serialize;
 use wasmtime::component::Component;
 
 use crate::HostError;
-use crate::loader::COMPONENT_BYTES_MAX;
+use crate::loader::{COMPONENT_BYTES_MAX, read};
 
 /// The outside of a component.
 #[derive(Debug, Clone, Serialize)]
@@ -26,11 +26,8 @@ pub struct Inspection {
 /// # Errors
 /// The file cannot be read, is too large, or is no valid component.
 pub fn inspect(path: &Path) -> Result<Inspection, HostError> {
-    let bytes = std::fs::read(path).map_err(HostError::new)?;
-    if bytes.len() > COMPONENT_BYTES_MAX {
-        return Err(HostError::new(format!("{} bytes; at most {COMPONENT_BYTES_MAX} are allowed", bytes.len())));
-    }
-    let engine = crate::engine::engine()?;
+    let bytes = read(path, COMPONENT_BYTES_MAX)?;
+    let engine = crate::engine::engine(None)?;
     let component =
         Component::new(&engine, &bytes).map_err(|error| HostError::new(format!("not a component: {error:#}")))?;
     let ty = component.component_type();

@@ -1,186 +1,19 @@
-//! One running component: its store, its limits and what it may reach.
+//! One running component: its store, what it exports, and the measure of its computing time.
 
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use tokio::io::AsyncWrite;
-use wasmtime::component::{HasSelf, Linker, ResourceTable};
-use wasmtime::{Engine, ResourceLimiter, Store, UpdateDeadline};
-use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
-use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
+use wasmtime::{Engine, Store, UpdateDeadline};
 
-use crate::HostError;
-use crate::bindings::{auth, imports, lifecycle};
-use crate::engine::thread_cpu_ns;
-
-/// Table elements an instance may have, over all its tables.
-const TABLE_ELEMENTS_MAX: usize = 100_000;
-/// Core instances, tables and memories of one component; Python needs over a hundred.
-const PARTS_MAX: usize = 256;
-/// Log lines per second and instance, and bytes of one.
-const LOG_LINES_MAX: u32 = 100;
-const LOG_LINE_BYTES_MAX: usize = 4096;
-
-/// What the store knows about its guest.
-pub(crate) struct Guest {
-    wasi: WasiCtx,
-    table: ResourceTable,
-    limits: Limits,
-    log: Log,
-}
-
-impl Guest {
-    pub(crate) fn new(plugin: &Arc<str>, wasi: WasiCtx, memory_bytes_max: usize) -> Self {
-        let limits = Limits { memory_bytes: 0, memory_bytes_max, table_elements: 0 };
-        Self { wasi, table: ResourceTable::new(), limits, log: Log::new(plugin) }
-    }
-}
-
-impl WasiView for Guest {
-    fn ctx(&mut self) -> WasiCtxView<'_> {
-        WasiCtxView { ctx: &mut self.wasi, table: &mut self.table }
-    }
-}
-
-/// Sums over all memories and tables of the store: a limit per memory would be none.
-struct Limits {
-    memory_bytes: usize,
-    memory_bytes_max: usize,
-    table_elements: usize,
-}
-
-impl ResourceLimiter for Limits {
-    fn memory_growing(&mut self, current: usize, desired: usize, _max: Option<usize>) -> wasmtime::Result<bool> {
-        let total = self.memory_bytes - current.min(self.memory_bytes) + desired;
-        if total > self.memory_bytes_max {
-            return Ok(false);
-        }
-        self.memory_bytes = total;
-        Ok(true)
-    }
-    fn table_growing(&mut self, current: usize, desired: usize, _max: Option<usize>) -> wasmtime::Result<bool> {
-        let total = self.table_elements - current.min(self.table_elements) + desired;
-        if total > TABLE_ELEMENTS_MAX {
-            return Ok(false);
-        }
-        self.table_elements = total;
-        Ok(true)
-    }
-    fn instances(&self) -> usize {
-        PARTS_MAX
-    }
-    fn tables(&self) -> usize {
-        PARTS_MAX
-    }
-    fn memories(&self) -> usize {
-        PARTS_MAX
-    }
-}
-
-/// A guest's lines on their way to the broker's log.
-#[derive(Clone)]
-pub(crate) struct Log {
-    plugin: Arc<str>,
-    since: Instant,
-    lines: u32,
-}
-
-impl Log {
-    pub(crate) fn new(plugin: &Arc<str>) -> Self {
-        Self { plugin: Arc::clone(plugin), since: Instant::now(), lines: 0 }
-    }
-
-    fn write(&mut self, level: imports::wasmqtt::plugin::host::Level, message: &str) {
-        use imports::wasmqtt::plugin::host::Level;
-        if self.since.elapsed() >= Duration::from_secs(1) {
-            if self.lines > LOG_LINES_MAX {
-                tracing::warn!(target: "plugin", plugin = %self.plugin, left_out = self.lines - LOG_LINES_MAX, "too many log lines");
-            }
-            (self.since, self.lines) = (Instant::now(), 0);
-        }
-        self.lines = self.lines.saturating_add(1);
-        if self.lines > LOG_LINES_MAX {
-            return;
-        }
-        let end = message.floor_char_boundary(LOG_LINE_BYTES_MAX);
-        let (plugin, message) = (&self.plugin, &message[..end]);
-        match level {
-            Level::Trace => tracing::trace!(target: "plugin", %plugin, "{message}"),
-            Level::Debug => tracing::debug!(target: "plugin", %plugin, "{message}"),
-            Level::Info => tracing::info!(target: "plugin", %plugin, "{message}"),
-            Level::Warn => tracing::warn!(target: "plugin", %plugin, "{message}"),
-            Level::Error => tracing::error!(target: "plugin", %plugin, "{message}"),
-        }
-    }
-}
-
-impl imports::wasmqtt::plugin::host::Host for Guest {
-    fn log(&mut self, level: imports::wasmqtt::plugin::host::Level, message: String) {
-        self.log.write(level, &message);
-    }
-}
-
-/// stdout and stderr of a guest: lines at debug level.
-impl StdoutStream for Log {
-    fn async_stream(&self) -> Box<dyn AsyncWrite + Send + Sync> {
-        Box::new(self.clone())
-    }
-}
-
-impl IsTerminal for Log {
-    fn is_terminal(&self) -> bool {
-        false
-    }
-}
-
-impl AsyncWrite for Log {
-    fn poll_write(mut self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<std::io::Result<usize>> {
-        for line in String::from_utf8_lossy(bytes).lines() {
-            self.write(imports::wasmqtt::plugin::host::Level::Debug, line);
-        }
-        Poll::Ready(Ok(bytes.len()))
-    }
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-}
-
-/// Everything a guest can import, linked once.
-pub(crate) fn linker(engine: &Engine) -> Result<Linker<Guest>, HostError> {
-    let mut linker = Linker::new(engine);
-    wasmtime_wasi::p2::add_to_linker_async(&mut linker).map_err(|error| HostError::new(format!("{error:#}")))?;
-    imports::wasmqtt::plugin::host::add_to_linker::<Guest, HasSelf<Guest>>(&mut linker, |guest| guest)
-        .map_err(|error| HostError::new(format!("{error:#}")))?;
-    Ok(linker)
-}
-
-/// CPU time of one call, over all the polls it takes.
-#[derive(Default)]
-pub(crate) struct Meter {
-    /// Nanoseconds, like the others.
-    spent: AtomicU64,
-    polled_at: AtomicU64,
-    budget: AtomicU64,
-}
-
-impl Meter {
-    fn begin(&self, budget: Duration) {
-        self.spent.store(0, Ordering::Relaxed);
-        self.budget.store(budget.as_nanos() as u64, Ordering::Relaxed);
-    }
-
-    fn is_over(&self) -> bool {
-        let now = thread_cpu_ns().saturating_sub(self.polled_at.load(Ordering::Relaxed));
-        self.spent.load(Ordering::Relaxed) + now > self.budget.load(Ordering::Relaxed)
-    }
-}
+use crate::bindings::{auth, lifecycle};
+use crate::counters::Counters;
+use crate::engine::{Clock, thread_cpu_ns};
+use crate::grants::Mounts;
+use crate::guest::Guest;
 
 /// A store with its instance and the interfaces it exports.
 pub(crate) struct Running {
@@ -188,9 +21,13 @@ pub(crate) struct Running {
     pub(crate) auth: Option<auth::HasAuth>,
     pub(crate) lifecycle: Option<lifecycle::HasLifecycle>,
     meter: Arc<Meter>,
+    /// Files the guest may open at any time; they go when the last instance does.
+    _mounts: Arc<Mounts>,
+    counters: Arc<Counters>,
 }
 
 impl Running {
+    /// A store that gives its thread back at every tick, and stops guests that compute too long.
     pub(crate) fn store(engine: &Engine, guest: Guest) -> (Store<Guest>, Arc<Meter>) {
         let meter = Arc::new(Meter::default());
         let mut store = Store::new(engine, guest);
@@ -210,8 +47,11 @@ impl Running {
         (store, meter): (Store<Guest>, Arc<Meter>),
         auth: Option<auth::HasAuth>,
         lifecycle: Option<lifecycle::HasLifecycle>,
+        mounts: Arc<Mounts>,
+        counters: Arc<Counters>,
     ) -> Self {
-        Self { store, auth, lifecycle, meter }
+        counters.instances.fetch_add(1, Ordering::Relaxed);
+        Self { store, auth, lifecycle, meter, _mounts: mounts, counters }
     }
 
     pub(crate) fn meter(&self) -> Arc<Meter> {
@@ -219,37 +59,79 @@ impl Running {
     }
 }
 
-/// Runs guest code under its two limits: computing and waiting.
-pub(crate) async fn limited<T>(
-    meter: &Arc<Meter>,
-    cpu: Duration,
-    deadline: Duration,
-    call: impl Future<Output = wasmtime::Result<T>>,
-) -> Result<T, String> {
-    meter.begin(cpu);
-    let metered = Metered { meter: Arc::clone(meter), call: Box::pin(call) };
-    match tokio::time::timeout(deadline, metered).await {
-        Ok(result) => result.map_err(|error| one_line(&error)),
-        Err(_) => Err(format!("no answer within deadline_ms = {}", deadline.as_millis())),
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.counters.instances.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
+/// [`Meter::polled_at`] during the first poll of a call.
+const NOT_MEASURED: u64 = u64::MAX;
+
+/// CPU time of one call, over all the polls it takes.
+///
+/// The first poll is not measured: it ends with the next tick at the latest, most calls need no second one, and reading
+/// the clock would cost a short call a tenth of its time.
+///
+/// In nanoseconds of [`thread_cpu_ns`].
+#[derive(Default)]
+pub(crate) struct Meter {
+    spent: AtomicU64,
+    polled_at: AtomicU64,
+    budget: AtomicU64,
+}
+
+impl Meter {
+    fn is_over(&self) -> bool {
+        let polled_at = self.polled_at.load(Ordering::Relaxed);
+        if polled_at == NOT_MEASURED {
+            return false;
+        }
+        let now = thread_cpu_ns().saturating_sub(polled_at);
+        self.spent.load(Ordering::Relaxed) + now > self.budget.load(Ordering::Relaxed)
+    }
+}
+
+/// Runs guest code, which traps when it has computed for `cpu`.
+pub(crate) async fn metered<T>(
+    clock: &Clock,
+    meter: &Meter,
+    cpu: Duration,
+    call: impl Future<Output = wasmtime::Result<T>>,
+) -> Result<T, String> {
+    meter.spent.store(0, Ordering::Relaxed);
+    meter.budget.store(cpu.as_nanos() as u64, Ordering::Relaxed);
+    let call = std::pin::pin!(call);
+    Metered { clock, meter, call, again: false }.await.map_err(|error| one_line(&error))
+}
+
 /// The chain of causes without the backtrace of the guest.
-fn one_line(error: &wasmtime::Error) -> String {
+pub(crate) fn one_line(error: &wasmtime::Error) -> String {
+    let is_backtrace = |cause: &String| cause.starts_with("error while executing at wasm backtrace");
+    let first_line = |cause: &dyn std::fmt::Display| cause.to_string().lines().next().unwrap_or_default().to_owned();
     let causes: Vec<String> =
-        error.chain().map(|cause| cause.to_string().lines().next().unwrap_or_default().to_owned()).collect();
+        error.chain().map(|cause| first_line(&cause)).filter(|cause| !is_backtrace(cause)).collect();
     causes.join(": ")
 }
 
-struct Metered<F> {
-    meter: Arc<Meter>,
-    call: Pin<Box<F>>,
+struct Metered<'a, F> {
+    clock: &'a Clock,
+    meter: &'a Meter,
+    call: Pin<&'a mut F>,
+    again: bool,
 }
 
-impl<F: Future> Future for Metered<F> {
+impl<F: Future> Future for Metered<'_, F> {
     type Output = F::Output;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
+        // At every poll: the clock sleeps when it was not wanted for a while, and then nothing would end this one.
+        self.clock.wake();
+        if !self.again {
+            self.again = true;
+            self.meter.polled_at.store(NOT_MEASURED, Ordering::Relaxed);
+            return self.call.as_mut().poll(context);
+        }
         let begun = thread_cpu_ns();
         self.meter.polled_at.store(begun, Ordering::Relaxed);
         let result = self.call.as_mut().poll(context);
@@ -291,7 +173,7 @@ impl Pooled {
 impl Drop for Pooled {
     fn drop(&mut self) {
         if let Some(running) = self.running.take() {
-            // The reaper is gone only when the broker ends.
+            // The reaper is gone only when the broker ends; then the store is dropped here.
             let _ = self.reaper.send(Dead { running, healthy: self.healthy });
         }
     }

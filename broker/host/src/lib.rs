@@ -1,20 +1,24 @@
 //! `wasmqtt-host`: loads Wasm components, runs them per shard, and replaces them while traffic flows.
 //!
 //! The only crate that names wasmtime and notify. Meets the server at `wasmqtt_protocol::ports`; knows no sockets.
-#![deny(unsafe_code)]
 
 mod bindings;
+mod breaker;
 mod cache;
 mod call;
 mod config;
+mod counters;
 mod engine;
 mod generation;
+mod grants;
+mod guest;
 mod inspect;
 mod instance;
 mod loader;
 mod shard;
+mod watch;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use arc_swap::ArcSwap;
@@ -24,7 +28,8 @@ pub use config::{FileGrant, HostConfig, Mode, OnError, PluginConfig, PluginLimit
 pub use inspect::{Inspection, inspect};
 
 use generation::Generation;
-use loader::{Loader, Signal};
+use loader::Loader;
+use watch::Signal;
 
 /// A plugin could not be loaded, or something it needs is missing. The text names file and reason.
 #[derive(Debug, thiserror::Error)]
@@ -38,54 +43,63 @@ impl HostError {
 }
 
 /// The plugins that serve now, in the order they are asked. Immutable: a change makes a new one.
+#[derive(Default)]
 pub(crate) struct Chain {
     pub(crate) plugins: Vec<Arc<Generation>>,
 }
 
+impl Chain {
+    fn has_auth(&self) -> bool {
+        self.plugins.iter().any(|plugin| plugin.has_auth())
+    }
+}
+
 /// Loads and watches plugins; shards get their view through [`Plugins`].
+///
+/// Its calls are polled by hand on the thread of their shard, which must have entered a tokio runtime with time enabled
+/// (a guest's files and clocks wait there). A call gives the thread back at least once in a millisecond.
 pub struct PluginHost {
     chain: Arc<ArcSwap<Chain>>,
     signal: Signal,
-    loader: std::sync::Mutex<Option<JoinHandle<()>>>,
+    loader: Mutex<Option<JoinHandle<()>>>,
 }
 
 /// One serving plugin, for status displays.
-#[derive(Debug, Clone, serde::Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct Status {
     /// Name in the configuration, or the file's stem.
     pub name: String,
     /// Counts builds of this plugin, from 1.
     pub generation: u64,
-    /// Calls begun in this generation.
+    /// Calls since the broker started.
     pub calls: u64,
-    /// Traps, deadlines and failures among them.
+    /// Calls without an answer among them: traps, deadlines, failures, full queues.
     pub failures: u64,
+    /// Instances that exist, of old builds too while they finish.
+    pub instances: usize,
 }
 
 impl PluginHost {
     /// Loads every configured plugin and those in the folder, then watches for changes. Must be called inside a tokio
-    /// runtime; plugins wait for clocks and files there.
+    /// runtime with time enabled, but not by one of its tasks.
     ///
     /// # Errors
     /// A plugin with an entry in the configuration cannot be loaded. One that merely lies in the folder is logged and
     /// left out.
     pub fn start(config: HostConfig) -> Result<Arc<Self>, HostError> {
-        let chain = Arc::new(ArcSwap::from_pointee(Chain { plugins: Vec::new() }));
-        let mut loader = Loader::new(config, Arc::clone(&chain))?;
+        let runtime = tokio::runtime::Handle::try_current()
+            .map_err(|_| HostError::new("plugins need a tokio runtime, and none was entered"))?;
+        let debounce = config.debounce;
+        let chain = Arc::new(ArcSwap::default());
+        let mut loader = Loader::new(config, Arc::clone(&chain), runtime)?;
         loader.load_all(true)?;
-        let signal = loader.watch()?;
-        let runtime = tokio::runtime::Handle::current();
-        let thread = std::thread::Builder::new().name("plugin-loader".into()).spawn(move || {
-            let _entered = runtime.enter();
-            loader.run();
-        });
-        let thread = thread.map_err(|error| HostError::new(format!("cannot start the plugin loader: {error}")))?;
-        Ok(Arc::new(Self { chain, signal, loader: std::sync::Mutex::new(Some(thread)) }))
+        let (signal, thread) = watch::start(loader, debounce)?;
+        Ok(Arc::new(Self { chain, signal, loader: Mutex::new(Some(thread)) }))
     }
 
     /// Some plugin decides who may connect.
     pub fn has_auth(&self) -> bool {
-        self.chain.load().plugins.iter().any(|plugin| plugin.has_auth())
+        self.chain.load().has_auth()
     }
 
     /// The plugins that serve now.
@@ -98,19 +112,26 @@ impl PluginHost {
         self.signal.rescan();
     }
 
-    /// Stops watching and unloads.
+    /// Stops watching and unloads. Calls under way may finish; later ones find no plugins.
     pub fn stop(&self) {
         self.signal.stop();
-        let thread = self.loader.lock().ok().and_then(|mut loader| loader.take());
+        let thread = self.loader.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(thread) = thread {
             let _ = thread.join();
         }
-        self.chain.store(Arc::new(Chain { plugins: Vec::new() }));
+        let old = self.chain.swap(Arc::default());
+        old.plugins.iter().for_each(|plugin| plugin.retire());
+    }
+}
+
+impl Drop for PluginHost {
+    fn drop(&mut self) {
+        self.stop();
     }
 }
 
 impl Plugins for PluginHost {
-    fn shard(&self, _index: usize) -> Box<dyn ShardPlugins> {
-        Box::new(shard::View::new(Arc::clone(&self.chain)))
+    fn shard(&self, index: usize) -> Box<dyn ShardPlugins> {
+        Box::new(shard::View::new(Arc::clone(&self.chain), index))
     }
 }

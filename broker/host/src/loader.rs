@@ -1,130 +1,90 @@
-//! Loads plugins, watches their files, and replaces what changed. Everything happens on one thread of its own, at low
-//! priority; shards only see the finished chain.
+//! Loads plugins and replaces what changed, on one thread of its own at low priority. Shards only see a finished chain.
 
 use std::collections::HashMap;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::channel;
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
-use notify::{RecommendedWatcher, RecursiveMode};
-use notify_debouncer_full::{DebounceEventResult, Debouncer, RecommendedCache, new_debouncer};
 use tracing::{info, warn};
-use wasmtime::Engine;
-use wasmtime::component::Linker;
 
 use crate::cache::{self, Cache};
-use crate::config::{HostConfig, Mode, PluginConfig};
-use crate::engine::{self, Clock};
-use crate::generation::{Generation, Mount, Parts, copy_alone, reap};
-use crate::instance::{Dead, Guest, linker};
+use crate::config::{HostConfig, PluginConfig, PluginLimits};
+use crate::counters::Counters;
+use crate::engine::{self, Clock, Pool};
+use crate::generation::{Generation, Identity, Parts, reap};
+use crate::grants::{self, FILE_BYTES_MAX, Mounts};
+use crate::guest::linker;
 use crate::{Chain, HostError};
 
 /// Bytes a component file may have.
-pub(crate) const COMPONENT_BYTES_MAX: usize = 64 << 20;
-/// Bytes of a granted single file.
-const FILE_BYTES_MAX: u64 = 64 << 20;
+pub(crate) const COMPONENT_BYTES_MAX: u64 = 64 << 20;
+/// Instances the pool has room for: at least so many, at most so many.
+const POOL_INSTANCES_MIN: usize = 64;
+const POOL_INSTANCES_MAX: usize = 1000;
+/// Plugins from the folder that the pool has room for, beside configured ones.
+const FOLDER_PLUGINS: usize = 4;
 
-enum Wake {
-    Rescan,
-    Stop,
-}
-
-/// Tells the loader something.
-pub(crate) struct Signal(Sender<Wake>);
-
-impl Signal {
-    pub(crate) fn rescan(&self) {
-        let _ = self.0.send(Wake::Rescan);
-    }
-    pub(crate) fn stop(&self) {
-        let _ = self.0.send(Wake::Stop);
-    }
+/// What is known about a plugin beyond one build.
+struct Known {
+    /// Builds that have served.
+    builds: u64,
+    counters: Arc<Counters>,
+    /// The last build or state of files that was refused: not tried again until something changes.
+    refused: Option<String>,
 }
 
 pub(crate) struct Loader {
     config: HostConfig,
     chain: Arc<ArcSwap<Chain>>,
-    engine: Engine,
-    linker: Linker<Guest>,
-    clock: Arc<Clock>,
+    parts: Parts,
     cache: Cache,
-    reaper: Sender<Dead>,
-    reaper_thread: Option<std::thread::JoinHandle<()>>,
-    /// Identities that were refused: not tried again until something changes.
-    refused: HashMap<String, String>,
-    next_number: u64,
-    wake: (Sender<Wake>, Receiver<Wake>),
-    watcher: Option<Debouncer<RecommendedWatcher, RecommendedCache>>,
+    known: HashMap<String, Known>,
+    runtime: tokio::runtime::Handle,
+}
+
+/// `made_from` is what a build is made from, or what is wrong with that.
+struct Source {
+    bytes: Result<Vec<u8>, HostError>,
+    made_from: String,
 }
 
 impl Loader {
-    pub(crate) fn new(config: HostConfig, chain: Arc<ArcSwap<Chain>>) -> Result<Self, HostError> {
-        let engine = engine::engine()?;
+    pub(crate) fn new(
+        config: HostConfig,
+        chain: Arc<ArcSwap<Chain>>,
+        runtime: tokio::runtime::Handle,
+    ) -> Result<Self, HostError> {
+        let cache = Cache::open(&config.cache_dir)?;
+        grants::clean(&copies(&cache));
+        let engine = engine::engine(Some(pool(&config)))?;
+        let linker = linker(&engine)?;
         let clock = Clock::start(engine.clone())?;
         let (reaper, dead) = channel();
-        let runtime = tokio::runtime::Handle::current();
-        let for_reaper = Arc::clone(&clock);
-        let reaper_thread = std::thread::Builder::new()
-            .name("plugin-reaper".into())
-            .spawn(move || reap(dead, &runtime, &for_reaper))
-            .map_err(|error| HostError::new(format!("cannot start the plugin reaper: {error}")))?;
-        Ok(Self {
-            linker: linker(&engine)?,
-            cache: Cache::open(&config.cache_dir)?,
-            config,
-            chain,
-            engine,
-            clock,
-            reaper,
-            reaper_thread: Some(reaper_thread),
-            refused: HashMap::new(),
-            next_number: 1,
-            wake: channel(),
-            watcher: None,
-        })
+        let (reaper_runtime, reaper_clock) = (runtime.clone(), Arc::clone(&clock));
+        let reap = move || {
+            reap(&dead, &reaper_runtime, &reaper_clock);
+            // Without it the last guests could not be interrupted, so it ends last.
+            reaper_clock.stop();
+        };
+        let thread = std::thread::Builder::new().name("plugin-reaper".into()).spawn(reap);
+        thread.map_err(|error| HostError::new(format!("cannot start the plugin reaper: {error}")))?;
+        let parts = Parts { engine, linker, clock, reaper, shards: config.shards };
+        Ok(Self { config, chain, parts, cache, known: HashMap::new(), runtime })
     }
 
-    /// Watches every folder in which something lies that a plugin is made from.
-    pub(crate) fn watch(&mut self) -> Result<Signal, HostError> {
-        let wake = self.wake.0.clone();
-        let notice = move |result: DebounceEventResult| {
-            if result.is_ok_and(|events| events.iter().any(|event| !event.kind.is_access())) {
-                let _ = wake.send(Wake::Rescan);
-            }
-        };
-        let failed = |error: notify::Error| HostError::new(format!("cannot watch for changed plugins: {error}"));
-        let mut watcher = new_debouncer(self.config.debounce, None, notice).map_err(failed)?;
+    /// Folders in which something lies that a plugin is made from.
+    pub(crate) fn folders(&self) -> Vec<PathBuf> {
         let mut folders: Vec<PathBuf> = self.config.dir.clone().into_iter().collect();
         for plugin in &self.config.plugins {
-            let files = plugin.files.iter().map(|grant| &grant.host).filter(|host| host.is_file());
+            let files = plugin.files.iter().map(|grant| &grant.host).filter(|host| !host.is_dir());
             folders.extend(std::iter::once(&plugin.path).chain(files).filter_map(|file| parent(file)));
         }
         folders.sort();
         folders.dedup();
-        for folder in folders {
-            watcher.watch(&folder, RecursiveMode::NonRecursive).map_err(failed)?;
-        }
-        self.watcher = Some(watcher);
-        Ok(Signal(self.wake.0.clone()))
-    }
-
-    pub(crate) fn run(mut self) {
-        lower_priority();
-        while let Ok(Wake::Rescan) = self.wake.1.recv() {
-            // Notices that came together are one.
-            while let Ok(Wake::Rescan) = self.wake.1.try_recv() {}
-            if let Err(error) = self.load_all(false) {
-                warn!(%error, "plugins not reloaded");
-            }
-        }
-        self.chain.store(Arc::new(Chain { plugins: Vec::new() }));
-        let reaper_thread = self.reaper_thread.take();
-        let clock = Arc::clone(&self.clock);
-        drop(self);
-        clock.stop();
-        drop(reaper_thread);
+        folders
     }
 
     /// Brings the chain in line with the files. With `strict`, a configured plugin that cannot be loaded is an error;
@@ -132,15 +92,11 @@ impl Loader {
     pub(crate) fn load_all(&mut self, strict: bool) -> Result<(), HostError> {
         let old = self.chain.load_full();
         let mut plugins = Vec::new();
-        let mut changed = false;
         for (config, configured) in self.wanted() {
-            let running = old.plugins.iter().find(|plugin| *plugin.name == *config.name).cloned();
-            match self.load(&config, running.as_ref()) {
-                Ok(None) => plugins.extend(running),
-                Ok(Some(plugin)) => {
-                    plugins.push(plugin);
-                    changed = true;
-                }
+            let running = old.plugins.iter().find(|plugin| *plugin.name == *config.name);
+            match self.load(&config, running) {
+                Ok(None) => plugins.extend(running.cloned()),
+                Ok(Some(plugin)) => plugins.push(plugin),
                 Err(error) if strict && configured => {
                     return Err(HostError::new(format!(
                         "plugin {:?} ({}): {error}",
@@ -149,24 +105,39 @@ impl Loader {
                     )));
                 }
                 Err(error) => {
-                    if running.is_some() {
-                        warn!(plugin = %config.name, path = %config.path.display(), %error, "new build rejected, keeping the running one");
-                    } else {
-                        warn!(plugin = %config.name, path = %config.path.display(), %error, "plugin not loaded");
-                    }
-                    plugins.extend(running);
+                    let (plugin, path) = (&config.name, config.path.display());
+                    let what = match running {
+                        Some(_) => "new build rejected, keeping the running one",
+                        None => "plugin not loaded",
+                    };
+                    warn!(%plugin, %path, %error, "{what}");
+                    plugins.extend(running.cloned());
                 }
             }
         }
-        for gone in old.plugins.iter().filter(|gone| !plugins.iter().any(|plugin| plugin.name == gone.name)) {
-            info!(plugin = %gone.name, generation = gone.number, "plugin unloaded: its file is gone");
-            changed = true;
-        }
-        if changed {
-            plugins.sort_by(|a, b| (a.config.order, &a.name).cmp(&(b.config.order, &b.name)));
-            self.chain.store(Arc::new(Chain { plugins }));
-        }
+        plugins.sort_by(|a, b| (a.config.order, &a.name).cmp(&(b.config.order, &b.name)));
+        self.publish(&old, plugins);
         Ok(())
+    }
+
+    fn publish(&mut self, old: &Chain, plugins: Vec<Arc<Generation>>) {
+        let is_same = |(a, b): (&Arc<Generation>, &Arc<Generation>)| Arc::ptr_eq(a, b);
+        if plugins.len() == old.plugins.len() && plugins.iter().zip(&old.plugins).all(is_same) {
+            return;
+        }
+        let chain = Arc::new(Chain { plugins });
+        self.chain.store(Arc::clone(&chain));
+        for gone in old.plugins.iter().filter(|gone| !chain.plugins.iter().any(|plugin| Arc::ptr_eq(plugin, gone))) {
+            gone.retire();
+            if !chain.plugins.iter().any(|plugin| plugin.name == gone.name) {
+                info!(plugin = %gone.name, generation = gone.number, "plugin unloaded, its file is gone");
+            }
+        }
+        self.known.retain(|name, _| {
+            chain.plugins.iter().any(|plugin| *plugin.name == **name)
+                || self.config.plugins.iter().any(|plugin| plugin.name == *name)
+                || self.config.dir.as_ref().is_some_and(|dir| dir.join(format!("{name}.wasm")).exists())
+        });
     }
 
     /// Configured plugins, and files in the folder that no entry names.
@@ -177,7 +148,8 @@ impl Loader {
         for entry in entries.into_iter().flatten().flatten() {
             let path = entry.path();
             let Some(name) = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()) else { continue };
-            let named = self.config.plugins.iter().any(|plugin| plugin.path == path || plugin.name == name);
+            let named =
+                self.config.plugins.iter().any(|plugin| plugin.name == name || is_same_file(&plugin.path, &path));
             if path.extension().is_some_and(|extension| extension == "wasm") && !name.starts_with('.') && !named {
                 wanted.push((PluginConfig { name, path, ..PluginConfig::default() }, false));
             }
@@ -185,85 +157,111 @@ impl Loader {
         wanted
     }
 
-    /// `None`: what runs is what the files say, or the file is gone and was configured.
+    /// `None`: nothing has changed since the last time.
     fn load(
         &mut self,
         config: &PluginConfig,
         running: Option<&Arc<Generation>>,
     ) -> Result<Option<Arc<Generation>>, HostError> {
-        let bytes = read_component(config)?;
-        let identity = identity(config, &bytes)?;
-        if running.is_some_and(|running| running.identity == identity)
-            || self.refused.get(&config.name) == Some(&identity)
-        {
+        let source = Source::read(config);
+        let shards = self.config.shards;
+        let known = self.known.entry(config.name.clone()).or_insert_with(|| Known {
+            builds: 0,
+            counters: Arc::new(Counters::new(shards)),
+            refused: None,
+        });
+        if running.is_some_and(|running| running.made_from == source.made_from) {
+            known.refused = None;
             return Ok(None);
         }
-        let loaded = self.build(config, &bytes, &identity, running.is_some());
-        match &loaded {
-            Ok(_) => self.refused.remove(&config.name),
-            Err(_) => self.refused.insert(config.name.clone(), identity),
+        if known.refused.as_ref() == Some(&source.made_from) {
+            return Ok(None);
+        }
+        let identity = Identity {
+            number: known.builds + 1,
+            made_from: source.made_from.clone(),
+            counters: Arc::clone(&known.counters),
         };
-        loaded.map(Some)
+        let built = source.bytes.and_then(|bytes| self.build(config, &bytes, identity, running.is_some()));
+        if let Some(known) = self.known.get_mut(&config.name) {
+            known.builds += u64::from(built.is_ok());
+            known.refused = built.is_err().then_some(source.made_from);
+        }
+        built.map(Some)
     }
 
     fn build(
-        &mut self,
+        &self,
         config: &PluginConfig,
         bytes: &[u8],
-        identity: &str,
+        identity: Identity,
         replaces: bool,
     ) -> Result<Arc<Generation>, HostError> {
         let begun = Instant::now();
-        let (component, cached) = self.cache.component(&self.engine, bytes, &cache::digest(bytes))?;
+        let (component, cached) = self.cache.component(&self.parts.engine, bytes, &cache::digest(bytes))?;
         let compile_ms = begun.elapsed().as_millis() as u64;
-        let number = self.next_number;
-        self.next_number += 1;
-        let mounts = self.mounts(config, number)?;
-        let parts = Parts { engine: &self.engine, linker: &self.linker, clock: &self.clock, reaper: &self.reaper };
-        let generation =
-            Arc::new(Generation::new(&parts, &component, config.clone(), (number, identity.to_owned()), mounts)?);
-        tokio::runtime::Handle::current().block_on(generation.prepare(self.config.shards))?;
+        let mounts = Mounts::new(&config.files, &copies(&self.cache))?;
+        let generation = Arc::new(Generation::new(&self.parts, &component, config.clone(), identity, mounts)?);
+        let _entered = self.runtime.enter();
+        self.runtime.block_on(generation.prepare())?;
         let what = if replaces { "plugin replaced" } else { "plugin loaded" };
-        info!(plugin = %config.name, generation = number, compile_ms, cached, "{what}");
+        info!(plugin = %config.name, generation = generation.number, compile_ms, cached, "{what}");
         Ok(generation)
-    }
-
-    /// Folders as granted; a single file in a folder of its own, so that nothing beside it can be reached.
-    fn mounts(&self, config: &PluginConfig, number: u64) -> Result<Vec<Mount>, HostError> {
-        let mut mounts: Vec<Mount> = Vec::new();
-        for (place, grant) in config.files.iter().enumerate() {
-            let failed =
-                |error: &dyn std::fmt::Display| HostError::new(format!("grant {}: {error}", grant.host.display()));
-            if grant.host.is_dir() {
-                mounts.push(Mount { host: grant.host.clone(), guest: grant.guest.clone(), mode: grant.mode });
-                continue;
-            }
-            if grant.mode == Mode::Write {
-                return Err(failed(&"a single file can only be read; grant its folder to let the plugin write"));
-            }
-            let guest = Path::new(&grant.guest);
-            let (Some(folder), Some(name)) = (guest.parent(), guest.file_name()) else {
-                return Err(failed(&format!("{:?} is no name for a file", grant.guest)));
-            };
-            let folder = folder.to_string_lossy().into_owned();
-            let name = name.to_string_lossy().into_owned();
-            let known = mounts.iter().find(|mount| mount.guest == folder).map(|mount| mount.host.clone());
-            let alone = known.unwrap_or_else(|| {
-                self.cache.dir().join("files").join(format!("{}-{}-{number}-{place}", config.name, std::process::id()))
-            });
-            copy_alone(&grant.host, &alone, &name).map_err(|error| failed(&error))?;
-            if !mounts.iter().any(|mount| mount.guest == folder) {
-                mounts.push(Mount { host: alone, guest: folder, mode: Mode::Read });
-            }
-        }
-        Ok(mounts)
     }
 }
 
-impl Drop for Loader {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(self.cache.dir().join("files"));
+impl Source {
+    fn read(config: &PluginConfig) -> Self {
+        let bytes = read_component(config);
+        let made_from = match &bytes {
+            Ok(bytes) => config.files.iter().fold(cache::digest(bytes), |made_from, grant| {
+                let file = if grant.host.is_dir() { Ok(Vec::new()) } else { read(&grant.host, FILE_BYTES_MAX) };
+                let file = file.map_or_else(|error| error.to_string(), |file| cache::digest(&file));
+                format!("{made_from}-{file}")
+            }),
+            Err(error) => error.to_string(),
+        };
+        Self { bytes, made_from }
     }
+}
+
+fn read_component(config: &PluginConfig) -> Result<Vec<u8>, HostError> {
+    let bytes = read(&config.path, COMPONENT_BYTES_MAX)?;
+    let digest = cache::digest(&bytes);
+    match &config.sha256 {
+        Some(pin) if !pin.eq_ignore_ascii_case(&digest) => {
+            Err(HostError::new(format!("its SHA-256 is {digest}, but the configuration says sha256 = {pin:?}")))
+        }
+        _ => Ok(bytes),
+    }
+}
+
+/// Reads a whole file, or refuses it when it is too large.
+pub(crate) fn read(path: &Path, bytes_max: u64) -> Result<Vec<u8>, HostError> {
+    let mut bytes = Vec::new();
+    let read = std::fs::File::open(path).and_then(|file| file.take(bytes_max + 1).read_to_end(&mut bytes));
+    read.map_err(|error| HostError::new(format!("cannot read {}: {error}", path.display())))?;
+    if bytes.len() as u64 > bytes_max {
+        return Err(HostError::new(format!("{} has more than {bytes_max} bytes", path.display())));
+    }
+    Ok(bytes)
+}
+
+/// Where copies of granted files lie.
+fn copies(cache: &Cache) -> PathBuf {
+    cache.dir().join("files")
+}
+
+/// Twice what may run at a time, since two generations overlap while a plugin is replaced.
+fn pool(config: &HostConfig) -> Pool {
+    let folder = PluginLimits::default();
+    let limits = || config.plugins.iter().map(|plugin| plugin.limits).chain(std::iter::once(folder));
+    let per_shard = limits().map(|limits| limits.instances).sum::<usize>() + folder.instances * FOLDER_PLUGINS;
+    let instances = (2 * per_shard * config.shards.max(1)).clamp(POOL_INSTANCES_MIN, POOL_INSTANCES_MAX);
+    let memory_mib = limits().map(|limits| limits.memory_mib).max().unwrap_or(folder.memory_mib);
+    // The address space that a memory reserves ends there.
+    let memory_bytes = (memory_mib.min(4095) as usize) << 20;
+    Pool { instances: instances as u32, memory_bytes }
 }
 
 fn parent(file: &Path) -> Option<PathBuf> {
@@ -271,42 +269,6 @@ fn parent(file: &Path) -> Option<PathBuf> {
     Some(if folder.as_os_str().is_empty() { PathBuf::from(".") } else { folder.to_owned() })
 }
 
-fn read_component(config: &PluginConfig) -> Result<Vec<u8>, HostError> {
-    let failed = |error: std::io::Error| HostError::new(format!("cannot read {}: {error}", config.path.display()));
-    let size = std::fs::metadata(&config.path).map_err(failed)?.len();
-    if size > COMPONENT_BYTES_MAX as u64 {
-        return Err(HostError::new(format!("{size} bytes; at most {COMPONENT_BYTES_MAX} are allowed")));
-    }
-    let bytes = std::fs::read(&config.path).map_err(failed)?;
-    if let Some(pin) = &config.sha256
-        && !pin.eq_ignore_ascii_case(&cache::digest(&bytes))
-    {
-        return Err(HostError::new(format!(
-            "its SHA-256 is {}, configured is sha256 = {pin:?}",
-            cache::digest(&bytes)
-        )));
-    }
-    Ok(bytes)
-}
-
-/// Changes when the component or a granted single file does.
-fn identity(config: &PluginConfig, bytes: &[u8]) -> Result<String, HostError> {
-    let mut identity = cache::digest(bytes);
-    for grant in config.files.iter().filter(|grant| grant.host.is_file()) {
-        let failed = |error: std::io::Error| HostError::new(format!("grant {}: {error}", grant.host.display()));
-        if std::fs::metadata(&grant.host).map_err(failed)?.len() > FILE_BYTES_MAX {
-            return Err(HostError::new(format!("grant {}: larger than {FILE_BYTES_MAX} bytes", grant.host.display())));
-        }
-        identity.push('-');
-        identity.push_str(&cache::digest(&std::fs::read(&grant.host).map_err(failed)?));
-    }
-    Ok(identity)
-}
-
-/// Compiling must not take a core from the shards.
-fn lower_priority() {
-    const NICE: i32 = 10;
-    if let Err(error) = rustix::process::setpriority_process(Some(rustix::thread::gettid()), NICE) {
-        tracing::debug!(%error, "the plugin loader keeps its priority");
-    }
+fn is_same_file(a: &Path, b: &Path) -> bool {
+    a == b || matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
 }

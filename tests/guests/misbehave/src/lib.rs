@@ -34,7 +34,7 @@ impl Auth for Misbehave {
             "big" => return Ok(Outcome::allow("x".repeat(4 << 20))),
             "chatter" => (0..100_000).for_each(|line| log(Level::Info, &format!("line {line}\nand \u{1b}[31mred"))),
             "print" => (0..100_000).for_each(|line| println!("line {line}")),
-            "sleep" => std::thread::sleep(std::time::Duration::from_secs(60)),
+            "sleep" => std::thread::sleep(std::time::Duration::from_mins(1)),
             "connect" => return Ok(answer(std::net::TcpStream::connect("127.0.0.1:1").is_err_and(is_refused_by_host))),
             "environment" => return Ok(answer(std::env::vars().next().is_none() && std::env::args().len() == 0)),
             "success-as-denial" => return Ok(Outcome::Deny(0)),

@@ -1,0 +1,123 @@
+//! Files and folders that the operator grants to a plugin.
+//!
+//! A folder is opened as it is. A single file lies beside others that are nobody's business, so the plugin gets a
+//! folder made for it with a copy in it; the loader renews that by loading the plugin again when the file changes.
+
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use wasmtime_wasi::{FsPerms, WasiCtxBuilder};
+
+use crate::HostError;
+use crate::config::{FileGrant, Mode};
+
+/// Bytes of a granted single file.
+pub(crate) const FILE_BYTES_MAX: u64 = 64 << 20;
+
+/// A folder of the host under a name of the guest.
+struct Mount {
+    host: PathBuf,
+    guest: String,
+    mode: Mode,
+}
+
+/// What one generation may reach.
+#[derive(Default)]
+pub(crate) struct Mounts {
+    mounts: Vec<Mount>,
+    /// Folders of copies; removed when the last instance is gone.
+    made: Vec<PathBuf>,
+}
+
+impl Mounts {
+    /// Opens grants for one generation; copies of single files go to new folders in `dir`.
+    pub(crate) fn new(grants: &[FileGrant], dir: &Path) -> Result<Self, HostError> {
+        let mut mounts = Self::default();
+        for grant in grants {
+            let added = if grant.host.is_dir() { mounts.add_folder(grant) } else { mounts.add_file(grant, dir) };
+            added.map_err(|error| HostError::new(format!("grant {}: {error}", grant.host.display())))?;
+        }
+        Ok(mounts)
+    }
+
+    fn add_folder(&mut self, grant: &FileGrant) -> Result<(), String> {
+        self.add(Mount { host: grant.host.clone(), guest: grant.guest.clone(), mode: grant.mode })
+    }
+
+    fn add(&mut self, mount: Mount) -> Result<(), String> {
+        if self.mounts.iter().any(|other| other.guest == mount.guest) {
+            return Err(format!("the plugin has {} already", mount.guest));
+        }
+        self.mounts.push(mount);
+        Ok(())
+    }
+
+    fn add_file(&mut self, grant: &FileGrant, dir: &Path) -> Result<(), String> {
+        if grant.mode == Mode::Write {
+            return Err("a single file can only be read; grant its folder to let the plugin write".into());
+        }
+        let guest = Path::new(&grant.guest);
+        let Some(name) = guest.file_name() else { return Err(format!("{:?} is no name for a file", grant.guest)) };
+        let folder = match guest.parent().map(|folder| folder.to_string_lossy().into_owned()) {
+            Some(folder) if !folder.is_empty() => folder,
+            _ => "/".to_owned(),
+        };
+        let known = self.mounts.iter().find(|mount| mount.guest == folder && self.made.contains(&mount.host));
+        let alone = if let Some(mount) = known {
+            mount.host.clone()
+        } else {
+            let alone = new_folder(dir).map_err(|error| error.to_string())?;
+            self.made.push(alone.clone());
+            self.add(Mount { host: alone.clone(), guest: folder, mode: Mode::Read })?;
+            alone
+        };
+        copy(&grant.host, &alone.join(name)).map_err(|error| error.to_string())
+    }
+
+    /// Opens them for an instance.
+    pub(crate) fn open(&self, wasi: &mut WasiCtxBuilder) -> Result<(), String> {
+        for Mount { host, guest, mode } in &self.mounts {
+            let perms = if *mode == Mode::Read { FsPerms::ReadOnly } else { FsPerms::ReadWrite };
+            wasi.preopened_dir(host, guest, perms).map_err(|error| format!("grant {}: {error:#}", host.display()))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Mounts {
+    fn drop(&mut self) {
+        for folder in &self.made {
+            let _ = std::fs::remove_dir_all(folder);
+        }
+    }
+}
+
+/// `{process}-{number}`, so that what a killed broker left can be told from what is in use.
+fn new_folder(dir: &Path) -> std::io::Result<PathBuf> {
+    static NUMBER: AtomicU64 = AtomicU64::new(1);
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    let folder = dir.join(format!("{}-{number}", std::process::id()));
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder)?;
+    Ok(folder)
+}
+
+/// Removes copies of brokers that were killed.
+pub(crate) fn clean(dir: &Path) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let process = name.to_str().and_then(|name| name.split_once('-')).map(|(process, _)| process);
+        if process.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+fn copy(from: &Path, to: &Path) -> std::io::Result<()> {
+    let mut from = std::fs::File::open(from)?;
+    if from.metadata()?.len() > FILE_BYTES_MAX {
+        return Err(std::io::Error::other(format!("larger than {FILE_BYTES_MAX} bytes")));
+    }
+    let mut to = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(to)?;
+    std::io::copy(&mut from, &mut to).map(|_| ())
+}

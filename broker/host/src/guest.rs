@@ -1,0 +1,260 @@
+//! What a guest finds around it: its bounds, its way to the log, and the functions it can import.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use wasmtime::component::{HasSelf, Linker, ResourceTable};
+use wasmtime::{Engine, ResourceLimiter};
+use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
+use wasmtime_wasi::p2::{OutputStream, Pollable, StreamResult};
+use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
+
+use crate::HostError;
+use crate::bindings::imports;
+use crate::bindings::imports::wasmqtt::plugin::host::Level;
+
+/// Table elements an instance may have, over all its tables.
+const TABLE_ELEMENTS_MAX: usize = 100_000;
+/// Core instances, tables and memories of one component; Python needs over a hundred.
+const PARTS_MAX: usize = 256;
+/// WASI resources (open files, streams, timers) an instance may hold.
+const RESOURCES_MAX: usize = 1024;
+/// Random bytes a guest may ask for at once.
+const RANDOM_BYTES_MAX: u64 = 64 * 1024;
+/// Log lines per second and instance, printed ones included. More are left out, and counted.
+const LOG_LINES_MAX: u32 = 100;
+/// Bytes of one log line; the rest is cut.
+const LOG_LINE_BYTES_MAX: usize = 4096;
+/// Bytes a guest may print in one piece.
+const PRINT_BYTES_MAX: usize = 64 * 1024;
+
+/// What the store knows about its guest.
+pub(crate) struct Guest {
+    wasi: WasiCtx,
+    table: ResourceTable,
+    pub(crate) limits: Limits,
+    log: Log,
+}
+
+impl Guest {
+    /// `wasi` brings the grants; output goes to the log.
+    pub(crate) fn new(plugin: &Arc<str>, mut wasi: wasmtime_wasi::WasiCtxBuilder, memory_bytes_max: usize) -> Self {
+        let log = Log::new(plugin);
+        wasi.stdout(Printed { log: log.clone(), level: Level::Debug })
+            .stderr(Printed { log: log.clone(), level: Level::Warn });
+        wasi.max_random_size(RANDOM_BYTES_MAX);
+        let mut table = ResourceTable::new();
+        table.set_max_capacity(RESOURCES_MAX);
+        let limits = Limits { memory_bytes: 0, memory_bytes_max, memory_refused: false, table_elements: 0 };
+        Self { wasi: wasi.build(), table, limits, log }
+    }
+}
+
+impl WasiView for Guest {
+    fn ctx(&mut self) -> WasiCtxView<'_> {
+        WasiCtxView { ctx: &mut self.wasi, table: &mut self.table }
+    }
+}
+
+/// Sums over all memories and tables of the store: a limit per memory would be none.
+pub(crate) struct Limits {
+    memory_bytes: usize,
+    memory_bytes_max: usize,
+    /// More memory was asked for than there may be; explains the trap that usually follows.
+    pub(crate) memory_refused: bool,
+    table_elements: usize,
+}
+
+impl ResourceLimiter for Limits {
+    fn memory_growing(&mut self, current: usize, desired: usize, _max: Option<usize>) -> wasmtime::Result<bool> {
+        let total = self.memory_bytes.saturating_sub(current).saturating_add(desired);
+        if total > self.memory_bytes_max {
+            self.memory_refused = true;
+            return Ok(false);
+        }
+        self.memory_bytes = total;
+        Ok(true)
+    }
+
+    fn table_growing(&mut self, current: usize, desired: usize, _max: Option<usize>) -> wasmtime::Result<bool> {
+        let total = self.table_elements.saturating_sub(current).saturating_add(desired);
+        if total > TABLE_ELEMENTS_MAX {
+            return Ok(false);
+        }
+        self.table_elements = total;
+        Ok(true)
+    }
+
+    fn instances(&self) -> usize {
+        PARTS_MAX
+    }
+
+    fn tables(&self) -> usize {
+        PARTS_MAX
+    }
+
+    fn memories(&self) -> usize {
+        PARTS_MAX
+    }
+}
+
+/// A guest's lines on their way to the broker's log. All ways of one instance share one allowance.
+#[derive(Clone)]
+struct Log(Arc<Mutex<Lines>>);
+
+struct Lines {
+    plugin: Arc<str>,
+    since: Instant,
+    count: u32,
+}
+
+impl Log {
+    fn new(plugin: &Arc<str>) -> Self {
+        Self(Arc::new(Mutex::new(Lines { plugin: Arc::clone(plugin), since: Instant::now(), count: 0 })))
+    }
+
+    fn write(&self, level: Level, message: &str) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).write(level, message);
+    }
+}
+
+impl Lines {
+    fn write(&mut self, level: Level, message: &str) {
+        if self.since.elapsed() >= Duration::from_secs(1) {
+            if let Some(left_out) = self.count.checked_sub(LOG_LINES_MAX + 1) {
+                tracing::warn!(target: "plugin", plugin = %self.plugin, left_out = left_out + 1, "too many log lines");
+            }
+            (self.since, self.count) = (Instant::now(), 0);
+        }
+        self.count = self.count.saturating_add(1);
+        if self.count > LOG_LINES_MAX {
+            return;
+        }
+        let (plugin, message) = (&self.plugin, printable(message));
+        match level {
+            Level::Trace => tracing::trace!(target: "plugin", %plugin, "{message}"),
+            Level::Debug => tracing::debug!(target: "plugin", %plugin, "{message}"),
+            Level::Info => tracing::info!(target: "plugin", %plugin, "{message}"),
+            Level::Warn => tracing::warn!(target: "plugin", %plugin, "{message}"),
+            Level::Error => tracing::error!(target: "plugin", %plugin, "{message}"),
+        }
+    }
+}
+
+/// A guest must not forge lines of its own or drive the operator's terminal.
+fn printable(message: &str) -> String {
+    let message = &message[..message.floor_char_boundary(LOG_LINE_BYTES_MAX)];
+    message.trim_end().chars().map(|char| if char.is_control() { ' ' } else { char }).collect()
+}
+
+impl imports::wasmqtt::plugin::host::Host for Guest {
+    fn log(&mut self, level: Level, message: String) {
+        self.log.write(level, &message);
+    }
+}
+
+/// stdout and stderr of a guest: a log line for each line.
+#[derive(Clone)]
+struct Printed {
+    log: Log,
+    level: Level,
+}
+
+impl IsTerminal for Printed {
+    fn is_terminal(&self) -> bool {
+        false
+    }
+}
+
+impl StdoutStream for Printed {
+    fn p2_stream(&self) -> Box<dyn OutputStream> {
+        Box::new(Printer { to: self.clone(), line: Vec::new() })
+    }
+
+    // Only WASI 0.3 asks for this one, and it is not linked.
+    fn async_stream(&self) -> Box<dyn tokio::io::AsyncWrite + Send + Sync> {
+        Box::new(tokio::io::sink())
+    }
+}
+
+/// Collects a line.
+struct Printer {
+    to: Printed,
+    line: Vec<u8>,
+}
+
+impl Printer {
+    fn end_line(&mut self) {
+        self.to.log.write(self.to.level, &String::from_utf8_lossy(&self.line));
+        self.line.clear();
+    }
+}
+
+#[wasmtime_wasi::async_trait]
+impl Pollable for Printer {
+    async fn ready(&mut self) {}
+}
+
+impl OutputStream for Printer {
+    fn write(&mut self, bytes: Bytes) -> StreamResult<()> {
+        for piece in bytes.split_inclusive(|byte| *byte == b'\n') {
+            let room = LOG_LINE_BYTES_MAX.saturating_sub(self.line.len());
+            self.line.extend_from_slice(&piece[..piece.len().min(room)]);
+            if piece.ends_with(b"\n") {
+                self.end_line();
+            }
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> StreamResult<()> {
+        Ok(())
+    }
+
+    fn check_write(&mut self) -> StreamResult<usize> {
+        Ok(PRINT_BYTES_MAX)
+    }
+}
+
+impl Drop for Printer {
+    fn drop(&mut self) {
+        if !self.line.is_empty() {
+            self.end_line();
+        }
+    }
+}
+
+/// Everything a guest can import, linked once.
+pub(crate) fn linker(engine: &Engine) -> Result<Linker<Guest>, HostError> {
+    let mut linker = Linker::new(engine);
+    wasmtime_wasi::p2::add_to_linker_async(&mut linker).map_err(|error| HostError::new(format!("{error:#}")))?;
+    imports::wasmqtt::plugin::host::add_to_linker::<Guest, HasSelf<Guest>>(&mut linker, |guest| guest)
+        .map_err(|error| HostError::new(format!("{error:#}")))?;
+    Ok(linker)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_cannot_forge_a_line() {
+        assert_eq!(printable("one\nWARN two \u{1b}[31m\n"), "one WARN two  [31m");
+    }
+
+    #[test]
+    fn long_lines_are_cut_between_characters() {
+        assert_eq!(printable(&"é".repeat(LOG_LINE_BYTES_MAX)).len(), LOG_LINE_BYTES_MAX);
+        assert_eq!(printable(&format!("x{}", "é".repeat(LOG_LINE_BYTES_MAX))).len(), LOG_LINE_BYTES_MAX - 1);
+    }
+
+    #[test]
+    fn memories_of_one_store_share_the_limit() {
+        let mut limits = Limits { memory_bytes: 0, memory_bytes_max: 100, memory_refused: false, table_elements: 0 };
+        assert!(limits.memory_growing(0, 60, None).expect("decides"));
+        assert!(!limits.memory_growing(0, 41, None).expect("decides"));
+        assert!(limits.memory_refused);
+        assert!(limits.memory_growing(60, 100, None).expect("decides"));
+    }
+}

@@ -1,0 +1,177 @@
+//! Plugins change while the broker serves.
+
+mod common;
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::{Broker, allowed, another_build, denied, misbehave, plugin, replace, request};
+use wasmqtt_host::{FileGrant, Mode, PluginConfig, inspect};
+use wasmqtt_protocol::ports::AuthOutcome;
+
+/// A broker whose folder holds the misbehaving guest as `m.wasm`.
+fn with_folder() -> (Broker, PathBuf) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("plugins/m.wasm");
+    std::fs::create_dir(folder.path().join("plugins")).expect("can make a folder");
+    std::fs::copy(wasmqtt_guests::component("misbehave"), &file).expect("the guest is built");
+    (Broker::try_start(folder, Vec::new()).expect("loads"), file)
+}
+
+fn check_keeps_running(bytes: &[u8]) {
+    let (broker, file) = with_folder();
+    replace(&file, bytes);
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(broker.generation("m"), 1);
+    assert_eq!(broker.ask("c", ""), allowed("allow"));
+    // The loader is alive, and has no grudge.
+    replace(&file, &another_build("misbehave"));
+    broker.wait("the new build serves", |broker| broker.generation("m") == 2);
+    assert_eq!(broker.ask("c", ""), allowed("allow"));
+}
+
+#[test]
+fn a_new_build_serves_and_calls_under_way_end_on_the_old_one() {
+    let (broker, file) = with_folder();
+    let mut old = broker.shard.authenticate(Arc::new(request("old", "work", "")));
+    assert!(broker.poll(&mut old).is_pending());
+    replace(&file, &std::fs::read(wasmqtt_guests::component("auth-demo")).expect("the guest is built"));
+    broker.wait("the new build serves", |broker| {
+        assert!(matches!(broker.ask("c", "alice"), AuthOutcome::Allow(_) | AuthOutcome::Deny(_)));
+        broker.generation("m") == 2
+    });
+    assert_eq!(broker.ask("c", "alice"), denied(0x86), "this is the other plugin");
+    assert_eq!(broker.run(old), allowed("allow"), "and this the first");
+    broker.wait("old instances are gone", |broker| broker.status("m").is_some_and(|status| status.instances == 1));
+    assert_eq!(broker.status("m").map(|status| status.failures), Some(0));
+}
+
+#[test]
+fn no_call_fails_through_many_reloads() {
+    let (broker, file) = with_folder();
+    let builds = [another_build("misbehave"), std::fs::read(wasmqtt_guests::component("misbehave")).expect("built")];
+    for round in 0..10 {
+        replace(&file, &builds[round % 2]);
+        broker.wait("the next build serves", |broker| {
+            assert_eq!(broker.ask("c", ""), allowed("allow"));
+            broker.generation("m") == round as u64 + 2
+        });
+    }
+    assert_eq!(broker.status("m").map(|status| status.failures), Some(0));
+}
+
+#[test]
+fn a_touched_file_changes_nothing() {
+    let (broker, file) = with_folder();
+    let bytes = std::fs::read(&file).expect("can read");
+    replace(&file, &bytes);
+    std::thread::sleep(Duration::from_millis(150));
+    assert_eq!(broker.generation("m"), 1);
+}
+
+#[test]
+fn rubbish_keeps_the_old_one() {
+    check_keeps_running(b"");
+    check_keeps_running(b"\0asm");
+    check_keeps_running(&[0xFF; 4096]);
+}
+
+#[test]
+fn a_half_written_file_keeps_the_old_one() {
+    let bytes = another_build("misbehave");
+    check_keeps_running(&bytes[..bytes.len() / 2]);
+}
+
+#[test]
+fn a_component_of_another_world_keeps_the_old_one() {
+    check_keeps_running(&wat::parse_str("(component)").expect("is valid text"));
+    let import = r#"(component (import "acme:rocket/launch@1.0.0" (instance (export "go" (func)))))"#;
+    check_keeps_running(&wat::parse_str(import).expect("is valid text"));
+}
+
+/// The settings are those of the running build, so the same guest can be told by a granted file.
+#[test]
+fn a_build_that_cannot_start_keeps_the_old_one() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let users = folder.path().join("users");
+    let hash = "$argon2id$v=19$m=8,t=1,p=1$c2l4dGVlbiBieXRlIHNhbHQ$AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA";
+    std::fs::write(&users, format!("alice:{hash}\n")).expect("can write");
+    let files = vec![FileGrant { host: users.clone(), guest: "/users".into(), mode: Mode::Read }];
+    let auth_file = plugin("auth-file", wasmqtt_guests::component("auth-file"), &[("file", "/users")]);
+    let broker = Broker::try_start(folder, vec![PluginConfig { files, ..auth_file }]).expect("loads");
+    assert_eq!(broker.authenticate(request("c", "alice", "wrong")), denied(0x86));
+    std::fs::write(&users, "alice:rubbish\n").expect("can write");
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(broker.generation("auth-file"), 1);
+    assert_eq!(broker.authenticate(request("c", "alice", "wrong")), denied(0x86));
+    std::fs::write(&users, format!("bob:{hash}\n")).expect("can write");
+    broker.wait("the changed file is loaded", |broker| broker.generation("auth-file") == 2);
+    assert_eq!(broker.authenticate(request("c", "bob", "wrong")), denied(0x86));
+}
+
+#[test]
+fn files_come_and_go() {
+    let (broker, file) = with_folder();
+    let other = file.with_file_name("other.wasm");
+    replace(&other, &std::fs::read(wasmqtt_guests::component("auth-demo")).expect("the guest is built"));
+    broker.wait("the new plugin serves", |broker| broker.generation("other") == 1);
+    std::fs::remove_file(&file).expect("can remove");
+    broker.wait("the old plugin is gone", |broker| broker.generation("m") == 0);
+    assert_eq!(broker.ask("c", "alice"), denied(0x86));
+    std::fs::remove_file(&other).expect("can remove");
+    broker.wait("nobody is left", |broker| !broker.shard.has_auth());
+    assert_eq!(broker.ask("c", "alice"), AuthOutcome::Next);
+}
+
+#[test]
+fn a_bad_file_in_the_folder_is_left_out_at_start() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    std::fs::create_dir(folder.path().join("plugins")).expect("can make a folder");
+    std::fs::write(folder.path().join("plugins/bad.wasm"), "bad").expect("can write");
+    let broker = Broker::try_start(folder, vec![misbehave("m", &[])]).expect("starts nevertheless");
+    assert_eq!(broker.host.status().len(), 1);
+}
+
+#[test]
+fn compiled_components_are_kept_and_damaged_ones_are_compiled_again() {
+    let cwasm = |folder: &std::path::Path| {
+        let entries = std::fs::read_dir(folder.join("cache")).expect("the cache is there");
+        let mut entries: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+        entries.retain(|path| path.extension().is_some_and(|extension| extension == "cwasm"));
+        assert_eq!(entries.len(), 1);
+        let modified = std::fs::metadata(&entries[0]).and_then(|metadata| metadata.modified()).expect("has a time");
+        (entries.remove(0), modified)
+    };
+    let restart = |broker: Broker| {
+        let Broker { host, shard, folder, .. } = broker;
+        drop(shard);
+        host.stop();
+        let broker = Broker::try_start(folder, vec![misbehave("m", &[])]).expect("loads");
+        assert_eq!(broker.ask("c", ""), allowed("allow"));
+        broker
+    };
+    let broker = Broker::start(vec![misbehave("m", &[])]);
+    let (path, first) = cwasm(broker.folder.path());
+    let broker = restart(broker);
+    assert_eq!(cwasm(broker.folder.path()).1, first, "not written again");
+    let mut bytes = std::fs::read(&path).expect("can read");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&path, &bytes).expect("can write");
+    let broker = restart(broker);
+    assert_ne!(std::fs::read(&path).expect("can read"), bytes, "made again");
+    let mode = std::fs::metadata(broker.folder.path().join("cache")).expect("is there").permissions().mode();
+    assert_eq!(mode & 0o777, 0o700);
+}
+
+#[test]
+fn inspect_tells_what_a_component_is() {
+    let inspection = inspect(&wasmqtt_guests::component("auth-demo")).expect("is a component");
+    assert_eq!(inspection.plug_points, ["auth@0.1.0"]);
+    assert!(inspection.exports.iter().any(|name| name == "wasmqtt:plugin/lifecycle@0.1.0"));
+    assert!(inspection.imports.iter().any(|name| name.starts_with("wasi:")));
+    assert!(inspection.size > 10_000);
+    assert!(inspect(&PathBuf::from("/nowhere")).is_err());
+}
