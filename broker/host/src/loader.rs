@@ -21,6 +21,8 @@ use crate::{Chain, HostError};
 
 /// Bytes a component file may have.
 pub(crate) const COMPONENT_BYTES_MAX: u64 = 64 << 20;
+/// Order of plugins that merely lie in the folder: the default of those with an entry.
+const UNNAMED_ORDER: i32 = 100;
 /// Instances the pool has room for: at least so many, at most so many.
 const POOL_INSTANCES_MIN: usize = 64;
 const POOL_INSTANCES_MAX: usize = 1000;
@@ -151,7 +153,7 @@ impl Loader {
             let named =
                 self.config.plugins.iter().any(|plugin| plugin.name == name || is_same_file(&plugin.path, &path));
             if path.extension().is_some_and(|extension| extension == "wasm") && !name.starts_with('.') && !named {
-                wanted.push((PluginConfig { name, path, ..PluginConfig::default() }, false));
+                wanted.push((PluginConfig { name, path, order: UNNAMED_ORDER, ..PluginConfig::default() }, false));
             }
         }
         wanted

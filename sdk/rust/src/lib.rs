@@ -150,12 +150,6 @@ pub trait Instance: Plugin {
     fn cell() -> &'static std::thread::LocalKey<std::cell::OnceCell<Self>>;
 }
 
-/// For [`export_auth!`]; not for direct use.
-#[doc(hidden)]
-pub fn used<P: Instance + Auth>() {
-    let _ = P::new(&Settings::default()).and_then(|plugin| plugin.health());
-}
-
 fn with<P: Instance, R>(run: impl FnOnce(&P) -> Result<R, String>) -> Result<R, String> {
     P::cell().with(|cell| run(cell.get().ok_or("init was not called")?))
 }
@@ -201,9 +195,6 @@ macro_rules! export_auth {
                 &PLUGIN
             }
         }
-        // Natively nothing is exported, but the plugin counts as used.
-        #[cfg(not(target_arch = "wasm32"))]
-        const _: fn() = $crate::used::<$plugin>;
         #[cfg(target_arch = "wasm32")]
         type ExportedComponent = $crate::Component<$plugin>;
         #[cfg(target_arch = "wasm32")]

@@ -2,7 +2,8 @@
 
 use wasmqtt_sdk::{Auth, Challenge, Level, Outcome, Plugin, Request, Settings, Step, log};
 
-struct Misbehave {
+/// Its settings.
+pub struct Misbehave {
     answer: String,
 }
 
