@@ -60,7 +60,7 @@ impl Client {
         self.send_raw(&encode(self.version, packet));
     }
 
-    /// The next packet; fails after [`TIMEOUT`].
+    /// The next packet; fails after five seconds.
     pub fn recv(&mut self) -> Got {
         self.recv_within(TIMEOUT).unwrap_or_else(|| panic!("nothing came in {TIMEOUT:?}"))
     }

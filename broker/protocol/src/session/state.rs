@@ -48,7 +48,7 @@ pub enum Event<'a> {
     Auth(Auth<'a>),
     /// The client said goodbye; with `will` it wants its Will Message published. [MQTT-3.14.4-3]
     Disconnect {
-        /// Reason Code 0x04.
+        /// Any Reason Code but 0x00.
         will: bool,
     },
 }
@@ -209,7 +209,8 @@ impl Session {
                 if let Some(expiry) = disconnect.session_expiry {
                     self.change_expiry(expiry, server)?;
                 }
-                return Ok(Event::Disconnect { will: disconnect.reason == ReasonCode::DISCONNECT_WITH_WILL });
+                // [MQTT-3.1.2-8]: only a normal goodbye takes the will back.
+                return Ok(Event::Disconnect { will: disconnect.reason != ReasonCode::SUCCESS });
             }
             Packet::Connect(_) => return Err(fault(ReasonCode::PROTOCOL_ERROR, "second CONNECT")),
             Packet::Connack(_) | Packet::Suback(_) | Packet::Unsuback(_) | Packet::Pingresp => {

@@ -20,7 +20,7 @@ const LINGER_MS: u64 = 1000;
 pub(super) enum Ending {
     /// The socket closed without DISCONNECT.
     Lost,
-    /// The client sent DISCONNECT; `will`: with 0x04.
+    /// The client sent DISCONNECT; `will`: with another Reason Code than 0x00.
     Client { will: bool },
     /// We end it. MQTT 5.0 clients are told the reason.
     Server(ReasonCode, &'static str),

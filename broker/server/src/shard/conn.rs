@@ -76,6 +76,8 @@ pub(crate) struct Conn {
     pub(super) blocked: bool,
     /// On the shard's readable list.
     pub(super) held: bool,
+    /// The client has closed its side, and epoll will not say so again: what is there is read to its end.
+    pub(super) read_closed: bool,
     /// Retained messages that did not fit into the outbox yet.
     pub(super) backlog: Option<Box<Backlog>>,
     /// Authentication after CONNECT (MQTT 5.0 §4.12.1), and its method.
@@ -98,6 +100,7 @@ impl Shard {
             dirty: false,
             blocked: false,
             held: false,
+            read_closed: false,
             backlog: None,
             auth: None,
         };
@@ -138,6 +141,13 @@ impl Shard {
         }
     }
 
+    /// The client closed its side, or the connection broke; bytes may still be waiting.
+    pub(super) fn on_read_closed(&mut self, id: usize) {
+        if let Some(conn) = self.conns.get_mut(id) {
+            conn.read_closed = true;
+        }
+    }
+
     pub(super) fn on_readable(&mut self, id: usize) {
         let congested = self.is_congested();
         let outbound_max = self.shared.limits.outbound_bytes_max;
@@ -173,7 +183,7 @@ impl Shard {
                 Ok(count) => {
                     self.tally.bytes_received += count as u64;
                     self.on_bytes(id, &scratch[..count]);
-                    if count < scratch.len() {
+                    if count < scratch.len() && self.conns.get(id).is_none_or(|conn| !conn.read_closed) {
                         break;
                     }
                 }

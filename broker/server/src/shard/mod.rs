@@ -153,6 +153,9 @@ impl Shard {
                 if event.is_writable() {
                     self.on_writable(id);
                 }
+                if event.is_error() || event.is_read_closed() {
+                    self.on_read_closed(id);
+                }
                 if event.is_readable() || event.is_error() || event.is_read_closed() {
                     self.on_readable(id);
                 }

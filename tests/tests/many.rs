@@ -1,0 +1,154 @@
+//! Many clients, large messages, slow readers.
+
+use std::time::{Duration, Instant};
+
+use wasmqtt_tests::{BOTH, Broker, Client, Got, Message, Options, Version, at_most};
+
+const V5: Version = Version::V5;
+
+/// All connected before the first one leaves.
+#[test]
+fn two_thousand_clients_at_once_publish_and_subscribe() {
+    const THREADS: usize = 10;
+    const EACH: usize = 200;
+    let broker = Broker::start("");
+    let connected = std::sync::Barrier::new(THREADS + 1);
+    let done = std::sync::Barrier::new(THREADS + 1);
+    std::thread::scope(|scope| {
+        for thread in 0..THREADS {
+            let (broker, connected, done) = (&broker, &connected, &done);
+            scope.spawn(move || {
+                let mut clients: Vec<Client> = (0..EACH)
+                    .map(|index| {
+                        let mut client = broker.connect(&Options::new(BOTH[index % 2], &format!("c{thread}-{index}")));
+                        let own = format!("own/{thread}/{index}");
+                        client.subscribe_with(None, &[("all", at_most(1)), (&own, at_most(1))]);
+                        client
+                    })
+                    .collect();
+                connected.wait();
+                for (index, client) in clients.iter_mut().enumerate() {
+                    // To the neighbour, who may be on another shard.
+                    let to = format!("own/{thread}/{}", (index + 1) % EACH);
+                    client.send_publish(&Message::new(&to, index.to_string()).qos(1).id(9));
+                }
+                for (index, client) in clients.iter_mut().enumerate() {
+                    let mut seen: Vec<_> = client.texts(2);
+                    seen.sort();
+                    let mut expected = ["everybody".to_owned(), ((index + EACH - 1) % EACH).to_string()];
+                    expected.sort();
+                    assert_eq!(seen, expected);
+                    client.recv_where(|got| matches!(got, Got::Puback(9, 0)).then_some(()));
+                }
+                done.wait();
+            });
+        }
+        let mut publisher = broker.connect(&Options::new(V5, "publisher"));
+        connected.wait();
+        publisher.publish(&Message::new("all", "everybody").qos(1));
+        done.wait();
+    });
+}
+
+/// MQTT 5.0 and 3.1.1 §3.3.3.
+#[test]
+fn payloads_of_one_mebibyte_arrive_whole() {
+    let broker = Broker::start("[limits]\npacket_bytes_max = 1100000\n");
+    let payload: Vec<u8> = (0..1_048_576_u32).map(|index| (index % 251) as u8).collect();
+    for version in BOTH {
+        let mut publisher = broker.connect(&Options::new(version, "publisher"));
+        let mut subscriber = broker.connect(&Options::new(version, "subscriber"));
+        subscriber.subscribe("big", 2);
+        for qos in [0, 1, 2] {
+            publisher.publish(&Message::new("big", &payload).qos(qos).retained());
+            let message = subscriber.message();
+            assert!(message.payload == payload && message.qos == qos, "{} bytes", message.payload.len());
+        }
+        let mut late = broker.connect(&Options::new(version, "late"));
+        late.subscribe("big", 2);
+        let message = late.message();
+        assert!(message.payload == payload && message.retain);
+        publisher.publish(&Message::new("big", "").retained());
+    }
+}
+
+/// The default limit takes a packet of exactly one mebibyte.
+#[test]
+fn packet_of_exactly_the_limit_is_taken() {
+    let broker = Broker::start("");
+    for version in BOTH {
+        let mut client = broker.connect(&Options::new(version, "c"));
+        client.subscribe("t", 0);
+        let head = 1 + 3 + 3 + usize::from(version == V5);
+        client.publish(&Message::new("t", vec![7; 1_048_576 - head]));
+        assert_eq!(client.message().payload.len(), 1_048_576 - head);
+        assert_eq!(client.last_len, 1_048_576);
+    }
+}
+
+/// Bounded buffers: a client that does not read loses QoS 0 messages, and nobody waits for it.
+#[test]
+fn slow_reader_costs_itself_and_nobody_else() {
+    const COUNT: usize = 400;
+    let broker = Broker::start("");
+    let mut slow = broker.connect(&Options::new(V5, "slow"));
+    slow.subscribe("flood", 0);
+    let mut fast = broker.connect(&Options::new(V5, "fast"));
+    fast.subscribe("flood", 0);
+    let mut publisher = broker.connect(&Options::new(V5, "publisher"));
+    let payload = vec![b'x'; 100_000];
+    let before = broker.rss();
+    let start = Instant::now();
+    for index in 0..COUNT {
+        publisher.send_publish(&Message::new("flood", [index.to_string().as_bytes(), b" ", &payload].concat()));
+        let message = fast.message();
+        assert!(message.payload.starts_with(format!("{index} ").as_bytes()));
+    }
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+    let grown = broker.rss().saturating_sub(before);
+    assert!(grown < 16 << 20, "{grown} bytes kept for one slow reader");
+    // It is still connected, and gets what comes once it reads again.
+    slow.ping();
+    let mut got = 0;
+    while let Some(Got::Publish(_)) = slow.recv_within(Duration::from_millis(300)) {
+        got += 1;
+    }
+    assert!(got < COUNT, "{got}");
+    publisher.publish(&Message::new("flood", "after"));
+    assert_eq!(slow.message().text(), "after");
+}
+
+/// The same with QoS 1: what does not fit waits, and all of it arrives in order.
+#[test]
+fn slow_reader_gets_all_its_qos_1_messages() {
+    const COUNT: usize = 300;
+    let broker = Broker::start("[limits]\nqueue_bytes_max = 67108864\n");
+    let mut slow = broker.connect(&Options::new(V5, "slow"));
+    slow.subscribe("t", 1);
+    let mut publisher = broker.connect(&Options::new(V5, "publisher"));
+    let payload = vec![b'x'; 50_000];
+    for index in 0..COUNT {
+        publisher.publish(&Message::new("t", [index.to_string().as_bytes(), b" ", &payload].concat()).qos(1));
+    }
+    for index in 0..COUNT {
+        assert!(slow.message().payload.starts_with(format!("{index} ").as_bytes()));
+    }
+    slow.check_silent();
+}
+
+/// `connections_max`.
+#[test]
+fn connections_beyond_the_limit_are_closed() {
+    let broker = Broker::start("[limits]\nconnections_max = 5\n");
+    // The harness itself connects once to see whether the broker is ready.
+    std::thread::sleep(Duration::from_millis(200));
+    let mut clients: Vec<_> = (0..5).map(|_| broker.connect(&Options::new(V5, ""))).collect();
+    let mut sixth = Client::open(broker.address(), V5);
+    sixth.send_connect(&Options::new(V5, ""));
+    let got = sixth.recv();
+    assert!(matches!(&got, Got::Closed) || matches!(&got, Got::Connack(connack) if connack.reason >= 0x80), "{got:?}");
+    clients.iter_mut().for_each(Client::ping);
+    clients.pop().expect("one").disconnect();
+    std::thread::sleep(Duration::from_millis(100));
+    broker.connect(&Options::new(V5, "")).ping();
+}
