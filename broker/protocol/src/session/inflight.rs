@@ -28,7 +28,7 @@ pub(super) struct Slot {
 /// Outgoing messages that are not yet acknowledged, oldest first.
 ///
 /// Packet Identifiers are given in sequence, so the place of one is found by subtraction. Clients acknowledge in order
-/// [MQTT-4.6.0-2]; one that leaves its oldest message unacknowledged gets at most [`SPAN_MAX`] after it.
+/// [MQTT-4.6.0-2]; one that leaves its oldest message unacknowledged gets at most `SPAN_MAX` after it.
 #[derive(Debug, Default)]
 pub struct Inflight {
     slots: VecDeque<Slot>,
