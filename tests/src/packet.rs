@@ -275,8 +275,8 @@ pub enum Got {
     Pingresp,
     /// Reason Code and Reason String.
     Disconnect(u8, Option<String>),
-    /// Reason Code.
-    Auth(u8),
+    /// Reason Code, Authentication Method and Data.
+    Auth(u8, Option<String>, Option<Vec<u8>>),
     Closed,
 }
 
@@ -312,7 +312,11 @@ impl Got {
             }
             Packet::Pingresp => Self::Pingresp,
             Packet::Disconnect(end) => Self::Disconnect(end.reason.0, end.reason_string.map(Into::into)),
-            Packet::Auth(auth) => Self::Auth(auth.reason.0),
+            Packet::Auth(auth) => Self::Auth(
+                auth.reason.0,
+                auth.authentication_method.map(Into::into),
+                auth.authentication_data.map(Into::into),
+            ),
             other => panic!("the broker sent what only clients send: {other:?}"),
         }
     }
