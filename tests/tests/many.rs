@@ -62,13 +62,14 @@ fn payloads_of_one_mebibyte_arrive_whole() {
         for qos in [0, 1, 2] {
             publisher.publish(&Message::new("big", &payload).qos(qos).retained());
             let message = subscriber.message();
-            assert!(message.payload == payload && message.qos == qos, "{} bytes", message.payload.len());
+            assert_eq!((message.qos, message.retain, message.payload.len()), (qos, false, payload.len()));
+            assert!(message.payload == payload);
         }
         let mut late = broker.connect(&Options::new(version, "late"));
         late.subscribe("big", 2);
         let message = late.message();
         assert!(message.payload == payload && message.retain);
-        publisher.publish(&Message::new("big", "").retained());
+        publisher.publish(&Message::new("big", "").retained().qos(1));
     }
 }
 
@@ -151,4 +152,97 @@ fn connections_beyond_the_limit_are_closed() {
     clients.pop().expect("one").disconnect();
     std::thread::sleep(Duration::from_millis(100));
     broker.connect(&Options::new(V5, "")).ping();
+}
+
+/// More retained messages than the client takes at once, and than fit into a buffer: each comes, once.
+#[test]
+fn thousands_of_retained_messages_reach_a_new_subscription() {
+    const COUNT: usize = 3000;
+    let broker = Broker::start("[limits]\nqueue_messages_max = 100\noutbound_bytes_max = 65536\n");
+    let mut publisher = broker.connect(&Options::new(V5, "publisher"));
+    for index in 0..COUNT {
+        publisher.send_publish(&Message::new(&format!("r/{index}"), vec![b'x'; 100]).retained());
+    }
+    publisher.ping();
+    for version in BOTH {
+        for qos in [0, 1] {
+            let mut client = broker.connect(&Options { receive_maximum: Some(7), ..Options::new(version, "c") });
+            publisher.publish(&Message::new("r/live", "gone again").retained().qos(1));
+            publisher.publish(&Message::new("r/live", "").retained().qos(1));
+            client.subscribe_with(None, &[("r/+", at_most(qos))]);
+            let mut seen: Vec<usize> = (0..COUNT)
+                .map(|_| {
+                    let message = client.message();
+                    message.topic.strip_prefix("r/").and_then(|rest| rest.parse().ok()).expect("its number")
+                })
+                .collect();
+            seen.sort_unstable();
+            assert_eq!(seen, (0..COUNT).collect::<Vec<_>>(), "{version:?} QoS {qos}");
+            client.check_silent();
+        }
+    }
+}
+
+/// One Client Identifier, many connections that take it from each other: one stays, and its Session works.
+#[test]
+fn storm_of_takeovers_leaves_one_connection() {
+    let broker = Broker::start("");
+    std::thread::scope(|scope| {
+        for thread in 0..8 {
+            let broker = &broker;
+            scope.spawn(move || {
+                for _ in 0..40 {
+                    let mut client = Client::open(broker.address(), BOTH[thread % 2]);
+                    client.send_connect(&Options::new(client.version, "contested").resume());
+                    client.send_subscribe(None, &[("t", at_most(1))]);
+                    // Whatever comes, it is a sequence of packets that makes sense.
+                    let first = client.recv();
+                    let let_in = matches!(&first, Got::Connack(connack) if connack.reason == 0);
+                    assert!(let_in || first == Got::Closed, "{first:?}");
+                }
+            });
+        }
+    });
+    let mut last = broker.connect(&Options::new(V5, "contested").resume());
+    assert!(last.connack.session_present);
+    last.subscribe("t", 1);
+    let mut publisher = broker.connect(&Options::new(V5, "publisher"));
+    publisher.publish(&Message::new("t", "settled").qos(1));
+    assert_eq!(last.message().text(), "settled");
+    last.check_silent();
+}
+
+/// Subscriptions that come and go do not disturb those that stay.
+#[test]
+fn churn_around_a_subscription_loses_nothing() {
+    const COUNT: usize = 2000;
+    let broker = Broker::start("");
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for thread in 0..3 {
+            let (broker, done) = (&broker, &done);
+            scope.spawn(move || {
+                let filters = ["busy/+", "#", "$share/g/busy/1", "busy/1"];
+                for round in 0.. {
+                    if done.load(std::sync::atomic::Ordering::Relaxed) {
+                        break;
+                    }
+                    let mut client = broker.connect(&Options::new(BOTH[round % 2], &format!("churn{thread}")));
+                    client.subscribe(filters[(round + thread) % 4], 1);
+                    client.unsubscribe(&[filters[(round + thread) % 4]]);
+                    client.subscribe(filters[round % 4], 0);
+                    drop(client);
+                }
+            });
+        }
+        let mut stays = broker.connect(&Options::new(V5, "stays"));
+        stays.subscribe("busy/#", 1);
+        let mut publisher = broker.connect(&Options::new(V5, "publisher"));
+        for index in 0..COUNT {
+            publisher.publish(&Message::new("busy/1", index.to_string()).qos(1));
+            assert_eq!(stays.message().text(), index.to_string());
+        }
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        stays.check_silent();
+    });
 }

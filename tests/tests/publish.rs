@@ -316,7 +316,7 @@ fn retained_messages_outlive_the_session_that_published_them() {
         let message = subscriber.message();
         assert_eq!((message.text(), message.qos, message.retain), ("zero", 0, true));
         subscriber.check_silent();
-        subscriber.publish(&Message::new("r", "").retained());
+        subscriber.publish(&Message::new("r", "").retained().qos(1));
     }
 }
 
@@ -357,7 +357,7 @@ fn retain_as_published_keeps_the_flag() {
             publisher.publish(&Message { retain, ..Message::new("r", "x").qos(1) });
             assert_eq!(client.message().retain, keeps && retain);
         }
-        publisher.publish(&Message::new("r", "").retained());
+        publisher.publish(&Message::new("r", "").retained().qos(1));
         client.message();
     }
 }

@@ -2,8 +2,9 @@
 //! Subscriptions, payloads of no bytes and of one mebibyte.
 
 use std::collections::VecDeque;
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use wasmqtt_tests::{Broker, Message, Options, Version};
@@ -340,9 +341,13 @@ fn check_run(command: &mut Command) -> String {
     String::from_utf8(output.stdout).expect("text")
 }
 
-/// A subscriber that ends after `count` messages, once it is subscribed.
-fn mosquitto_sub(broker: &Broker, version: &str, arguments: &[&str]) -> std::process::Child {
-    use std::io::{BufRead, BufReader};
+/// `mosquitto_sub`, once it has subscribed.
+struct Subscriber {
+    child: Child,
+    stdout: BufReader<ChildStdout>,
+}
+
+fn mosquitto_sub(broker: &Broker, version: &str, arguments: &[&str]) -> Subscriber {
     // With -d it tells when it has subscribed; libc buffers that unless told otherwise.
     let mut command = Command::new("stdbuf");
     command.args([
@@ -363,16 +368,23 @@ fn mosquitto_sub(broker: &Broker, version: &str, arguments: &[&str]) -> std::pro
         line.clear();
         assert!(stdout.read_line(&mut line).expect("read") > 0, "{command:?} ended early");
     }
-    child.stdout = Some(stdout.into_inner());
-    child
+    Subscriber { child, stdout }
 }
 
-/// The lines that are not the client talking about itself.
-fn finish(child: std::process::Child) -> Vec<String> {
-    let output = child.wait_with_output().expect("wait");
-    assert!(output.status.success(), "{output:?}");
-    let text = String::from_utf8(output.stdout).expect("text");
-    text.lines().filter_map(|line| line.strip_prefix("> ")).map(Into::into).collect()
+impl Subscriber {
+    /// What it printed, without the lines in which it talks about itself.
+    fn finish(mut self) -> Vec<String> {
+        let mut text = String::new();
+        self.stdout.read_to_string(&mut text).expect("text");
+        let status = self.child.wait().expect("wait");
+        assert!(status.success(), "{status}");
+        text.lines().filter_map(|line| line.strip_prefix("> ")).map(Into::into).collect()
+    }
+
+    fn kill(mut self) {
+        self.child.kill().expect("kill");
+        self.child.wait().expect("wait");
+    }
 }
 
 /// Also [MQTT-7.0.0-2] (3.1.1): nothing but the standard is needed.
@@ -395,7 +407,7 @@ fn mosquitto_clients_exchange_messages() {
                 publish(&["-n"]);
                 let qos = published.min(subscribed);
                 // Two publishers: nothing orders what they send.
-                let mut got = finish(subscriber);
+                let mut got = subscriber.finish();
                 got.sort();
                 assert_eq!(got, [format!("pairs/x {qos} 0 "), format!("pairs/x {qos} 4 text")]);
             }
@@ -409,15 +421,13 @@ fn mosquitto_clients_see_retained_messages_and_wills() {
     for version in ["mqttv31", "mqttv311", "mqttv5"] {
         check_run(mosquitto("mosquitto_pub", &broker, version).args(["-t", "kept", "-q", "1", "-r", "-m", "retained"]));
         let subscriber = mosquitto_sub(&broker, version, &["-t", "kept", "-q", "1", "-C", "1", "-F", "> %r %p"]);
-        assert_eq!(finish(subscriber), ["1 retained"]);
+        assert_eq!(subscriber.finish(), ["1 retained"]);
         check_run(mosquitto("mosquitto_pub", &broker, version).args(["-t", "kept", "-q", "1", "-r", "-n"]));
 
         let watcher = mosquitto_sub(&broker, version, &["-t", "wills", "-q", "1", "-C", "1", "-F", "> %p"]);
         let will = ["-t", "t", "--will-topic", "wills", "--will-payload", "gone", "--will-qos", "1"];
-        let mut mortal = mosquitto_sub(&broker, version, &will);
-        mortal.kill().expect("kill");
-        mortal.wait().expect("wait");
-        assert_eq!(finish(watcher), ["gone"]);
+        mosquitto_sub(&broker, version, &will).kill();
+        assert_eq!(watcher.finish(), ["gone"]);
     }
 }
 
@@ -442,7 +452,7 @@ fn mosquitto_clients_resume_sessions_and_share_subscriptions() {
         for job in ["1", "2", "3", "4"] {
             check_run(mosquitto("mosquitto_pub", &broker, version).args(["-t", "jobs", "-q", "1", "-m", job]));
         }
-        let mut jobs: Vec<String> = members.into_iter().flat_map(finish).collect();
+        let mut jobs: Vec<String> = members.into_iter().flat_map(Subscriber::finish).collect();
         jobs.sort();
         assert_eq!(jobs, ["1", "2", "3", "4"]);
     }
@@ -456,7 +466,7 @@ fn mosquitto_clients_take_one_mebibyte() {
     for version in ["mqttv311", "mqttv5"] {
         let subscriber = mosquitto_sub(&broker, version, &["-t", "large", "-q", "2", "-C", "1", "-F", "> %l"]);
         check_run(mosquitto("mosquitto_pub", &broker, version).args(["-t", "large", "-q", "2", "-f"]).arg(&file));
-        assert_eq!(finish(subscriber), [MEBIBYTE.to_string()]);
+        assert_eq!(subscriber.finish(), [MEBIBYTE.to_string()]);
     }
 }
 

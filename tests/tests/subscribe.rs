@@ -71,7 +71,7 @@ fn same_filter_replaces_the_subscription_and_sends_retained_messages_again() {
         publisher.publish(&Message::new("t", "live").qos(2));
         assert_eq!(client.message().qos, 0);
         client.check_silent();
-        publisher.publish(&Message::new("t", "").retained());
+        publisher.publish(&Message::new("t", "").retained().qos(1));
     }
 }
 

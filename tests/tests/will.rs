@@ -45,6 +45,21 @@ fn will_is_published_when_the_connection_is_reset() {
     assert_eq!(watcher.message().text(), "gone");
 }
 
+/// The end of the stream in one go with the last packet: it was once overlooked until the Keep Alive was over.
+#[test]
+fn connection_that_closes_right_behind_a_packet_is_lost_at_once() {
+    let broker = Broker::start("");
+    for version in BOTH {
+        let mut watcher = watcher(&broker, version);
+        for _ in 0..50 {
+            let mut mortal = broker.connect(&with_will(version).keep_alive(0));
+            mortal.send_raw(&raw::publish(version, 0x30, b"t", None, &[], b"last words"));
+            drop(mortal);
+            assert_eq!(watcher.message().text(), "gone");
+        }
+    }
+}
+
 /// [MQTT-3.14.4-3], [MQTT-3.1.2-10] (5.0); [MQTT-3.14.4-3], [MQTT-3.1.2-10], [MQTT-3.1.2-12] (3.1.1).
 #[test]
 fn disconnect_discards_the_will() {
@@ -120,7 +135,7 @@ fn will_retain_keeps_the_message() {
         let mut later = watcher(&broker, version);
         let message = later.message();
         assert_eq!((message.text(), message.retain), ("kept", true));
-        later.publish(&Message::new("will", "").retained());
+        later.publish(&Message::new("will", "").retained().qos(1));
     }
 }
 
