@@ -311,7 +311,11 @@ impl Got {
                 Self::Unsuback(ack.packet_id.get(), ack.reasons.iter().map(|code| code.0).collect())
             }
             Packet::Pingresp => Self::Pingresp,
-            Packet::Disconnect(end) => Self::Disconnect(end.reason.0, end.reason_string.map(Into::into)),
+            Packet::Disconnect(end) => {
+                // [MQTT-3.14.2-2]
+                assert_eq!(end.session_expiry, None, "a server does not say how long a Session lives here");
+                Self::Disconnect(end.reason.0, end.reason_string.map(Into::into))
+            }
             Packet::Auth(auth) => Self::Auth(
                 auth.reason.0,
                 auth.authentication_method.map(Into::into),

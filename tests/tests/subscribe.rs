@@ -451,3 +451,20 @@ fn message_a_member_refused_goes_to_nobody_else() {
         second.disconnect();
     }
 }
+
+/// Each level costs memory: 200 are enough. The standard sets no number, §4.7.1 lets a server refuse a filter.
+#[test]
+fn topics_of_more_than_200_levels_are_refused() {
+    let broker = Broker::start("");
+    for version in BOTH {
+        let mut client = broker.connect(&Options::new(version, "c"));
+        let deepest = vec!["t"; 200].join("/");
+        assert_eq!(client.subscribe(&deepest, 1), 1);
+        client.publish(&Message::new(&deepest, "deep").qos(1));
+        assert_eq!(client.message().text(), "deep");
+        let deeper = vec!["t"; 201].join("/");
+        assert_eq!(client.subscribe(&deeper, 1), invalid(version));
+        client.send_publish(&Message::new(&deeper, "too deep"));
+        client.check_ended(0x90);
+    }
+}
