@@ -215,10 +215,10 @@ impl Shard {
     /// The Session exists: takes it over, or ends it first.
     fn resume(&mut self, id: usize, opening: Opening, grant: &Grant, key: SessionKey) {
         if let Some(old) = self.sessions.conn(key.slot) {
-            // A new Session is wanted: the old one's delayed will goes out now. MQTT 5.0 §3.1.3.2.2
             self.end(old, Ending::Server(ReasonCode::SESSION_TAKEN_OVER, "another connection took the Session over"));
         }
         let expired = self.sessions.deadlines(key.slot).0.is_some_and(|at| at <= self.now_ms);
+        // Ending it also publishes a will that was delayed. MQTT 5.0 §3.1.3.2.2
         if self.sessions.resolve(key).is_some() && (opening.clean_start || expired) {
             self.end_session(key);
         }
