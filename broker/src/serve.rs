@@ -2,6 +2,7 @@
 
 use std::io::{self, IsTerminal};
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -13,6 +14,7 @@ use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, fmt};
+use wasmqtt_protocol::ports;
 use wasmqtt_server::{Anonymous, Bind, Server};
 
 use crate::plugins;
@@ -50,7 +52,8 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
         shards: settings.shards,
         sys_interval: SYS_INTERVAL,
     };
-    let server = Server::start(config, plugins::port(plugins.as_ref()), runtime.handle().clone())?;
+    let store = Arc::new(ports::Memory);
+    let server = Server::start(config, plugins::port(plugins.as_ref()), store, runtime.handle().clone())?;
     // Scripts wait for these lines.
     for listener in server.listeners() {
         crate::print(&format!("listening on {listener}\n"))?;

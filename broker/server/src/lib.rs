@@ -17,7 +17,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use mio::Waker;
-use wasmqtt_protocol::ports::Plugins;
+use wasmqtt_protocol::ports::{Plugins, Store};
 
 pub use config::{Anonymous, Bind, Config, Limits, Listener};
 
@@ -53,13 +53,15 @@ pub struct Server {
 }
 
 impl Server {
-    /// Binds all listeners and serves them. `runtime` is where plugins wait for clocks and files.
+    /// Binds all listeners and serves them. `store` keeps what must survive; `runtime` is where plugins wait for clocks
+    /// and files.
     ///
     /// # Errors
     /// [`StartError`] names the listener that could not be bound.
     pub fn start(
         config: Config,
         plugins: Arc<dyn Plugins>,
+        store: Arc<dyn Store>,
         runtime: tokio::runtime::Handle,
     ) -> Result<Self, StartError> {
         let acceptor =
@@ -72,11 +74,13 @@ impl Server {
         let mailboxes = polls.iter().map(|(_, waker)| Mailbox::new(Arc::clone(waker))).collect();
         let shared = Arc::new(Shared::new(config, mailboxes));
         let mut shards = Vec::new();
-        for (index, (poll, _)) in polls.into_iter().enumerate() {
+        for (index, (poll, waker)) in polls.into_iter().enumerate() {
             let (shared, plugins, runtime) = (Arc::clone(&shared), Arc::clone(&plugins), runtime.clone());
+            let store = Arc::clone(&store);
             let thread = std::thread::Builder::new().name(format!("shard-{index}")).spawn(move || {
                 let _entered = runtime.enter();
-                Shard::new(index, poll, shared, plugins.shard(index)).run();
+                let wake = Box::new(move || drop(waker.wake()));
+                Shard::new(index, poll, shared, plugins.shard(index), store.shard(index, wake)).run();
             });
             shards.push(thread.map_err(StartError::Shard)?);
         }

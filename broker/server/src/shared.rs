@@ -47,6 +47,8 @@ pub(crate) struct Shared {
     /// For filters that begin with a wildcard: they match in every bucket.
     generation: AtomicU64,
     directory: Vec<Mutex<Directory>>,
+    /// Sessions the store knows; empty when nothing is durable.
+    stored: RwLock<HashMap<SessionKey, Arc<str>, foldhash::fast::RandomState>>,
     started: Instant,
 }
 
@@ -77,6 +79,7 @@ impl Shared {
             generations: (0..BUCKETS).map(|_| AtomicU64::new(0)).collect(),
             generation: AtomicU64::new(0),
             directory: (0..DIRECTORY_LOCKS).map(|_| Mutex::default()).collect(),
+            stored: RwLock::default(),
             started: Instant::now(),
         }
     }
@@ -106,6 +109,20 @@ impl Shared {
     pub(crate) fn directory(&self, client_id: &str) -> MutexGuard<'_, Directory> {
         let place = Hasher::default().hash_one(client_id) as usize % DIRECTORY_LOCKS;
         self.directory[place].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The Client Identifier by which the store knows a Session; `None`: it does not.
+    pub(crate) fn stored(&self, key: SessionKey) -> Option<Arc<str>> {
+        self.stored.read().unwrap_or_else(PoisonError::into_inner).get(&key).cloned()
+    }
+
+    /// The store knows a Session from now on, or (`None`) no more.
+    pub(crate) fn set_stored(&self, key: SessionKey, client_id: Option<Arc<str>>) {
+        let mut stored = self.stored.write().unwrap_or_else(PoisonError::into_inner);
+        match client_id {
+            Some(client_id) => stored.insert(key, client_id),
+            None => stored.remove(&key),
+        };
     }
 
     fn bucket(topic_or_filter: &str) -> usize {

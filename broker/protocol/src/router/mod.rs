@@ -161,6 +161,12 @@ impl Target {
         let merged = Merged::of(&member.subscription);
         Self { session: member.session, own: Some(merged.clone()), others: Some(merged) }
     }
+
+    /// What its subscriptions come to, for a message of its `own` or of others.
+    #[inline]
+    pub fn merged(&self, own: bool) -> Option<&Merged> {
+        if own { self.own.as_ref() } else { self.others.as_ref() }
+    }
 }
 
 /// One target per Session. Sorts `direct`.

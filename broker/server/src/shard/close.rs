@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 
 use tracing::debug;
 use wasmqtt_protocol::codec::{Connack, Disconnect, Packet, ReasonCode, UserProperties, Version, encode};
+use wasmqtt_protocol::ports::Change;
 use wasmqtt_protocol::router::SessionKey;
 use wasmqtt_protocol::session::{Incoming, WillMessage};
 
@@ -130,6 +131,7 @@ impl Shard {
             self.leave_session(slot, true);
         }
         if !conn.outbox.is_empty()
+            && !self.durable.waits(conn.barrier)
             && let Some(bytes) = conn.outbox.single()
         {
             let _ = conn.stream.write(bytes);
@@ -150,6 +152,10 @@ impl Shard {
             session.will = None;
         }
         let delay = session.will.as_ref().map(|will| will.delay.min(expiry));
+        if self.durable.is_on() && self.shared.stored(key).is_some() {
+            let will = session.will.as_deref();
+            self.durable.write(Change::SessionClosed { client_id: &session.client_id, expiry, will });
+        }
         let left = session.take_unsent_shared();
         self.redeliver(left);
         match delay {
@@ -202,6 +208,10 @@ impl Shard {
             }
         }
         let Some(mut session) = self.sessions.take(key.slot) else { return };
+        if self.durable.is_on() && shared.stored(key).is_some() {
+            shared.set_stored(key, None);
+            self.durable.write(Change::SessionEnded { client_id: &client_id });
+        }
         let mut count = 0;
         if session.subscriptions().next().is_some() {
             let mut index = shared.index_mut();

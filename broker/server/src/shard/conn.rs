@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use mio::{Interest, Token};
 use tracing::{debug, trace};
 use wasmqtt_protocol::codec::{self, DecodeError, ReasonCode, Version};
-use wasmqtt_protocol::ports::Grant;
+use wasmqtt_protocol::ports::{Grant, Ticket};
 use wasmqtt_protocol::session::{Event, Outbox};
 
 use super::connect::Opening;
@@ -78,6 +78,8 @@ pub(crate) struct Conn {
     pub(super) held: bool,
     /// The client has closed its side, and epoll will not say so again: what is there is read to its end.
     pub(super) read_closed: bool,
+    /// Nothing is written before the store has committed this batch.
+    pub(super) barrier: Ticket,
     /// Retained messages that did not fit into the outbox yet.
     pub(super) backlog: Option<Box<Backlog>>,
     /// Authentication after CONNECT (MQTT 5.0 §4.12.1), and its method.
@@ -101,6 +103,7 @@ impl Shard {
             blocked: false,
             held: false,
             read_closed: false,
+            barrier: 0,
             backlog: None,
             auth: None,
         };
@@ -158,7 +161,8 @@ impl Shard {
         }
         // What follows CONNECT is read when the answer is known; when a client's answers pile up, it is read on when
         // they are written, see `flush`.
-        if !conn.state.reads() || conn.outbox.len() >= outbound_max {
+        // What was promised is written first, so that a client is never ahead of the store by more than a batch.
+        if !conn.state.reads() || conn.outbox.len() >= outbound_max || self.durable.waits(conn.barrier) {
             return;
         }
         if congested {
@@ -331,6 +335,9 @@ impl Shard {
     pub(super) fn flush(&mut self, id: usize) {
         let outbound_max = self.shared.limits.outbound_bytes_max;
         let Some(conn) = self.conns.get_mut(id) else { return };
+        if self.durable.waits(conn.barrier) {
+            return self.durable.wait(id);
+        }
         conn.dirty = false;
         let was_full = conn.outbox.len() >= outbound_max;
         loop {

@@ -247,6 +247,7 @@ impl Shard {
         if let Some((at, timer)) = conn.timer.take() {
             self.timers.cancel(at, timer);
         }
+        self.store_opened(id, key);
         self.sessions.set_conn(key.slot, Some(id));
         self.set_deadlines(key, None, None);
         if let Some(keep_alive) = keep_alive {

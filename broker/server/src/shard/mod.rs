@@ -8,6 +8,7 @@ mod calls;
 mod close;
 mod conn;
 mod connect;
+mod durable;
 mod publish;
 mod routes;
 mod sessions;
@@ -24,7 +25,7 @@ use mio::{Events, Poll, Token, Waker};
 use slab::Slab;
 use tracing::error;
 use wasmqtt_protocol::codec::ReasonCode;
-use wasmqtt_protocol::ports::ShardPlugins;
+use wasmqtt_protocol::ports::{ShardPlugins, ShardStore};
 use wasmqtt_protocol::router::Matches;
 use wasmqtt_protocol::session::FrameCache;
 
@@ -34,6 +35,7 @@ pub(crate) use self::connect::Adopted;
 use self::calls::Calls;
 use self::close::Ending;
 use self::conn::Conn;
+use self::durable::Durable;
 use self::routes::Routes;
 use self::sessions::Sessions;
 use self::timers::Timers;
@@ -73,6 +75,7 @@ pub(crate) struct Shard {
     poll: Poll,
     shared: Arc<Shared>,
     plugins: Box<dyn ShardPlugins>,
+    durable: Durable,
     conns: Slab<Conn>,
     conn_epoch: u32,
     sessions: Sessions,
@@ -97,13 +100,20 @@ pub(crate) struct Shard {
 }
 
 impl Shard {
-    pub(crate) fn new(index: usize, poll: Poll, shared: Arc<Shared>, plugins: Box<dyn ShardPlugins>) -> Self {
+    pub(crate) fn new(
+        index: usize,
+        poll: Poll,
+        shared: Arc<Shared>,
+        plugins: Box<dyn ShardPlugins>,
+        store: Box<dyn ShardStore>,
+    ) -> Self {
         let index = index as u16;
         let waker = Arc::clone(shared.mailboxes[usize::from(index)].waker());
         let mut shard = Self {
             index,
             poll,
             plugins,
+            durable: Durable::new(store),
             conns: Slab::new(),
             conn_epoch: 0,
             sessions: Sessions::new(index),
@@ -211,6 +221,7 @@ impl Shard {
                 self.shared.mailboxes[shard].send(Mail::Deliver(remotes));
             }
         }
+        self.commit();
         // Flushing can make room for queued messages of the same client, never of another.
         let mut dirty = std::mem::take(&mut self.dirty);
         for id in dirty.drain(..) {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use tracing::debug;
 use wasmqtt_protocol::codec::{Publish, Qos, ReasonCode, Version};
+use wasmqtt_protocol::ports::Change;
 use wasmqtt_protocol::router::{Group, Merged, Target, pick};
 use wasmqtt_protocol::session::{Delivered, Delivery, Incoming, Wish};
 
@@ -47,6 +48,7 @@ impl Shard {
         // 3.x has no reasons: what was refused is acknowledged and dropped. MQTT 3.1.1 §3.3.5
         let reason = if conn.version == Version::V5 { reason } else { ReasonCode::SUCCESS };
         conn.outbox.lend(&mut self.pool);
+        self.durable.promise(&mut conn.barrier);
         session.published(publish.qos, publish.packet_id, reason, &mut conn.outbox);
         self.mark_dirty(id);
     }
@@ -64,7 +66,10 @@ impl Shard {
         let mut retained = self.shared.retained_mut();
         if incoming.payload.is_empty() {
             retained.remove(incoming.topic);
-        } else if retained.set(Arc::clone(incoming.message())).is_err() {
+            self.durable.write(Change::RetainedRemoved { topic: incoming.topic });
+        } else if retained.set(Arc::clone(incoming.message())).is_ok() {
+            self.durable.write(Change::Retained(incoming.message()));
+        } else {
             debug!(topic = incoming.topic, "retained message not kept: the store of retained messages is full");
             self.tally.dropped += 1;
         }
@@ -74,6 +79,9 @@ impl Shard {
         let route = self.routes.get(incoming.topic, self.index, &self.shared, &mut self.matches);
         if route.is_empty() {
             return false;
+        }
+        if !route.stored.is_empty() {
+            self.store_queued(incoming, &route.stored);
         }
         self.frames.reset();
         for target in &route.local {
@@ -99,6 +107,11 @@ impl Shard {
             return;
         };
         let target = Target::of(member);
+        if self.durable.is_on()
+            && let Some(client_id) = self.shared.stored(member.session)
+        {
+            self.store_queued(incoming, &[(client_id, target.clone())]);
+        }
         if member.session.shard == self.index {
             self.deliver_target(incoming, &target, Some(group));
         } else {
@@ -113,19 +126,14 @@ impl Shard {
 
     fn deliver_target(&mut self, incoming: &Incoming<'_>, target: &Target, share: Option<&Arc<Group>>) {
         let own = incoming.publisher == Some(target.session);
-        let Some(merged) = (if own { &target.own } else { &target.others }) else { return };
+        let Some(merged) = target.merged(own) else { return };
         self.deliver(incoming, target, merged, share);
     }
 
     #[inline]
     fn deliver(&mut self, incoming: &Incoming<'_>, target: &Target, merged: &Merged, share: Option<&Arc<Group>>) {
         let Some((session, conn_id)) = self.sessions.resolve(target.session) else { return };
-        let wish = Wish {
-            qos: incoming.qos.min(merged.qos),
-            // [MQTT-3.3.1-12], [MQTT-3.3.1-13]
-            retain: incoming.retain && merged.retain_as_published,
-            ids: &merged.ids,
-        };
+        let wish = wish(incoming, merged);
         let mut conn = conn_id.and_then(|id| self.conns.get_mut(id));
         if let Some(conn) = &mut conn {
             conn.outbox.lend(&mut self.pool);
@@ -187,5 +195,14 @@ impl Shard {
     /// Ends a connection that broke a rule while a packet of it was handled.
     pub(super) fn fault(&mut self, id: usize, reason: ReasonCode, text: &'static str) {
         self.end(id, Ending::Server(reason, text));
+    }
+}
+
+pub(super) fn wish<'a>(incoming: &Incoming<'_>, merged: &'a Merged) -> Wish<'a> {
+    Wish {
+        qos: incoming.qos.min(merged.qos),
+        // [MQTT-3.3.1-12], [MQTT-3.3.1-13]
+        retain: incoming.retain && merged.retain_as_published,
+        ids: &merged.ids,
     }
 }

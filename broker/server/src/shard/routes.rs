@@ -23,6 +23,8 @@ pub(super) struct Route {
     pub(super) remote: Vec<(u16, Arc<[Target]>)>,
     /// Shared Subscriptions, each with the place of its next member; one member gets a message.
     pub(super) groups: Vec<(Arc<Group>, Cell<u32>)>,
+    /// Those of `local` and `remote` that the store knows, with their Client Identifiers.
+    pub(super) stored: Vec<(Arc<str>, Target)>,
 }
 
 impl Route {
@@ -59,9 +61,13 @@ fn build(topic: &str, own: u16, shared: &Shared, matches: &mut Matches) -> Route
     let generation = shared.route_generation(bucket);
     shared.index().matches(topic, matches);
     let mut local = Vec::new();
+    let mut stored = Vec::new();
     let mut remote: Vec<(u16, Vec<Target>)> = Vec::new();
     for target in merge(&mut matches.direct) {
         let shard = target.session.shard;
+        if let Some(client_id) = shared.stored(target.session) {
+            stored.push((client_id, target.clone()));
+        }
         if shard == own {
             local.push(target);
         } else if let Some((_, targets)) = remote.iter_mut().find(|(other, _)| *other == shard) {
@@ -72,7 +78,7 @@ fn build(topic: &str, own: u16, shared: &Shared, matches: &mut Matches) -> Route
     }
     let remote = remote.into_iter().map(|(shard, targets)| (shard, targets.into())).collect();
     let groups = matches.groups.drain(..).map(|group| (group, Cell::new(random()))).collect();
-    Route { bucket, generation, local, remote, groups }
+    Route { bucket, generation, local, remote, groups, stored }
 }
 
 /// Not for secrets: spreads the members that Shared Subscriptions begin with.

@@ -9,6 +9,7 @@ use smallvec::SmallVec;
 use wasmqtt_protocol::codec::{
     Packet, Qos, ReasonCode, RetainHandling, Suback, Subscribe, SubscribeOptions, Unsubscribe, UserProperties, Version,
 };
+use wasmqtt_protocol::ports::{Change, Receiver};
 use wasmqtt_protocol::router::{Message, SessionKey, Subscription};
 use wasmqtt_protocol::session::{Delivered, Incoming, Wish};
 use wasmqtt_protocol::topic::Filter;
@@ -76,6 +77,7 @@ impl Shard {
     fn answer(&mut self, id: usize, slot: u32, packet: &Packet<'_>) {
         let Some(conn) = self.conns.get_mut(id) else { return };
         conn.outbox.lend(&mut self.pool);
+        self.durable.promise(&mut conn.barrier);
         if let Some(session) = self.sessions.get(slot) {
             session.send(packet, &mut conn.outbox);
         }
@@ -105,6 +107,7 @@ impl Shard {
             }
         }
         self.shared.bump(filter.topic_filter());
+        self.store_subscription(key, filter, Some(&subscription));
         if is_new {
             self.shared.stats.subscriptions.fetch_add(1, Ordering::Relaxed);
         }
@@ -145,6 +148,7 @@ impl Shard {
             };
         }
         self.shared.bump(filter.topic_filter());
+        self.store_subscription(key, filter, None);
         self.shared.stats.subscriptions.fetch_sub(1, Ordering::Relaxed);
         true
     }
@@ -184,6 +188,10 @@ impl Shard {
             let ids: SmallVec<[NonZeroU32; 1]> = waiting.id.into_iter().collect();
             // [MQTT-3.3.1-8]
             let wish = Wish { qos: waiting.qos, retain: true, ids: &ids };
+            if self.durable.is_on() && wish.qos > Qos::AtMostOnce && self.shared.stored(session.key).is_some() {
+                let receivers = &[Receiver { client_id: &session.client_id, wish }];
+                self.durable.write(Change::Queued { message: &waiting.message, receivers });
+            }
             self.frames.reset();
             let delivered =
                 session.deliver(self.now_ms, &incoming, wish, None, &mut self.frames, limits, Some(&mut conn.outbox));
