@@ -172,9 +172,73 @@ pub fn filter_matches(filter: &str, topic: &str) -> bool {
     names.next().is_none()
 }
 
+/// Every Topic Name that `narrow` matches is matched by `wide`, too. Both are valid and not shared.
+pub fn filter_covers(wide: &str, narrow: &str) -> bool {
+    // [MQTT-4.7.2-1]
+    if narrow.starts_with('$') && wide.starts_with(['+', '#']) {
+        return false;
+    }
+    let mut narrow = levels(narrow);
+    for level in levels(wide) {
+        if level == "#" {
+            return true;
+        }
+        match narrow.next() {
+            Some("#") | None => return false,
+            Some(other) if level == "+" || level == other => {}
+            Some(_) => return false,
+        }
+    }
+    narrow.next().is_none()
+}
+
+/// There is a Topic Name that both match. Both are valid and not shared.
+pub fn filters_overlap(one: &str, other: &str) -> bool {
+    // [MQTT-4.7.2-1]
+    let is_open = |filter: &str| filter.starts_with(['+', '#']);
+    if one.starts_with('$') && is_open(other) || other.starts_with('$') && is_open(one) {
+        return false;
+    }
+    let (mut ones, mut others) = (levels(one), levels(other));
+    loop {
+        match (ones.next(), others.next()) {
+            (None, None) | (Some("#"), _) | (_, Some("#")) => return true,
+            (Some(a), Some(b)) if a == b || a == "+" || b == "+" => {}
+            _ => return false,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// By the matching rules of MQTT 5.0 §4.7.1 and §4.7.2.
+    #[test]
+    fn a_filter_covers_narrower_ones() {
+        for (wide, narrow, covers, overlaps) in [
+            ("#", "a/b", true, true),
+            ("#", "#", true, true),
+            ("#", "$SYS/#", false, false),
+            ("+/#", "$SYS/a", false, false),
+            ("a/#", "a", true, true),
+            ("a/#", "a/+/c", true, true),
+            ("a/+", "a/#", false, true),
+            ("a/+", "a/b", true, true),
+            ("a/+", "a/+", true, true),
+            ("a/b", "a/+", false, true),
+            ("a", "a/#", false, true),
+            ("a/+/c", "a/b/+", false, true),
+            ("a/b", "a/c", false, false),
+            ("a/b", "a/b/c", false, false),
+            ("+", "/", false, false),
+            ("$SYS/#", "$SYS/+/x", true, true),
+        ] {
+            assert_eq!(filter_covers(wide, narrow), covers, "{wide} covers {narrow}");
+            assert_eq!(filters_overlap(wide, narrow), overlaps, "{wide} overlaps {narrow}");
+            assert_eq!(filters_overlap(narrow, wide), overlaps, "{narrow} overlaps {wide}");
+        }
+    }
 
     fn check_matches(filters: &[&str], topic: &str, expected: &[&str]) {
         let matching: Vec<&str> =

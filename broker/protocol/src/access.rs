@@ -1,0 +1,309 @@
+//! What a client may do, as far as that is known without asking a plugin: its rules and its leases.
+//!
+//! Uses `topic` and `codec`; pure data, time is an argument.
+
+use std::sync::Arc;
+
+use hashbrown::HashMap;
+
+use crate::codec::ReasonCode;
+use crate::topic::{Filter, filter_covers, filter_matches, filters_overlap};
+
+/// Leases one client holds; the one that ends first makes room.
+const LEASES_MAX: usize = 64;
+/// Decisions about single topics kept for one client; when full they are forgotten together.
+const MEMO_MAX: usize = 1024;
+
+/// What a client wants to do with a topic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Action {
+    /// PUBLISH to a Topic Name.
+    Publish,
+    /// SUBSCRIBE to a Topic Filter; for a Shared Subscription the filter behind the `ShareName`.
+    Subscribe,
+}
+
+/// A permission or a prohibition that an authenticator gave at CONNECT. The first rule that applies decides.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rule {
+    /// `None`: both.
+    pub action: Option<Action>,
+    /// Topics it is about.
+    pub filter: Filter,
+    /// Permission or prohibition.
+    pub allow: bool,
+}
+
+/// The answer to "may it?".
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// It may.
+    Allow,
+    /// It may not, with the Reason Code for the client.
+    Deny(ReasonCode),
+}
+
+/// How long, and for what, a decision holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lease {
+    /// Topics it holds for; `None`: only the one that was asked about.
+    pub scope: Option<Filter>,
+    /// Seconds; 0: this once.
+    pub seconds: u32,
+}
+
+/// What the `acl` plugins said to one request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Decision {
+    /// `None`: no plugin had an opinion.
+    pub verdict: Option<Verdict>,
+    /// `None`: only this once.
+    pub lease: Option<Lease>,
+}
+
+#[derive(Debug)]
+struct Held {
+    action: Action,
+    scope: Box<str>,
+    verdict: Verdict,
+    until_ms: u64,
+}
+
+/// A verdict without lease, waiting for the packet it was asked for to be handled.
+#[derive(Debug)]
+struct Once {
+    action: Action,
+    topic: Arc<str>,
+    verdict: Verdict,
+}
+
+/// One client's permissions.
+#[derive(Debug, Default)]
+pub struct Permits {
+    rules: Vec<Rule>,
+    /// What no rule is about is denied, not asked.
+    complete: bool,
+    held: Vec<Held>,
+    once: Vec<Once>,
+    /// Route → verdict about publishing, and until when.
+    memo: HashMap<u64, (Verdict, u64), foldhash::fast::RandomState>,
+    /// The route published to last, if that was allowed, and until when.
+    last: Option<(u64, u64)>,
+}
+
+impl Permits {
+    /// What CONNECT brought. Without rules and not `complete`, everything is asked.
+    pub fn new(rules: Vec<Rule>, complete: bool) -> Self {
+        Self { rules, complete, ..Self::default() }
+    }
+
+    /// Has nothing to say by itself.
+    pub fn has_rules(&self) -> bool {
+        self.complete || !self.rules.is_empty()
+    }
+
+    /// May it publish to `topic`? `None`: nobody knows yet. `route` stands for the topic, and is never used for another.
+    #[inline]
+    pub fn publish(&mut self, now_ms: u64, route: u64, topic: &str) -> Option<Verdict> {
+        if let Some((last, until_ms)) = self.last
+            && last == route
+            && now_ms < until_ms
+        {
+            return Some(Verdict::Allow);
+        }
+        self.publish_elsewhere(now_ms, route, topic)
+    }
+
+    fn publish_elsewhere(&mut self, now_ms: u64, route: u64, topic: &str) -> Option<Verdict> {
+        let known = self.memo.get(&route).copied().filter(|(_, until_ms)| now_ms < *until_ms);
+        let (verdict, until_ms) = match known {
+            Some(known) => known,
+            None => {
+                let found = self.find(now_ms, Action::Publish, topic)?;
+                if found.1 > now_ms {
+                    if self.memo.len() >= MEMO_MAX {
+                        self.memo.clear();
+                    }
+                    self.memo.insert(route, found);
+                }
+                found
+            }
+        };
+        self.last = (verdict == Verdict::Allow).then_some((route, until_ms));
+        Some(verdict)
+    }
+
+    /// May it subscribe to `filter` (without `$share/…/`)? Also: until when, in milliseconds; `None`: nobody knows yet.
+    pub fn subscribe(&mut self, now_ms: u64, filter: &str) -> Option<(Verdict, u64)> {
+        self.find(now_ms, Action::Subscribe, filter)
+    }
+
+    /// Keeps what the plugins said.
+    pub fn learn(&mut self, now_ms: u64, action: Action, topic: Arc<str>, decision: Decision) {
+        // Nothing granted means denied.
+        let verdict = decision.verdict.unwrap_or(Verdict::Deny(ReasonCode::NOT_AUTHORIZED));
+        let lease = decision.lease.filter(|lease| lease.seconds > 0);
+        if let Some(lease) = lease {
+            let scope = lease.scope.map_or_else(|| Box::from(&*topic), |scope| scope.topic_filter().into());
+            // A lease for something else than was asked must not leave the question open.
+            let applies = applies(action, &scope, verdict, &topic);
+            self.hold(Held { action, scope, verdict, until_ms: now_ms + u64::from(lease.seconds) * 1000 });
+            if applies {
+                return;
+            }
+        }
+        self.once.push(Once { action, topic, verdict });
+    }
+
+    fn hold(&mut self, new: Held) {
+        self.held.retain(|held| held.action != new.action || held.scope != new.scope);
+        if self.held.len() >= LEASES_MAX
+            && let Some((first, _)) = self.held.iter().enumerate().min_by_key(|(_, held)| held.until_ms)
+        {
+            self.held.swap_remove(first);
+        }
+        self.held.push(new);
+    }
+
+    /// The packet was handled: what was said for it alone is forgotten.
+    pub fn packet_done(&mut self) {
+        self.once.clear();
+    }
+
+    /// Forgets all leases. Rules stay.
+    pub fn revoke(&mut self) {
+        self.held.clear();
+        self.once.clear();
+        self.memo.clear();
+        self.last = None;
+    }
+
+    /// The verdict and until when it holds; `u64::MAX`: as long as the connection.
+    fn find(&self, now_ms: u64, action: Action, topic: &str) -> Option<(Verdict, u64)> {
+        let rule = self.rules.iter().find(|rule| {
+            let verdict = verdict_of(rule);
+            rule.action.is_none_or(|of| of == action) && applies(action, rule.filter.topic_filter(), verdict, topic)
+        });
+        if let Some(rule) = rule {
+            return Some((verdict_of(rule), u64::MAX));
+        }
+        if self.complete {
+            return Some((Verdict::Deny(ReasonCode::NOT_AUTHORIZED), u64::MAX));
+        }
+        if let Some(once) = self.once.iter().find(|once| once.action == action && *once.topic == *topic) {
+            return Some((once.verdict, now_ms));
+        }
+        let alive = self.held.iter().filter(|held| held.action == action && now_ms < held.until_ms);
+        // A prohibition is stronger than a permission that is about the same topic.
+        let mut found = None;
+        for held in alive.filter(|held| applies(action, &held.scope, held.verdict, topic)) {
+            if held.verdict != Verdict::Allow {
+                return Some((held.verdict, held.until_ms));
+            }
+            found = found.max(Some(held.until_ms));
+        }
+        found.map(|until_ms| (Verdict::Allow, until_ms))
+    }
+}
+
+fn verdict_of(rule: &Rule) -> Verdict {
+    if rule.allow { Verdict::Allow } else { Verdict::Deny(ReasonCode::NOT_AUTHORIZED) }
+}
+
+/// A permission to subscribe must reach as far as the wanted filter; a prohibition counts as soon as they overlap.
+fn applies(action: Action, scope: &str, verdict: Verdict, topic: &str) -> bool {
+    match (action, verdict) {
+        (Action::Publish, _) => filter_matches(scope, topic),
+        (Action::Subscribe, Verdict::Allow) => filter_covers(scope, topic),
+        (Action::Subscribe, Verdict::Deny(_)) => filters_overlap(scope, topic),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NO: Verdict = Verdict::Deny(ReasonCode::NOT_AUTHORIZED);
+
+    fn rule(action: Option<Action>, filter: &str, allow: bool) -> Rule {
+        Rule { action, filter: Filter::parse(filter).unwrap(), allow }
+    }
+
+    fn decision(verdict: Verdict, scope: Option<&str>, seconds: u32) -> Decision {
+        let scope = scope.map(|scope| Filter::parse(scope).unwrap());
+        Decision { verdict: Some(verdict), lease: Some(Lease { scope, seconds }) }
+    }
+
+    #[test]
+    fn the_first_rule_that_applies_decides() {
+        let rules =
+            vec![rule(None, "secret/#", false), rule(Some(Action::Publish), "up/+", true), rule(None, "#", true)];
+        let mut permits = Permits::new(rules, true);
+        assert_eq!(permits.publish(0, 1, "secret/x"), Some(NO));
+        assert_eq!(permits.publish(0, 2, "up/x"), Some(Verdict::Allow));
+        assert_eq!(permits.subscribe(0, "up/x"), Some((Verdict::Allow, u64::MAX)));
+        assert_eq!(permits.subscribe(0, "#").unwrap().0, NO, "would let secrets through");
+        assert_eq!(permits.subscribe(0, "up/#").unwrap().0, Verdict::Allow);
+    }
+
+    #[test]
+    fn a_wider_filter_than_allowed_is_refused() {
+        let mut permits = Permits::new(vec![rule(None, "a/+", true)], true);
+        assert_eq!(permits.subscribe(0, "a/b").unwrap().0, Verdict::Allow);
+        assert_eq!(permits.subscribe(0, "a/#").unwrap().0, NO);
+        let mut open = Permits::new(vec![rule(None, "a/+", true)], false);
+        assert_eq!(open.subscribe(0, "a/#"), None, "not complete: is asked");
+    }
+
+    #[test]
+    fn a_lease_holds_in_its_scope_until_it_ends_or_is_revoked() {
+        let mut permits = Permits::default();
+        assert_eq!(permits.publish(0, 1, "a/b"), None);
+        permits.learn(0, Action::Publish, "a/b".into(), decision(Verdict::Allow, Some("a/#"), 2));
+        assert_eq!(permits.publish(1, 1, "a/b"), Some(Verdict::Allow));
+        assert_eq!(permits.publish(1, 2, "a/c"), Some(Verdict::Allow));
+        assert_eq!(permits.publish(1, 3, "b"), None);
+        assert_eq!(permits.subscribe(1, "a/b"), None, "publishing and subscribing are two things");
+        assert_eq!(permits.publish(1999, 2, "a/c"), Some(Verdict::Allow));
+        assert_eq!(permits.publish(2000, 2, "a/c"), None);
+        permits.learn(2000, Action::Publish, "a/b".into(), decision(Verdict::Allow, Some("a/#"), 2));
+        assert_eq!(permits.publish(2001, 1, "a/b"), Some(Verdict::Allow));
+        permits.revoke();
+        assert_eq!(permits.publish(2001, 1, "a/b"), None);
+    }
+
+    #[test]
+    fn a_verdict_without_lease_holds_for_its_packet() {
+        let mut permits = Permits::default();
+        permits.learn(0, Action::Publish, "a".into(), decision(Verdict::Allow, None, 0));
+        permits.learn(0, Action::Publish, "b".into(), Decision { verdict: None, lease: None });
+        // A plugin that answers about something else has still answered.
+        permits.learn(0, Action::Publish, "c".into(), decision(NO, Some("d"), 60));
+        assert_eq!(permits.publish(0, 1, "a"), Some(Verdict::Allow));
+        assert_eq!(permits.publish(0, 2, "b"), Some(NO));
+        assert_eq!(permits.publish(0, 3, "c"), Some(NO));
+        permits.packet_done();
+        assert_eq!(permits.publish(0, 1, "a"), None);
+    }
+
+    #[test]
+    fn a_prohibition_is_stronger_than_a_permission() {
+        let mut permits = Permits::default();
+        permits.learn(0, Action::Subscribe, "a/b".into(), decision(NO, Some("a/b"), 9));
+        permits.learn(0, Action::Subscribe, "a/#".into(), decision(Verdict::Allow, Some("a/#"), 9));
+        assert_eq!(permits.subscribe(1, "a/b").unwrap().0, NO);
+        assert_eq!(permits.subscribe(1, "a/c").unwrap().0, Verdict::Allow);
+    }
+
+    #[test]
+    fn leases_are_bounded() {
+        let mut permits = Permits::default();
+        for n in 0..10_000_u32 {
+            let topic: Arc<str> = format!("t/{n}").into();
+            permits.learn(0, Action::Publish, Arc::clone(&topic), decision(Verdict::Allow, None, 60));
+            assert_eq!(permits.publish(0, u64::from(n), &topic), Some(Verdict::Allow));
+        }
+        assert_eq!(permits.held.len(), LEASES_MAX);
+        assert!(permits.memo.len() <= MEMO_MAX);
+    }
+}
