@@ -89,7 +89,7 @@ fn allowed(grant: wit::Grant, request: &AuthRequest) -> Result<Grant, String> {
     };
     // Without a method there is no packet that could carry it.
     let data = grant.data.filter(|_| request.method.is_some()).map(Bytes::from);
-    Ok(Grant { principal, data })
+    Ok(Grant { principal, data, ..Grant::default() })
 }
 
 /// What the plugin says about a call it could not answer.

@@ -53,12 +53,14 @@ pub struct Lease {
 }
 
 /// What the `acl` plugins said to one request.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Decision {
     /// `None`: no plugin had an opinion.
     pub verdict: Option<Verdict>,
     /// `None`: only this once.
     pub lease: Option<Lease>,
+    /// A plugin could not answer; `verdict` is what its configuration says for this case.
+    pub failed: bool,
 }
 
 #[derive(Debug)]
@@ -116,18 +118,17 @@ impl Permits {
 
     fn publish_elsewhere(&mut self, now_ms: u64, route: u64, topic: &str) -> Option<Verdict> {
         let known = self.memo.get(&route).copied().filter(|(_, until_ms)| now_ms < *until_ms);
-        let (verdict, until_ms) = match known {
-            Some(known) => known,
-            None => {
-                let found = self.find(now_ms, Action::Publish, topic)?;
-                if found.1 > now_ms {
-                    if self.memo.len() >= MEMO_MAX {
-                        self.memo.clear();
-                    }
-                    self.memo.insert(route, found);
+        let (verdict, until_ms) = if let Some(known) = known {
+            known
+        } else {
+            let found = self.find(now_ms, Action::Publish, topic)?;
+            if found.1 > now_ms {
+                if self.memo.len() >= MEMO_MAX {
+                    self.memo.clear();
                 }
-                found
+                self.memo.insert(route, found);
             }
+            found
         };
         self.last = (verdict == Verdict::Allow).then_some((route, until_ms));
         Some(verdict)
@@ -231,7 +232,7 @@ mod tests {
 
     fn decision(verdict: Verdict, scope: Option<&str>, seconds: u32) -> Decision {
         let scope = scope.map(|scope| Filter::parse(scope).unwrap());
-        Decision { verdict: Some(verdict), lease: Some(Lease { scope, seconds }) }
+        Decision { verdict: Some(verdict), lease: Some(Lease { scope, seconds }), failed: false }
     }
 
     #[test]
@@ -276,7 +277,7 @@ mod tests {
     fn a_verdict_without_lease_holds_for_its_packet() {
         let mut permits = Permits::default();
         permits.learn(0, Action::Publish, "a".into(), decision(Verdict::Allow, None, 0));
-        permits.learn(0, Action::Publish, "b".into(), Decision { verdict: None, lease: None });
+        permits.learn(0, Action::Publish, "b".into(), Decision::default());
         // A plugin that answers about something else has still answered.
         permits.learn(0, Action::Publish, "c".into(), decision(NO, Some("d"), 60));
         assert_eq!(permits.publish(0, 1, "a"), Some(Verdict::Allow));

@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::codec::{ReasonCode, Version};
+use crate::access::{Action, Decision, Rule};
+use crate::codec::{Qos, ReasonCode, Version};
 use crate::router::{Message, Subscription};
 use crate::session::{WillMessage, Wish};
 use crate::topic::Filter;
@@ -84,6 +85,36 @@ pub struct Grant {
     pub principal: String,
     /// Last Authentication Data, sent with CONNACK or AUTH.
     pub data: Option<Bytes>,
+    /// Evaluated by the broker itself, in order, before `acl` plugins are asked.
+    pub rules: Vec<Rule>,
+    /// What no rule is about is denied, and `acl` plugins are never asked.
+    pub complete: bool,
+    /// Seconds until the client has to authenticate again; 0: never.
+    pub expires: u32,
+}
+
+/// A connected client, as far as permissions go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Client {
+    /// Client Identifier.
+    pub client_id: Arc<str>,
+    /// Identity that authentication gave it; the User Name or nothing without a plugin.
+    pub principal: Arc<str>,
+    /// Listener as written in the configuration.
+    pub listener: Arc<str>,
+}
+
+/// What a client wants to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Access {
+    /// Publish or subscribe.
+    pub action: Action,
+    /// Topic Name, or Topic Filter without `$share/{ShareName}/`.
+    pub topic: Arc<str>,
+    /// QoS of the PUBLISH, or the Maximum QoS asked for.
+    pub qos: Qos,
+    /// RETAIN flag of the PUBLISH.
+    pub retain: bool,
 }
 
 /// The plug-points as seen from one shard. Lives and dies on that shard's thread.
@@ -94,6 +125,18 @@ pub trait ShardPlugins {
     fn authenticate(&self, request: Arc<AuthRequest>) -> Call<AuthOutcome>;
     /// Goes on with enhanced authentication.
     fn proceed(&self, step: AuthStep) -> Call<AuthOutcome>;
+    /// False: no plugin exports `acl`, and everything is allowed but what rules of a [`Grant`] deny.
+    fn has_acl(&self) -> bool {
+        false
+    }
+    /// Another value when plugins were loaded, replaced or removed: what they decided is asked again.
+    fn epoch(&self) -> u64 {
+        0
+    }
+    /// Asks the chain what a client may do: one decision for each access, in the same order.
+    fn authorize(&self, _client: Arc<Client>, accesses: Arc<[Access]>) -> Call<Vec<Decision>> {
+        Box::pin(std::future::ready(accesses.iter().map(|_| Decision::default()).collect()))
+    }
 }
 
 /// Makes the view of each shard.

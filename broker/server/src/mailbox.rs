@@ -19,6 +19,8 @@ pub(crate) enum Mail {
     Adopt(Box<Adopted>),
     /// Messages for Sessions here.
     Deliver(Vec<Remote>),
+    /// What plugins decided for a client is asked again.
+    Revoke(Arc<str>),
     /// Say goodbye to everybody.
     Drain,
 }

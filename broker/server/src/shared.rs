@@ -49,6 +49,8 @@ pub(crate) struct Shared {
     directory: Vec<Mutex<Directory>>,
     /// Sessions the store knows; empty when nothing is durable.
     stored: RwLock<HashMap<SessionKey, Arc<str>, foldhash::fast::RandomState>>,
+    /// Counts how often what plugins decided was revoked for everybody.
+    pub(crate) revocations: AtomicU64,
     started: Instant,
 }
 
@@ -80,6 +82,7 @@ impl Shared {
             generation: AtomicU64::new(0),
             directory: (0..DIRECTORY_LOCKS).map(|_| Mutex::default()).collect(),
             stored: RwLock::default(),
+            revocations: AtomicU64::new(0),
             started: Instant::now(),
         }
     }

@@ -2,20 +2,14 @@
 //! else waits for it.
 #![allow(missing_docs, reason = "tests")]
 
-use std::io::{ErrorKind, Read, Write};
-use std::net::TcpStream;
+mod common;
+
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use wasmqtt_protocol::ports::{Change, Memory, NoPlugins, ShardStore, Store, Ticket};
-use wasmqtt_server::{Anonymous, Bind, Config, Limits, Listener, Server};
 
-const CONNACK: u8 = 0x20;
-const PUBLISH: u8 = 0x30;
-const PUBACK: u8 = 0x40;
-const SUBACK: u8 = 0x90;
-/// Long enough for an answer that is not held back to arrive.
-const QUIET: Duration = Duration::from_millis(150);
+use self::common::{Broker, CONNACK, PUBACK, PUBLISH, QUIET, SUBACK};
 
 #[derive(Default)]
 struct Log {
@@ -91,102 +85,10 @@ impl ShardStore for Slow {
     }
 }
 
-struct Broker {
-    server: Option<Server>,
-    address: String,
-    _runtime: tokio::runtime::Runtime,
-}
-
-impl Broker {
-    fn start(store: Arc<dyn Store>) -> Self {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
-        let config = Config {
-            listeners: vec![Listener { bind: Bind::Tcp("127.0.0.1:0".parse().unwrap()), name: "mqtt".into() }],
-            anonymous: Anonymous::Allow,
-            limits: Limits::default(),
-            shards: 1,
-            sys_interval: Duration::ZERO,
-        };
-        let server = Server::start(config, Arc::new(NoPlugins), store, runtime.handle().clone()).unwrap();
-        let address = server.listeners()[0].trim_start_matches("mqtt://").to_owned();
-        Self { server: Some(server), address, _runtime: runtime }
-    }
-
-    /// MQTT 3.1.1; the Session outlives the connection unless `clean`.
-    fn connect(&self, client_id: &str, clean: bool) -> Client {
-        let mut client = Client(TcpStream::connect(&self.address).unwrap());
-        let mut body = vec![0, 4, b'M', b'Q', b'T', b'T', 4, if clean { 2 } else { 0 }, 0, 0];
-        string(client_id, &mut body);
-        client.send(0x10, &body);
-        client
-    }
-}
-
-impl Drop for Broker {
-    fn drop(&mut self) {
-        if let Some(server) = self.server.take() {
-            server.stop(Duration::from_secs(2));
-        }
-    }
-}
-
-fn string(text: &str, bytes: &mut Vec<u8>) {
-    bytes.extend_from_slice(&u16::try_from(text.len()).unwrap().to_be_bytes());
-    bytes.extend_from_slice(text.as_bytes());
-}
-
-struct Client(TcpStream);
-
-impl Client {
-    fn send(&mut self, first: u8, body: &[u8]) {
-        self.0.write_all(&[first, u8::try_from(body.len()).unwrap()]).unwrap();
-        self.0.write_all(body).unwrap();
-    }
-
-    fn subscribe(&mut self, filter: &str, qos: u8) {
-        let mut body = vec![0, 1];
-        string(filter, &mut body);
-        body.push(qos);
-        self.send(0x82, &body);
-    }
-
-    fn publish(&mut self, topic: &str, qos: u8, retain: bool) {
-        let mut body = Vec::new();
-        string(topic, &mut body);
-        if qos > 0 {
-            body.extend_from_slice(&[0, 7]);
-        }
-        body.push(b'x');
-        self.send(PUBLISH | qos << 1 | u8::from(retain), &body);
-    }
-
-    /// The type of the next packet; `None`: nothing comes within `patience`.
-    fn next(&mut self, patience: Duration) -> Option<u8> {
-        self.0.set_read_timeout(Some(patience)).unwrap();
-        let mut head = [0; 2];
-        match self.0.read_exact(&mut head) {
-            Ok(()) => {}
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => return None,
-            Err(error) => panic!("connection lost: {error}"),
-        }
-        let mut body = vec![0; usize::from(head[1])];
-        self.0.read_exact(&mut body).unwrap();
-        Some(head[0] & 0xf0)
-    }
-
-    fn expect(&mut self, kind: u8) {
-        assert_eq!(self.next(Duration::from_secs(10)), Some(kind));
-    }
-
-    fn expect_silence(&mut self) {
-        assert_eq!(self.next(QUIET), None, "sent before the commit");
-    }
-}
-
 #[test]
 fn promises_leave_after_the_commit() {
     let store = Slow::default();
-    let broker = Broker::start(Arc::new(store.clone()));
+    let broker = Broker::start(Arc::new(NoPlugins), Arc::new(store.clone()));
     let mut keeper = broker.connect("keeper", false);
     keeper.expect_silence();
     store.commit_all();
@@ -211,7 +113,7 @@ fn promises_leave_after_the_commit() {
 #[test]
 fn others_do_not_wait() {
     let store = Slow::default();
-    let broker = Broker::start(Arc::new(store.clone()));
+    let broker = Broker::start(Arc::new(NoPlugins), Arc::new(store.clone()));
     let mut waiting = broker.connect("waiting", false);
     waiting.expect_silence();
     let mut subscriber = broker.connect("subscriber", true);
@@ -231,7 +133,7 @@ fn others_do_not_wait() {
 #[test]
 fn a_session_is_told_from_its_first_connection_to_its_end() {
     let store = Slow::default();
-    let broker = Broker::start(Arc::new(store.clone()));
+    let broker = Broker::start(Arc::new(NoPlugins), Arc::new(store.clone()));
     let mut client = broker.connect("c", false);
     store_settles(&store, &["opened c 604800"]);
     store.commit_all();
@@ -260,7 +162,7 @@ fn store_settles(store: &Slow, expected: &[&str]) {
 
 #[test]
 fn without_a_store_nothing_waits() {
-    let broker = Broker::start(Arc::new(Memory));
+    let broker = Broker::start(Arc::new(NoPlugins), Arc::new(Memory));
     let mut client = broker.connect("c", false);
     client.expect(CONNACK);
     client.subscribe("a", 1);

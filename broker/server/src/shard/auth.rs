@@ -122,7 +122,7 @@ impl Shard {
                     reauthenticate: false,
                 };
                 let call = self.plugins.proceed(step);
-                self.call(id, epoch, call);
+                self.call_auth(id, epoch, call);
             }
             Packet::Disconnect(_) => self.remove(id),
             _ => self.refuse(id, ReasonCode::PROTOCOL_ERROR),
@@ -153,7 +153,7 @@ impl Shard {
             reauthenticate: true,
         };
         let call = self.plugins.proceed(step);
-        self.call(id, epoch, call);
+        self.call_auth(id, epoch, call);
     }
 
     fn on_reauth_outcome(&mut self, id: usize, outcome: AuthOutcome) {
@@ -161,7 +161,14 @@ impl Shard {
         standing.busy = false;
         let request = Arc::clone(&standing.request);
         match outcome {
-            AuthOutcome::Allow(grant) => self.send_auth(id, &request, ReasonCode::SUCCESS, grant.data.as_deref()),
+            AuthOutcome::Allow(grant) => {
+                if let State::Live { slot } = self.conns[id].state
+                    && let Some(key) = self.sessions.get(slot).map(|session| session.key)
+                {
+                    self.grant(id, key, &request, &grant);
+                }
+                self.send_auth(id, &request, ReasonCode::SUCCESS, grant.data.as_deref());
+            }
             AuthOutcome::Challenge { data, state, plugin } if state.len() <= STATE_BYTES_MAX => {
                 standing.state = state;
                 standing.plugin = plugin;

@@ -6,7 +6,9 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use slab::Slab;
-use wasmqtt_protocol::ports::{AuthOutcome, Call};
+use wasmqtt_protocol::access::Decision;
+use wasmqtt_protocol::ports::{Access, AuthOutcome, Call};
+use wasmqtt_protocol::router::{Message, SessionKey};
 
 use super::Shard;
 
@@ -29,10 +31,22 @@ impl Wake for Signal {
     }
 }
 
+/// What a call comes back with, and for whom.
+pub(super) enum Answer {
+    /// For the CONNECT or AUTH of a connection.
+    Auth { conn: usize, epoch: u32, outcome: AuthOutcome },
+    /// For a packet that waits for it.
+    Packet { conn: usize, epoch: u32, accesses: Arc<[Access]>, decisions: Vec<Decision> },
+    /// For subscriptions that were made earlier.
+    Subscriptions { session: SessionKey, accesses: Arc<[Access]>, decisions: Vec<Decision> },
+    /// For the Will Message of a client that is gone.
+    Will { message: Arc<Message>, decisions: Vec<Decision> },
+}
+
 struct Running {
-    conn: usize,
-    epoch: u32,
-    call: Call<AuthOutcome>,
+    /// The connection that ends the call when it ends.
+    conn: Option<(usize, u32)>,
+    call: Call<Answer>,
     signal: Arc<Signal>,
 }
 
@@ -54,7 +68,7 @@ impl Calls {
 
     /// Drops the calls of a connection that is gone.
     pub(super) fn cancel(&mut self, conn: usize, epoch: u32) {
-        self.running.retain(|_, running| running.conn != conn || running.epoch != epoch);
+        self.running.retain(|_, running| running.conn != Some((conn, epoch)));
     }
 
     fn take_next(&mut self) -> Option<usize> {
@@ -66,23 +80,42 @@ impl Calls {
         found
     }
 
-    fn poll(&mut self, key: usize) -> Option<(usize, u32, AuthOutcome)> {
+    fn poll(&mut self, key: usize) -> Option<Answer> {
         let running = self.running.get_mut(key)?;
         running.signal.ready.store(false, Ordering::Release);
         let waker = Waker::from(Arc::clone(&running.signal));
-        let Poll::Ready(outcome) = running.call.as_mut().poll(&mut Context::from_waker(&waker)) else { return None };
-        let running = self.running.remove(key);
-        Some((running.conn, running.epoch, outcome))
+        let Poll::Ready(answer) = running.call.as_mut().poll(&mut Context::from_waker(&waker)) else { return None };
+        self.running.remove(key);
+        Some(answer)
+    }
+
+    /// Begins a call and polls it once: most are done by then. `conn` ends it when it ends.
+    pub(super) fn begin(&mut self, conn: Option<(usize, u32)>, call: Call<Answer>) -> Option<Answer> {
+        let signal = Arc::new(Signal { ready: AtomicBool::new(false), shard: Arc::clone(&self.waker) });
+        let key = self.running.insert(Running { conn, call, signal });
+        self.poll(key)
     }
 }
 
 impl Shard {
-    /// Begins a call and polls it once: most are done by then.
-    pub(super) fn call(&mut self, conn: usize, epoch: u32, call: Call<AuthOutcome>) {
-        let signal = Arc::new(Signal { ready: AtomicBool::new(false), shard: Arc::clone(&self.calls.waker) });
-        let key = self.calls.running.insert(Running { conn, epoch, call, signal });
-        if let Some((conn, epoch, outcome)) = self.calls.poll(key) {
-            self.on_auth_outcome(conn, epoch, outcome);
+    /// Has the chain answer a CONNECT or AUTH.
+    pub(super) fn call_auth(&mut self, conn: usize, epoch: u32, call: Call<AuthOutcome>) {
+        let call = Box::pin(async move { Answer::Auth { conn, epoch, outcome: call.await } });
+        if let Some(answer) = self.calls.begin(Some((conn, epoch)), call) {
+            self.on_answer(answer);
+        }
+    }
+
+    pub(super) fn on_answer(&mut self, answer: Answer) {
+        match answer {
+            Answer::Auth { conn, epoch, outcome } => self.on_auth_outcome(conn, epoch, outcome),
+            Answer::Packet { conn, epoch, accesses, decisions } => {
+                self.on_packet_decisions(conn, epoch, &accesses, decisions);
+            }
+            Answer::Subscriptions { session, accesses, decisions } => {
+                self.on_subscription_decisions(session, &accesses, decisions);
+            }
+            Answer::Will { message, decisions } => self.on_will_decision(&message, &decisions),
         }
     }
 
@@ -92,8 +125,8 @@ impl Shard {
         }
         let begun = Instant::now();
         while let Some(key) = self.calls.take_next() {
-            if let Some((conn, epoch, outcome)) = self.calls.poll(key) {
-                self.on_auth_outcome(conn, epoch, outcome);
+            if let Some(answer) = self.calls.poll(key) {
+                self.on_answer(answer);
             }
             if begun.elapsed() >= TURN {
                 break;

@@ -188,7 +188,9 @@ impl Shard {
         message.expires_at_ms = expiry.map(|secs| self.now_ms + u64::from(secs) * 1000);
         message.publisher = Some(key);
         let message = Arc::new(message);
-        self.publish(&Incoming::from_message(&message));
+        if self.may_publish_will(key, &message) {
+            self.publish(&Incoming::from_message(&message));
+        }
     }
 
     /// Ends a Session for good: its subscriptions, queue and place. A will that still waits is published.

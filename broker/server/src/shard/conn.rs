@@ -44,7 +44,6 @@ pub(super) enum State {
 }
 
 impl State {
-    /// Packets are read and handled; otherwise they wait for an answer of ours.
     fn reads(&self) -> bool {
         match self {
             Self::Opening(opening) => opening.reads,
@@ -78,12 +77,23 @@ pub(crate) struct Conn {
     pub(super) held: bool,
     /// The client has closed its side, and epoll will not say so again: what is there is read to its end.
     pub(super) read_closed: bool,
+    /// A packet waits for plugins to say whether it is allowed, and what follows waits behind it.
+    pub(super) asking: bool,
+    /// When what authentication granted ends.
+    pub(super) granted_until_ms: Option<u64>,
     /// Nothing is written before the store has committed this batch.
     pub(super) barrier: Ticket,
     /// Retained messages that did not fit into the outbox yet.
     pub(super) backlog: Option<Box<Backlog>>,
     /// Authentication after CONNECT (MQTT 5.0 §4.12.1), and its method.
     pub(super) auth: Option<Box<super::auth::Standing>>,
+}
+
+impl Conn {
+    /// Packets are read and handled; otherwise they wait for an answer of ours.
+    fn reads(&self) -> bool {
+        !self.asking && self.state.reads()
+    }
 }
 
 impl Shard {
@@ -103,6 +113,8 @@ impl Shard {
             blocked: false,
             held: false,
             read_closed: false,
+            asking: false,
+            granted_until_ms: None,
             barrier: 0,
             backlog: None,
             auth: None,
@@ -162,7 +174,7 @@ impl Shard {
         // What follows CONNECT is read when the answer is known; when a client's answers pile up, it is read on when
         // they are written, see `flush`.
         // What was promised is written first, so that a client is never ahead of the store by more than a batch.
-        if !conn.state.reads() || conn.outbox.len() >= outbound_max || self.durable.waits(conn.barrier) {
+        if !conn.reads() || conn.outbox.len() >= outbound_max || self.durable.waits(conn.barrier) {
             return;
         }
         if congested {
@@ -171,7 +183,7 @@ impl Shard {
         let mut scratch = std::mem::take(&mut self.scratch);
         let mut reads = 0;
         while let Some(conn) = self.conns.get_mut(id) {
-            if !conn.state.reads() || matches!(conn.state, State::Lingering) {
+            if !conn.reads() || matches!(conn.state, State::Lingering) {
                 break;
             }
             if reads == READS_MAX || conn.outbox.len() >= outbound_max {
@@ -252,7 +264,7 @@ impl Shard {
             if matches!(conn.state, State::Lingering) {
                 return bytes.len();
             }
-            if !conn.state.reads() {
+            if !conn.reads() {
                 return used;
             }
             let rest = &bytes[used..];
@@ -275,6 +287,10 @@ impl Shard {
             };
             conn.heard_ms = self.now_ms;
             self.on_packet(id, &rest[..frame.total_len]);
+            if self.conns.get(id).is_some_and(|conn| conn.asking) {
+                // It is handled again when the answer is here.
+                return used;
+            }
             used += frame.total_len;
         }
     }

@@ -116,7 +116,7 @@ impl Shard {
         conn.state = State::Opening(Box::new(opening));
         if self.plugins.has_auth() {
             let call = self.plugins.authenticate(request);
-            self.call(id, epoch, call);
+            self.call_auth(id, epoch, call);
         } else {
             self.on_auth_outcome(id, epoch, AuthOutcome::Next);
         }
@@ -247,6 +247,7 @@ impl Shard {
         if let Some((at, timer)) = conn.timer.take() {
             self.timers.cancel(at, timer);
         }
+        self.grant(id, key, &opening.request, grant);
         self.store_opened(id, key);
         self.sessions.set_conn(key.slot, Some(id));
         self.set_deadlines(key, None, None);

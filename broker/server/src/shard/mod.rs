@@ -3,6 +3,7 @@
 //! Nothing here is locked or shared but what `shared` holds. Each turn of [`Shard::run`] takes what the sockets, the
 //! mailbox, the plugins and the clock have, and then writes to each client once.
 
+mod acl;
 mod auth;
 mod calls;
 mod close;
@@ -96,6 +97,10 @@ pub(crate) struct Shard {
     matches: Matches,
     tally: Tally,
     now_ms: u64,
+    /// Plugins and revocations that the Sessions here know of.
+    plugins_epoch: (u64, u64),
+    /// A plugin decides what clients may do.
+    has_acl: bool,
     draining: bool,
 }
 
@@ -112,7 +117,6 @@ impl Shard {
         let mut shard = Self {
             index,
             poll,
-            plugins,
             durable: Durable::new(store),
             conns: Slab::new(),
             conn_epoch: 0,
@@ -130,9 +134,13 @@ impl Shard {
             matches: Matches::default(),
             tally: Tally::default(),
             now_ms: shared.now_ms(),
+            plugins_epoch: (0, 0),
+            has_acl: plugins.has_acl(),
+            plugins,
             draining: false,
             shared,
         };
+        shard.look_for_changes();
         shard.start_housekeeping();
         shard
     }
@@ -173,6 +181,7 @@ impl Shard {
             for id in again {
                 self.on_readable(id);
             }
+            self.look_for_changes();
             self.run_calls();
             self.run_timers();
             self.run_leaving();
@@ -201,6 +210,7 @@ impl Shard {
             Mail::Arrived(arrival) => self.on_arrival(arrival),
             Mail::Adopt(adopted) => self.on_adopt(*adopted),
             Mail::Deliver(remotes) => self.on_remotes(&remotes),
+            Mail::Revoke(client_id) => self.on_revoke(&client_id),
             Mail::Drain => self.drain(),
         }
     }

@@ -4,19 +4,19 @@ use std::cell::Cell;
 use std::sync::Arc;
 
 use tracing::debug;
+use wasmqtt_protocol::access::Verdict;
 use wasmqtt_protocol::codec::{Publish, Qos, ReasonCode, Version};
 use wasmqtt_protocol::ports::Change;
 use wasmqtt_protocol::router::{Group, Merged, Target, pick};
 use wasmqtt_protocol::session::{Delivered, Delivery, Incoming, Wish};
 
-use super::routes::random;
+use super::routes::{Route, random};
 use super::{Ending, Shard};
 use crate::mailbox::Remote;
 use crate::shared::is_too_deep;
 
 impl Shard {
     pub(super) fn on_publish(&mut self, id: usize, slot: u32, publish: &Publish<'_>, aliased: Option<&str>) {
-        self.tally.received += 1;
         let Some(key) = self.sessions.get(slot).map(|session| session.key) else { return };
         let properties = publish.properties.forwardable();
         let incoming = Incoming::new(
@@ -30,13 +30,21 @@ impl Shard {
         if is_too_deep(incoming.topic) {
             return self.fault(id, ReasonCode::TOPIC_NAME_INVALID, "Topic Name with too many levels");
         }
+        let route = self.routes.get(incoming.topic, self.index, &self.shared, &mut self.matches);
+        let Some(verdict) = self.may_publish(id, key, &incoming, route.id) else { return };
+        self.tally.received += 1;
         let reason = if incoming.topic.starts_with("$SYS/") {
             ReasonCode::NOT_AUTHORIZED
-        } else if self.publish(&incoming) {
+        } else if let Verdict::Deny(reason) = verdict {
+            reason
+        } else if self.publish_to(&route, &incoming) {
             ReasonCode::SUCCESS
         } else {
             ReasonCode::NO_MATCHING_SUBSCRIBERS
         };
+        if let Verdict::Deny(_) = verdict {
+            self.tally.dropped += 1;
+        }
         if publish.qos != Qos::AtMostOnce {
             self.acknowledge(id, slot, publish, reason);
         }
@@ -55,10 +63,15 @@ impl Shard {
 
     /// Keeps it, if it is retained, and hands it to all its subscribers; `false`: there are none.
     pub(super) fn publish(&mut self, incoming: &Incoming<'_>) -> bool {
+        let route = self.routes.get(incoming.topic, self.index, &self.shared, &mut self.matches);
+        self.publish_to(&route, incoming)
+    }
+
+    fn publish_to(&mut self, route: &Route, incoming: &Incoming<'_>) -> bool {
         if incoming.retain && self.shared.limits.retain_available {
             self.retain(incoming);
         }
-        self.route(incoming)
+        self.forward(route, incoming)
     }
 
     /// [MQTT-3.3.1-5], [MQTT-3.3.1-6]: an empty payload removes.
@@ -75,8 +88,7 @@ impl Shard {
         }
     }
 
-    fn route(&mut self, incoming: &Incoming<'_>) -> bool {
-        let route = self.routes.get(incoming.topic, self.index, &self.shared, &mut self.matches);
+    fn forward(&mut self, route: &Route, incoming: &Incoming<'_>) -> bool {
         if route.is_empty() {
             return false;
         }

@@ -15,6 +15,8 @@ const ROUTES_MAX: usize = 65_536;
 
 /// Where messages of one topic go.
 pub(super) struct Route {
+    /// Never used again for another topic.
+    pub(super) id: u64,
     bucket: u8,
     generation: (u64, u64),
     /// Sessions on this shard.
@@ -36,6 +38,7 @@ impl Route {
 #[derive(Default)]
 pub(super) struct Routes {
     cache: HashMap<Box<str>, Rc<Route>, foldhash::fast::RandomState>,
+    built: u64,
 }
 
 impl Routes {
@@ -47,7 +50,8 @@ impl Routes {
         {
             return Rc::clone(route);
         }
-        let route = Rc::new(build(topic, own, shared, matches));
+        self.built += 1;
+        let route = Rc::new(build(self.built, topic, own, shared, matches));
         if self.cache.len() >= ROUTES_MAX {
             self.cache.clear();
         }
@@ -56,7 +60,7 @@ impl Routes {
     }
 }
 
-fn build(topic: &str, own: u16, shared: &Shared, matches: &mut Matches) -> Route {
+fn build(id: u64, topic: &str, own: u16, shared: &Shared, matches: &mut Matches) -> Route {
     let bucket = Shared::route_bucket(topic);
     let generation = shared.route_generation(bucket);
     shared.index().matches(topic, matches);
@@ -78,7 +82,7 @@ fn build(topic: &str, own: u16, shared: &Shared, matches: &mut Matches) -> Route
     }
     let remote = remote.into_iter().map(|(shard, targets)| (shard, targets.into())).collect();
     let groups = matches.groups.drain(..).map(|group| (group, Cell::new(random()))).collect();
-    Route { bucket, generation, local, remote, groups, stored }
+    Route { id, bucket, generation, local, remote, groups, stored }
 }
 
 /// Not for secrets: spreads the members that Shared Subscriptions begin with.

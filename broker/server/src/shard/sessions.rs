@@ -1,5 +1,9 @@
 //! The Sessions that live on this shard, online and offline.
 
+use std::sync::Arc;
+
+use wasmqtt_protocol::access::Permits;
+use wasmqtt_protocol::ports::Client;
 use wasmqtt_protocol::router::SessionKey;
 use wasmqtt_protocol::session::Session;
 
@@ -12,6 +16,16 @@ struct Place {
     expires_ms: Option<u64>,
     /// When its Will Message is published, if nobody comes back.
     will_ms: Option<u64>,
+    /// What the client of the present or last connection may do; `None`: everything.
+    standing: Option<Box<Standing>>,
+}
+
+/// A client and its permissions.
+pub(super) struct Standing {
+    pub(super) client: Arc<Client>,
+    pub(super) permits: Permits,
+    /// When its subscriptions are to be asked about again.
+    pub(super) check_ms: Option<u64>,
 }
 
 pub(super) struct Sessions {
@@ -72,6 +86,20 @@ impl Sessions {
 
     pub(super) fn set_conn(&mut self, slot: u32, conn: Option<usize>) {
         self.places[slot as usize].conn = conn;
+    }
+
+    #[inline]
+    pub(super) fn standing(&mut self, slot: u32) -> Option<&mut Standing> {
+        self.places.get_mut(slot as usize)?.standing.as_deref_mut()
+    }
+
+    pub(super) fn set_standing(&mut self, slot: u32, standing: Option<Box<Standing>>) {
+        self.places[slot as usize].standing = standing;
+    }
+
+    /// All Sessions, with their connections.
+    pub(super) fn keys(&self) -> impl Iterator<Item = SessionKey> {
+        self.places.iter().filter_map(|place| place.session.as_ref().map(|session| session.key))
     }
 
     /// Sets when the Session ends and when its will is published; gives back what was set.

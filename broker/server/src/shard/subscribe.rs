@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use smallvec::SmallVec;
+use wasmqtt_protocol::access::Verdict;
 use wasmqtt_protocol::codec::{
     Packet, Qos, ReasonCode, RetainHandling, Suback, Subscribe, SubscribeOptions, Unsubscribe, UserProperties, Version,
 };
@@ -36,9 +37,10 @@ impl Shard {
     pub(super) fn on_subscribe(&mut self, id: usize, slot: u32, subscribe: &Subscribe<'_>) {
         let Some(key) = self.sessions.get(slot).map(|session| session.key) else { return };
         let version = self.conns[id].version;
+        let Some(verdicts) = self.may_subscribe(id, key, subscribe) else { return };
         let mut reasons = Vec::with_capacity(subscribe.filters.len());
         let mut retained = Vec::new();
-        for (text, options) in &subscribe.filters {
+        for (place, (text, options)) in subscribe.filters.iter().enumerate() {
             let parsed = Filter::parse(text).ok().filter(|filter| !is_too_deep(filter.as_str()));
             let Some(filter) = parsed else {
                 reasons.push(refusal(version, ReasonCode::TOPIC_FILTER_INVALID));
@@ -47,6 +49,10 @@ impl Shard {
             if filter.share().is_some() && options.no_local {
                 // [MQTT-3.8.3-4]
                 return self.fault(id, ReasonCode::PROTOCOL_ERROR, "No Local on a Shared Subscription");
+            }
+            if let Some(Verdict::Deny(reason)) = verdicts.get(place) {
+                reasons.push(refusal(version, *reason));
+                continue;
             }
             let options = SubscribeOptions { qos: options.qos.min(self.shared.limits.maximum_qos), ..*options };
             let subscription = Subscription { options, id: subscribe.subscription_id };
@@ -135,7 +141,7 @@ impl Shard {
         self.answer(id, slot, &Packet::Unsuback(unsuback));
     }
 
-    fn unsubscribe(&mut self, key: SessionKey, filter: &Filter) -> bool {
+    pub(super) fn unsubscribe(&mut self, key: SessionKey, filter: &Filter) -> bool {
         let Some(session) = self.sessions.get_mut(key.slot) else { return false };
         if !session.unsubscribe(filter) {
             return false;

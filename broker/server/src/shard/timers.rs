@@ -14,16 +14,32 @@ const SWEEP_BUDGET: usize = 10_000;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Timer {
-    Connect { id: usize, epoch: u32 },
-    KeepAlive { id: usize, epoch: u32 },
-    Linger { id: usize, epoch: u32 },
+    Connect {
+        id: usize,
+        epoch: u32,
+    },
+    KeepAlive {
+        id: usize,
+        epoch: u32,
+    },
+    Linger {
+        id: usize,
+        epoch: u32,
+    },
     Expiry(SessionKey),
     Will(SessionKey),
+    /// Permissions of its subscriptions are asked for again.
+    Check(SessionKey),
+    /// What authentication granted ends.
+    Grant {
+        id: usize,
+        epoch: u32,
+    },
     Sweep,
     Sys,
 }
 
-/// Each connection has one timer, each Session at most two. Keep Alive is not moved by packets: when it fires, it looks
+/// Each connection has one timer and another for its grant, each Session at most three. Keep Alive is not moved by packets: when it fires, it looks
 /// when the last one came, so a packet costs no timer work.
 #[derive(Default)]
 pub(super) struct Timers {
@@ -99,6 +115,8 @@ impl Shard {
             Timer::KeepAlive { id, epoch } => self.on_keep_alive(id, epoch),
             Timer::Expiry(key) => self.end_session(key),
             Timer::Will(key) => self.on_will_delay(key),
+            Timer::Check(key) => self.check_subscriptions(key),
+            Timer::Grant { id, epoch } => self.on_grant_end(id, epoch),
             Timer::Sweep => {
                 self.shared.retained_mut().sweep_expired(self.now_ms, SWEEP_BUDGET);
                 self.timers.set(self.now_ms + 1000, Timer::Sweep);

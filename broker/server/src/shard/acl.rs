@@ -1,0 +1,346 @@
+//! May this client do that? Rules and leases answer; plugins are asked for what those do not know.
+//!
+//! A packet that has to wait for plugins stays in the buffer of its connection and is handled anew with the answer.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use tracing::{debug, info};
+use wasmqtt_protocol::access::{Action, Decision, Permits, Verdict};
+use wasmqtt_protocol::codec::{Qos, ReasonCode, Subscribe};
+use wasmqtt_protocol::ports::{Access, AuthRequest, Client, Grant};
+use wasmqtt_protocol::router::{Message, SessionKey};
+use wasmqtt_protocol::session::Incoming;
+use wasmqtt_protocol::topic::Filter;
+
+use super::calls::Answer;
+use super::routes::random;
+use super::sessions::Standing;
+use super::timers::Timer;
+use super::{Ending, Shard};
+
+/// After a change that concerns all Sessions, their subscriptions are checked within this time, not at once.
+const SPREAD_MS: u32 = 1000;
+/// When a plugin could not answer about a subscription, it is asked again after this time.
+const RETRY_MS: u64 = 1000;
+
+const NOT_AUTHORIZED: Verdict = Verdict::Deny(ReasonCode::NOT_AUTHORIZED);
+
+impl Shard {
+    /// Gives a Session what authentication granted.
+    pub(super) fn grant(&mut self, id: usize, key: SessionKey, request: &AuthRequest, grant: &Grant) {
+        let permits = Permits::new(grant.rules.clone(), grant.complete);
+        let principal = match (&*grant.principal, &request.username) {
+            ("", Some(username)) => Arc::clone(username),
+            (principal, _) => principal.into(),
+        };
+        let client =
+            Client { client_id: Arc::clone(&request.client_id), principal, listener: Arc::clone(&request.listener) };
+        let standing = Standing { client: Arc::new(client), permits, check_ms: None };
+        self.sessions.set_standing(key.slot, Some(Box::new(standing)));
+        self.check_in(key, 0);
+        self.expire_grant(id, grant.expires);
+    }
+
+    /// Sets when the client must have authenticated again; `seconds` 0: never.
+    pub(super) fn expire_grant(&mut self, id: usize, seconds: u32) {
+        let Some(conn) = self.conns.get_mut(id) else { return };
+        conn.granted_until_ms = (seconds > 0).then(|| self.now_ms + u64::from(seconds) * 1000);
+        if let Some(at) = conn.granted_until_ms {
+            self.timers.set(at, Timer::Grant { id, epoch: conn.epoch });
+        }
+    }
+
+    pub(super) fn on_grant_end(&mut self, id: usize, epoch: u32) {
+        if self.is_current(id, epoch) && self.conns[id].granted_until_ms.is_some_and(|at| at <= self.now_ms) {
+            self.end(id, Ending::Server(ReasonCode::NOT_AUTHORIZED, "what authentication granted has expired"));
+        }
+    }
+
+    /// `None`: plugins are thinking about it.
+    #[inline]
+    pub(super) fn may_publish(
+        &mut self,
+        id: usize,
+        key: SessionKey,
+        incoming: &Incoming<'_>,
+        route: u64,
+    ) -> Option<Verdict> {
+        let Some(standing) = self.sessions.standing(key.slot) else { return Some(Verdict::Allow) };
+        if !self.has_acl && !standing.permits.has_rules() {
+            return Some(Verdict::Allow);
+        }
+        if let Some(verdict) = standing.permits.publish(self.now_ms, route, incoming.topic) {
+            return Some(verdict);
+        }
+        self.ask_to_publish(id, key, incoming, route)
+    }
+
+    #[cold]
+    fn ask_to_publish(&mut self, id: usize, key: SessionKey, incoming: &Incoming<'_>, route: u64) -> Option<Verdict> {
+        let access = Access {
+            action: Action::Publish,
+            topic: incoming.topic.into(),
+            qos: incoming.qos,
+            retain: incoming.retain,
+        };
+        if !self.ask(id, key, Arc::new([access])) {
+            return None;
+        }
+        let permits = &mut self.sessions.standing(key.slot)?.permits;
+        let verdict = permits.publish(self.now_ms, route, incoming.topic).unwrap_or(NOT_AUTHORIZED);
+        permits.packet_done();
+        if verdict != Verdict::Allow {
+            debug!(client_id = %self.sessions.get(key.slot)?.client_id, topic = incoming.topic, "publishing denied");
+        }
+        Some(verdict)
+    }
+
+    /// One verdict for each filter that is valid, in their places; `None`: plugins are thinking about it. Empty: all are
+    /// allowed.
+    pub(super) fn may_subscribe(
+        &mut self,
+        id: usize,
+        key: SessionKey,
+        subscribe: &Subscribe<'_>,
+    ) -> Option<Vec<Verdict>> {
+        let Some(standing) = self.sessions.standing(key.slot) else { return Some(Vec::new()) };
+        if !self.has_acl && !standing.permits.has_rules() {
+            return Some(Vec::new());
+        }
+        let filters: Vec<_> =
+            subscribe.filters.iter().map(|(text, options)| (Filter::parse(text).ok(), options.qos)).collect();
+        let unknown: Arc<[Access]> = filters
+            .iter()
+            .filter_map(|(filter, qos)| Some((filter.as_ref()?.topic_filter(), *qos)))
+            .filter(|(filter, _)| standing.permits.subscribe(self.now_ms, filter).is_none())
+            .map(|(filter, qos)| subscription(filter, qos))
+            .collect();
+        if !unknown.is_empty() && !self.ask(id, key, unknown) {
+            return None;
+        }
+        let permits = &mut self.sessions.standing(key.slot)?.permits;
+        let mut next_ms = u64::MAX;
+        let verdicts = filters.iter().map(|(filter, _)| {
+            let Some(filter) = filter else { return Verdict::Allow };
+            let (verdict, until_ms) =
+                permits.subscribe(self.now_ms, filter.topic_filter()).unwrap_or((NOT_AUTHORIZED, u64::MAX));
+            // What was said once is not asked again while the client stays.
+            if verdict == Verdict::Allow && until_ms > self.now_ms {
+                next_ms = next_ms.min(until_ms);
+            }
+            verdict
+        });
+        let verdicts = verdicts.collect();
+        permits.packet_done();
+        self.check_at(key, next_ms);
+        Some(verdicts)
+    }
+
+    /// Asks the plugins for the sake of a packet; `false`: it has to wait.
+    fn ask(&mut self, id: usize, key: SessionKey, accesses: Arc<[Access]>) -> bool {
+        let Some(standing) = self.sessions.standing(key.slot) else { return true };
+        if !self.has_acl {
+            // Rules said nothing, and nothing granted means denied.
+            for access in &*accesses {
+                standing.permits.learn(self.now_ms, access.action, Arc::clone(&access.topic), Decision::default());
+            }
+            return true;
+        }
+        let epoch = self.conns[id].epoch;
+        let call = self.plugins.authorize(Arc::clone(&standing.client), Arc::clone(&accesses));
+        let call = Box::pin(async move { Answer::Packet { conn: id, epoch, accesses, decisions: call.await } });
+        if let Some(Answer::Packet { accesses, decisions, .. }) = self.calls.begin(Some((id, epoch)), call) {
+            self.learn(key, &accesses, decisions);
+            return true;
+        }
+        self.conns[id].asking = true;
+        false
+    }
+
+    fn learn(&mut self, key: SessionKey, accesses: &[Access], decisions: Vec<Decision>) {
+        let now_ms = self.now_ms;
+        let Some(standing) = self.sessions.standing(key.slot) else { return };
+        let decisions = decisions.into_iter().map(Some).chain(std::iter::repeat_with(|| None));
+        for (access, decision) in accesses.iter().zip(decisions) {
+            let decision = decision.unwrap_or_default();
+            standing.permits.learn(now_ms, access.action, Arc::clone(&access.topic), decision);
+        }
+    }
+
+    /// The packet that waited is handled now, and what came behind it.
+    pub(super) fn on_packet_decisions(&mut self, id: usize, epoch: u32, accesses: &[Access], decisions: Vec<Decision>) {
+        if !self.is_current(id, epoch) {
+            return;
+        }
+        let super::conn::State::Live { slot } = self.conns[id].state else { return };
+        let Some(key) = self.sessions.get(slot).map(|session| session.key) else { return };
+        self.learn(key, accesses, decisions);
+        self.conns[id].asking = false;
+        self.on_partial(id);
+        self.hold(id);
+    }
+
+    /// Plugins came, went or were replaced, or all decisions were revoked.
+    pub(super) fn look_for_changes(&mut self) {
+        let epoch = (self.plugins.epoch(), self.shared.revocations.load(Ordering::Acquire));
+        if epoch == self.plugins_epoch {
+            return;
+        }
+        self.plugins_epoch = epoch;
+        self.has_acl = self.plugins.has_acl();
+        let keys: Vec<SessionKey> = self.sessions.keys().collect();
+        for key in keys {
+            self.revoke(key, u64::from(random() % SPREAD_MS));
+        }
+    }
+
+    pub(super) fn on_revoke(&mut self, client_id: &str) {
+        let key = self.shared.directory(client_id).get(client_id).copied();
+        if let Some(key) = key.filter(|key| key.shard == self.index) {
+            self.revoke(key, 0);
+        }
+    }
+
+    fn revoke(&mut self, key: SessionKey, check_in_ms: u64) {
+        if let Some(standing) = self.sessions.standing(key.slot) {
+            standing.permits.revoke();
+            self.check_in(key, check_in_ms);
+        }
+    }
+
+    fn check_in(&mut self, key: SessionKey, ms: u64) {
+        let subscribed = self.sessions.get(key.slot).is_some_and(|session| session.subscriptions().next().is_some());
+        if subscribed {
+            self.check_at(key, self.now_ms + ms);
+        }
+    }
+
+    /// Has the subscriptions of a Session looked at no later than then.
+    fn check_at(&mut self, key: SessionKey, at_ms: u64) {
+        let Some(standing) = self.sessions.standing(key.slot) else { return };
+        if at_ms == u64::MAX || standing.check_ms.is_some_and(|check_ms| check_ms <= at_ms) {
+            return;
+        }
+        if let Some(old) = standing.check_ms.replace(at_ms) {
+            self.timers.cancel(old, Timer::Check(key));
+        }
+        self.timers.set(at_ms, Timer::Check(key));
+    }
+
+    /// Looks whether the subscriptions of a Session are still allowed.
+    pub(super) fn check_subscriptions(&mut self, key: SessionKey) {
+        if self.sessions.resolve(key).is_none() {
+            return;
+        }
+        let Some(standing) = self.sessions.standing(key.slot) else { return };
+        standing.check_ms = None;
+        if !self.has_acl && !standing.permits.has_rules() {
+            return;
+        }
+        let client = Arc::clone(&standing.client);
+        let unknown = self.judge_subscriptions(key);
+        if unknown.is_empty() {
+            return;
+        }
+        let accesses: Arc<[Access]> = unknown.into();
+        if !self.has_acl {
+            return self.on_subscription_decisions(key, &accesses, Vec::new());
+        }
+        let call = self.plugins.authorize(client, Arc::clone(&accesses));
+        let call = Box::pin(async move { Answer::Subscriptions { session: key, accesses, decisions: call.await } });
+        if let Some(answer) = self.calls.begin(None, call) {
+            self.on_answer(answer);
+        }
+    }
+
+    pub(super) fn on_subscription_decisions(
+        &mut self,
+        key: SessionKey,
+        accesses: &[Access],
+        mut decisions: Vec<Decision>,
+    ) {
+        if self.sessions.resolve(key).is_none() {
+            return;
+        }
+        // A plugin that could not answer must not cost a client its subscriptions.
+        let failed = decisions.iter().any(|decision| decision.failed);
+        for decision in decisions.iter_mut().filter(|decision| decision.failed) {
+            decision.verdict = Some(Verdict::Allow);
+            decision.lease = None;
+        }
+        self.learn(key, accesses, decisions);
+        self.judge_subscriptions(key);
+        if let Some(standing) = self.sessions.standing(key.slot) {
+            standing.permits.packet_done();
+        }
+        if failed {
+            self.check_at(key, self.now_ms + RETRY_MS);
+        }
+    }
+
+    /// Ends the subscriptions that are denied by now, and gives back those nobody knows about.
+    fn judge_subscriptions(&mut self, key: SessionKey) -> Vec<Access> {
+        let Some(session) = self.sessions.get(key.slot) else { return Vec::new() };
+        let filters: Vec<_> =
+            session.subscriptions().map(|(filter, subscription)| (filter.clone(), subscription.options.qos)).collect();
+        let mut unknown = Vec::new();
+        let mut next_ms = u64::MAX;
+        for (filter, qos) in filters {
+            let Some(standing) = self.sessions.standing(key.slot) else { break };
+            match standing.permits.subscribe(self.now_ms, filter.topic_filter()) {
+                None => unknown.push(subscription(filter.topic_filter(), qos)),
+                Some((Verdict::Allow, until_ms)) if until_ms > self.now_ms => next_ms = next_ms.min(until_ms),
+                Some((Verdict::Allow, _)) => {}
+                Some((Verdict::Deny(_), _)) => {
+                    info!(client_id = %standing.client.client_id, %filter, "subscription ended: no longer allowed");
+                    self.unsubscribe(key, &filter);
+                }
+            }
+        }
+        self.check_at(key, next_ms);
+        unknown
+    }
+
+    /// `false`: it may not, or plugins are thinking about it, and it is published when they have decided.
+    pub(super) fn may_publish_will(&mut self, key: SessionKey, message: &Arc<Message>) -> bool {
+        let route = self.routes.get(&message.topic, self.index, &self.shared, &mut self.matches).id;
+        let Some(standing) = self.sessions.standing(key.slot) else { return true };
+        if !self.has_acl && !standing.permits.has_rules() {
+            return true;
+        }
+        match standing.permits.publish(self.now_ms, route, &message.topic) {
+            Some(Verdict::Allow) => return true,
+            None if self.has_acl => {}
+            Some(Verdict::Deny(_)) | None => {
+                info!(client_id = %standing.client.client_id, topic = %message.topic, "Will Message denied");
+                return false;
+            }
+        }
+        let access = Access {
+            action: Action::Publish,
+            topic: (*message.topic).into(),
+            qos: message.qos,
+            retain: message.retain,
+        };
+        let call = self.plugins.authorize(Arc::clone(&standing.client), Arc::new([access]));
+        let message = Arc::clone(message);
+        let call = Box::pin(async move { Answer::Will { message, decisions: call.await } });
+        if let Some(answer) = self.calls.begin(None, call) {
+            self.on_answer(answer);
+        }
+        false
+    }
+
+    pub(super) fn on_will_decision(&mut self, message: &Arc<Message>, decisions: &[Decision]) {
+        if decisions.first().and_then(|decision| decision.verdict) == Some(Verdict::Allow) {
+            self.publish(&Incoming::from_message(message));
+        } else {
+            info!(topic = %message.topic, "Will Message denied");
+        }
+    }
+}
+
+fn subscription(filter: &str, qos: Qos) -> Access {
+    Access { action: Action::Subscribe, topic: filter.into(), qos, retain: false }
+}

@@ -1,0 +1,117 @@
+//! A broker inside the test, and a client that knows just enough of MQTT 3.1.1.
+#![allow(dead_code, reason = "each test file uses its own part")]
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use wasmqtt_protocol::ports::{Plugins, Store};
+use wasmqtt_server::{Anonymous, Bind, Config, Limits, Listener, Server};
+
+pub(crate) const CONNACK: u8 = 0x20;
+pub(crate) const PUBLISH: u8 = 0x30;
+pub(crate) const PUBACK: u8 = 0x40;
+pub(crate) const SUBACK: u8 = 0x90;
+pub(crate) const PINGRESP: u8 = 0xd0;
+/// Long enough for an answer that is not held back to arrive.
+pub(crate) const QUIET: Duration = Duration::from_millis(150);
+
+pub(crate) struct Broker {
+    server: Option<Server>,
+    address: String,
+    _runtime: tokio::runtime::Runtime,
+}
+
+impl Broker {
+    pub(crate) fn start(plugins: Arc<dyn Plugins>, store: Arc<dyn Store>) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
+        let config = Config {
+            listeners: vec![Listener { bind: Bind::Tcp("127.0.0.1:0".parse().unwrap()), name: "mqtt".into() }],
+            anonymous: Anonymous::Allow,
+            limits: Limits::default(),
+            shards: 1,
+            sys_interval: Duration::ZERO,
+        };
+        let server = Server::start(config, plugins, store, runtime.handle().clone()).unwrap();
+        let address = server.listeners()[0].trim_start_matches("mqtt://").to_owned();
+        Self { server: Some(server), address, _runtime: runtime }
+    }
+
+    /// MQTT 3.1.1; the Session outlives the connection unless `clean`.
+    pub(crate) fn connect(&self, client_id: &str, clean: bool) -> Client {
+        let mut client = Client(TcpStream::connect(&self.address).unwrap());
+        let mut body = vec![0, 4, b'M', b'Q', b'T', b'T', 4, if clean { 2 } else { 0 }, 0, 0];
+        string(client_id, &mut body);
+        client.send(0x10, &body);
+        client
+    }
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        if let Some(server) = self.server.take() {
+            server.stop(Duration::from_secs(2));
+        }
+    }
+}
+
+fn string(text: &str, bytes: &mut Vec<u8>) {
+    bytes.extend_from_slice(&u16::try_from(text.len()).unwrap().to_be_bytes());
+    bytes.extend_from_slice(text.as_bytes());
+}
+
+pub(crate) struct Client(TcpStream);
+
+impl Client {
+    pub(crate) fn send(&mut self, first: u8, body: &[u8]) {
+        self.0.write_all(&[first, u8::try_from(body.len()).unwrap()]).unwrap();
+        self.0.write_all(body).unwrap();
+    }
+
+    pub(crate) fn subscribe(&mut self, filter: &str, qos: u8) {
+        let mut body = vec![0, 1];
+        string(filter, &mut body);
+        body.push(qos);
+        self.send(0x82, &body);
+    }
+
+    pub(crate) fn publish(&mut self, topic: &str, qos: u8, retain: bool) {
+        let mut body = Vec::new();
+        string(topic, &mut body);
+        if qos > 0 {
+            body.extend_from_slice(&[0, 7]);
+        }
+        body.push(b'x');
+        self.send(PUBLISH | qos << 1 | u8::from(retain), &body);
+    }
+
+    pub(crate) fn ping(&mut self) {
+        self.send(0xc0, &[]);
+        self.expect(PINGRESP);
+    }
+
+    /// Type and body of the next packet; `None`: nothing comes within `patience`.
+    pub(crate) fn next(&mut self, patience: Duration) -> Option<(u8, Vec<u8>)> {
+        self.0.set_read_timeout(Some(patience)).unwrap();
+        let mut head = [0; 2];
+        match self.0.read_exact(&mut head) {
+            Ok(()) => {}
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => return None,
+            Err(error) => panic!("connection lost: {error}"),
+        }
+        let mut body = vec![0; usize::from(head[1])];
+        self.0.read_exact(&mut body).unwrap();
+        Some((head[0] & 0xf0, body))
+    }
+
+    pub(crate) fn expect(&mut self, kind: u8) -> Vec<u8> {
+        let (got, body) = self.next(Duration::from_secs(10)).expect("an answer");
+        assert_eq!(got, kind, "{body:?}");
+        body
+    }
+
+    pub(crate) fn expect_silence(&mut self) {
+        assert_eq!(self.next(QUIET), None);
+    }
+}
