@@ -11,9 +11,16 @@ use bytes::Bytes;
 
 use crate::access::{Action, Decision, Rule};
 use crate::codec::{Qos, ReasonCode, Version};
-use crate::router::{Message, Subscription};
-use crate::session::{WillMessage, Wish};
-use crate::topic::Filter;
+
+mod broker;
+mod events;
+mod hook;
+mod store;
+
+pub use broker::{BanPattern, Broker, Outgoing, Refusal};
+pub use events::{Event, EventKind};
+pub use hook::{Accepted, Interest, Submission};
+pub use store::{Change, Memory, Receiver, ShardStore, Store, Ticket};
 
 /// A call into a plugin; polled on the shard that made it. Dropping it cancels the call.
 pub type Call<T> = Pin<Box<dyn Future<Output = T>>>;
@@ -137,10 +144,32 @@ pub trait ShardPlugins {
     fn authorize(&self, _client: Arc<Client>, accesses: Arc<[Access]>) -> Call<Vec<Decision>> {
         Box::pin(std::future::ready(accesses.iter().map(|_| Decision::default()).collect()))
     }
+    /// Which plugins want messages of a topic. Asked once per topic and [`Self::epoch`].
+    fn interest(&self, _topic: &str) -> Interest {
+        Interest::default()
+    }
+    /// Shows messages to the storage hooks before they are kept or delivered: one answer each, in the same order.
+    fn before_store(&self, messages: Vec<Submission>) -> Call<Vec<Accepted>> {
+        Box::pin(std::future::ready(messages.into_iter().map(|sent| Accepted::Keep(sent.message)).collect()))
+    }
+    /// Hands over messages that are kept, in order; [`Submission::plugins`] says to whom. Must not block.
+    fn committed(&self, _messages: Vec<Submission>) {}
+    /// Kinds of events that somebody wants, as a set of [`EventKind::bit`]. Asked once per [`Self::epoch`].
+    fn wanted_events(&self) -> u32 {
+        0
+    }
+    /// Tells what happened, in order. Must not block.
+    fn observe(&self, _events: Vec<Event>) {}
+    /// For `$SYS/broker/plugins/…`: what is behind that, and its value.
+    fn status(&self) -> Vec<(String, String)> {
+        Vec::new()
+    }
 }
 
 /// Makes the view of each shard.
 pub trait Plugins: Send + Sync {
+    /// Called once, before any shard: plugins can reach the broker from now on.
+    fn attach(&self, _broker: Arc<dyn Broker>) {}
     /// Called once on each shard's thread.
     fn shard(&self, index: usize) -> Box<dyn ShardPlugins>;
 }
@@ -164,121 +193,5 @@ impl ShardPlugins for NoPlugins {
     }
     fn proceed(&self, _step: AuthStep) -> Call<AuthOutcome> {
         Box::pin(std::future::ready(AuthOutcome::Next))
-    }
-}
-
-/// Something that must survive the broker. Sessions are named by their Client Identifier; one that ends with its Network
-/// Connection is not told of.
-#[derive(Debug)]
-pub enum Change<'a> {
-    /// A Session was begun or resumed, with the Will Message of its Network Connection.
-    SessionOpened {
-        /// Client Identifier.
-        client_id: &'a str,
-        /// Session Expiry Interval in seconds.
-        expiry: u32,
-        /// To be published if the broker does not live to see the client go.
-        will: Option<&'a WillMessage>,
-    },
-    /// Its Network Connection is gone: from now on it expires.
-    SessionClosed {
-        /// Client Identifier.
-        client_id: &'a str,
-        /// Session Expiry Interval in seconds, which DISCONNECT may have changed.
-        expiry: u32,
-        /// Waits for its Will Delay Interval.
-        will: Option<&'a WillMessage>,
-    },
-    /// It is gone, with all that belongs to it.
-    SessionEnded {
-        /// Client Identifier.
-        client_id: &'a str,
-    },
-    /// A subscription was made or replaced.
-    Subscribed {
-        /// Client Identifier.
-        client_id: &'a str,
-        /// With its `ShareName`, if it has one.
-        filter: &'a Filter,
-        /// Options and Subscription Identifier.
-        subscription: &'a Subscription,
-    },
-    /// A subscription was ended.
-    Unsubscribed {
-        /// Client Identifier.
-        client_id: &'a str,
-        /// As it was made.
-        filter: &'a Filter,
-    },
-    /// A message is on its way to Sessions that outlive their Network Connections, with QoS 1 or 2.
-    Queued {
-        /// The same for all its receivers.
-        message: &'a Arc<Message>,
-        /// Never empty.
-        receivers: &'a [Receiver<'a>],
-    },
-    /// A topic has another retained message.
-    Retained(&'a Arc<Message>),
-    /// A topic has no retained message any more.
-    RetainedRemoved {
-        /// Topic Name.
-        topic: &'a str,
-    },
-}
-
-/// One Session that gets a message, and how.
-#[derive(Debug, Clone, Copy)]
-pub struct Receiver<'a> {
-    /// Client Identifier.
-    pub client_id: &'a str,
-    /// What it asked for.
-    pub wish: Wish<'a>,
-}
-
-/// Counts the batches of one shard, from 1.
-pub type Ticket = u64;
-
-/// The store as one shard sees it. A shard tells of all changes of a turn, ends the batch, and sends nothing that
-/// promises them (CONNACK, SUBACK, PUBACK, PUBREC) before the batch is committed.
-pub trait ShardStore {
-    /// False: nothing survives, so the shard need not tell of changes, nor wait.
-    fn is_durable(&self) -> bool;
-    /// Adds to the present batch.
-    fn write(&mut self, change: Change<'_>);
-    /// Ends the present batch, if anything is in it, and begins to commit it.
-    fn commit(&mut self);
-    /// The batch with the last change that was told; 0 before the first.
-    fn ticket(&self) -> Ticket;
-    /// The last batch that is committed, with all before it.
-    fn committed(&self) -> Ticket;
-}
-
-/// Keeps what must survive.
-pub trait Store: Send + Sync {
-    /// Called once on each shard's thread. `wake` has the shard look at [`ShardStore::committed`].
-    fn shard(&self, index: usize, wake: Box<dyn Fn() + Send + Sync>) -> Box<dyn ShardStore>;
-}
-
-/// Nothing outlives the broker: `durability = "memory"`.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Memory;
-
-impl Store for Memory {
-    fn shard(&self, _index: usize, _wake: Box<dyn Fn() + Send + Sync>) -> Box<dyn ShardStore> {
-        Box::new(Self)
-    }
-}
-
-impl ShardStore for Memory {
-    fn is_durable(&self) -> bool {
-        false
-    }
-    fn write(&mut self, _change: Change<'_>) {}
-    fn commit(&mut self) {}
-    fn ticket(&self) -> Ticket {
-        0
-    }
-    fn committed(&self) -> Ticket {
-        0
     }
 }

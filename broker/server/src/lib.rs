@@ -4,7 +4,9 @@
 #![forbid(unsafe_code)]
 
 mod acceptor;
+mod bans;
 pub mod config;
+mod control;
 mod mailbox;
 mod shard;
 mod shared;
@@ -22,6 +24,7 @@ use wasmqtt_protocol::ports::{Plugins, Store};
 pub use config::{Anonymous, Bind, Config, Limits, Listener};
 
 use crate::acceptor::Acceptor;
+use crate::control::Control;
 use crate::mailbox::{Mail, Mailbox};
 use crate::shard::Shard;
 use crate::shared::Shared;
@@ -73,6 +76,7 @@ impl Server {
         let polls: Vec<_> = (0..count).map(|_| shard::poll()).collect::<io::Result<_>>().map_err(StartError::Shard)?;
         let mailboxes = polls.iter().map(|(_, waker)| Mailbox::new(Arc::clone(waker))).collect();
         let shared = Arc::new(Shared::new(config, mailboxes));
+        plugins.attach(Arc::new(Control(Arc::clone(&shared))));
         let mut shards = Vec::new();
         for (index, (poll, waker)) in polls.into_iter().enumerate() {
             let (shared, plugins, runtime) = (Arc::clone(&shared), Arc::clone(&plugins), runtime.clone());

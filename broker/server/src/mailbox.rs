@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use mio::Waker;
+use wasmqtt_protocol::codec::ReasonCode;
+use wasmqtt_protocol::ports::Outgoing;
 use wasmqtt_protocol::router::{Group, Message, Target};
 
 use crate::shard::{Adopted, Arrival};
@@ -21,6 +23,14 @@ pub(crate) enum Mail {
     Deliver(Vec<Remote>),
     /// What plugins decided for a client is asked again.
     Revoke(Arc<str>),
+    /// A plugin publishes.
+    Publish(Box<Outgoing>),
+    /// A plugin wants a client to go.
+    Disconnect(Arc<str>, ReasonCode),
+    /// Somebody was banned; who is in may have to go.
+    Banned,
+    /// Plugins changed, or decisions were revoked.
+    Look,
     /// Say goodbye to everybody.
     Drain,
 }
@@ -36,6 +46,10 @@ impl Remote {
     pub(crate) fn bytes(&self) -> usize {
         self.message.payload.len() + self.message.topic.len() + 128
     }
+}
+
+pub(crate) fn outgoing_bytes(outgoing: &Outgoing) -> usize {
+    outgoing.payload.len() + outgoing.topic.len() + outgoing.properties.len() + 128
 }
 
 /// One per shard. Message bytes are bounded by [`CONGESTED_BYTES`] plus what each sender reads in one batch.
@@ -56,8 +70,13 @@ impl Mailbox {
     }
 
     pub(crate) fn send(&self, mail: Mail) {
-        if let Mail::Deliver(remotes) = &mail {
-            self.bytes.fetch_add(remotes.iter().map(Remote::bytes).sum(), Ordering::Relaxed);
+        let bytes = match &mail {
+            Mail::Deliver(remotes) => remotes.iter().map(Remote::bytes).sum(),
+            Mail::Publish(outgoing) => outgoing_bytes(outgoing),
+            _ => 0,
+        };
+        if bytes > 0 {
+            self.bytes.fetch_add(bytes, Ordering::Relaxed);
         }
         self.mails.lock().unwrap_or_else(PoisonError::into_inner).push(mail);
         // One wake-up until the shard has looked: an eventfd write costs more than the message.

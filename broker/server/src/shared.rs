@@ -9,6 +9,7 @@ use hashbrown::HashMap;
 use wasmqtt_protocol::router::{Index, Retained, SessionKey};
 use wasmqtt_protocol::session::ServerLimits;
 
+use crate::bans::Bans;
 use crate::config::Config;
 use crate::mailbox::Mailbox;
 
@@ -49,6 +50,7 @@ pub(crate) struct Shared {
     directory: Vec<Mutex<Directory>>,
     /// Sessions the store knows; empty when nothing is durable.
     stored: RwLock<HashMap<SessionKey, Arc<str>, foldhash::fast::RandomState>>,
+    bans: RwLock<Bans>,
     /// Counts how often what plugins decided was revoked for everybody.
     pub(crate) revocations: AtomicU64,
     started: Instant,
@@ -82,6 +84,7 @@ impl Shared {
             generation: AtomicU64::new(0),
             directory: (0..DIRECTORY_LOCKS).map(|_| Mutex::default()).collect(),
             stored: RwLock::default(),
+            bans: RwLock::default(),
             revocations: AtomicU64::new(0),
             started: Instant::now(),
         }
@@ -106,6 +109,14 @@ impl Shared {
 
     pub(crate) fn retained_mut(&self) -> RwLockWriteGuard<'_, Retained> {
         self.retained.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn bans(&self) -> RwLockReadGuard<'_, Bans> {
+        self.bans.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn bans_mut(&self) -> RwLockWriteGuard<'_, Bans> {
+        self.bans.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Where the Session of a client lives. Held while one is made or ended, so that there is never a second.

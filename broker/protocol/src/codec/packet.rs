@@ -18,6 +18,17 @@ pub enum Version {
     V5,
 }
 
+impl Version {
+    /// As the standard is called.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::V31 => "3.1",
+            Self::V311 => "3.1.1",
+            Self::V5 => "5.0",
+        }
+    }
+}
+
 /// Quality of Service. MQTT 5.0 §4.3.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 #[repr(u8)]

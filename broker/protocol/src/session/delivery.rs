@@ -43,7 +43,9 @@ pub struct Incoming<'a> {
     pub expires_at_ms: Option<u64>,
     /// Who published it.
     pub publisher: Option<SessionKey>,
-    kept: OnceCell<Arc<Message>>,
+    /// The form that the store keeps, where that is another.
+    pub kept_as: Option<Arc<Message>>,
+    message: OnceCell<Arc<Message>>,
 }
 
 impl<'a> Incoming<'a> {
@@ -56,7 +58,17 @@ impl<'a> Incoming<'a> {
         expires_at_ms: Option<u64>,
         publisher: Option<SessionKey>,
     ) -> Self {
-        Self { topic, payload, properties, qos, retain, expires_at_ms, publisher, kept: OnceCell::new() }
+        Self {
+            topic,
+            payload,
+            properties,
+            qos,
+            retain,
+            expires_at_ms,
+            publisher,
+            kept_as: None,
+            message: OnceCell::new(),
+        }
     }
 
     /// From a message that is kept already.
@@ -69,13 +81,13 @@ impl<'a> Incoming<'a> {
             message.expires_at_ms,
             message.publisher,
         );
-        let _ = incoming.kept.set(Arc::clone(message));
+        let _ = incoming.message.set(Arc::clone(message));
         incoming
     }
 
     /// The shared form; copied out of the read buffer the first time somebody asks.
     pub fn message(&self) -> &Arc<Message> {
-        self.kept.get_or_init(|| {
+        self.message.get_or_init(|| {
             Arc::new(Message {
                 topic: self.topic.into(),
                 payload: Bytes::copy_from_slice(self.payload),
@@ -86,6 +98,11 @@ impl<'a> Incoming<'a> {
                 publisher: self.publisher,
             })
         })
+    }
+
+    /// What the store keeps.
+    pub fn kept(&self) -> &Arc<Message> {
+        self.kept_as.as_ref().unwrap_or_else(|| self.message())
     }
 
     pub(super) fn shares_payload(&self) -> bool {

@@ -287,6 +287,11 @@ impl Session {
         Ok(None)
     }
 
+    /// A QoS 2 message waits to be taken over: the same packet again is no second message. [MQTT-4.3.3-10]
+    pub fn submitted(&mut self, packet_id: PacketId) {
+        self.received.insert(packet_id.get());
+    }
+
     /// The message was taken over by the broker (or refused, with an error): acknowledges it.
     pub fn published(&mut self, qos: Qos, packet_id: Option<PacketId>, reason: ReasonCode, out: &mut Outbox) {
         let Some(packet_id) = packet_id else { return };
@@ -294,7 +299,9 @@ impl Session {
             Qos::AtMostOnce => {}
             Qos::AtLeastOnce => self.send_ack(Packet::Puback, packet_id, reason, out),
             Qos::ExactlyOnce => {
-                if !reason.is_error() {
+                if reason.is_error() {
+                    self.received.remove(&packet_id.get());
+                } else {
                     self.received.insert(packet_id.get());
                 }
                 self.send_ack(Packet::Pubrec, packet_id, reason, out);

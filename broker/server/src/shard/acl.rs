@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use tracing::{debug, info};
 use wasmqtt_protocol::access::{Action, Decision, Permits, Verdict};
 use wasmqtt_protocol::codec::{Qos, ReasonCode, Subscribe};
-use wasmqtt_protocol::ports::{Access, AuthRequest, Client, Grant};
+use wasmqtt_protocol::ports::{Access, AuthRequest, Client, EventKind, Grant};
 use wasmqtt_protocol::router::{Message, SessionKey};
 use wasmqtt_protocol::session::Incoming;
 use wasmqtt_protocol::topic::Filter;
@@ -92,6 +92,9 @@ impl Shard {
         permits.packet_done();
         if verdict != Verdict::Allow {
             debug!(client_id = %self.sessions.get(key.slot)?.client_id, topic = incoming.topic, "publishing denied");
+            self.event(EventKind::AccessDenied, key.slot, || {
+                vec![("action", "publish".into()), ("topic", incoming.topic.into())]
+            });
         }
         Some(verdict)
     }
@@ -189,6 +192,8 @@ impl Shard {
         }
         self.plugins_epoch = epoch;
         self.has_acl = self.plugins.has_acl();
+        self.hooks.wanted_events = self.plugins.wanted_events();
+        self.routes.forget();
         let keys: Vec<SessionKey> = self.sessions.keys().collect();
         for key in keys {
             self.revoke(key, u64::from(random() % SPREAD_MS));
@@ -304,7 +309,7 @@ impl Shard {
 
     /// `false`: it may not, or plugins are thinking about it, and it is published when they have decided.
     pub(super) fn may_publish_will(&mut self, key: SessionKey, message: &Arc<Message>) -> bool {
-        let route = self.routes.get(&message.topic, self.index, &self.shared, &mut self.matches).id;
+        let route = self.route(&message.topic).id;
         let Some(standing) = self.sessions.standing(key.slot) else { return true };
         if !self.has_acl && !standing.permits.has_rules() {
             return true;
@@ -334,7 +339,7 @@ impl Shard {
 
     pub(super) fn on_will_decision(&mut self, message: &Arc<Message>, decisions: &[Decision]) {
         if decisions.first().and_then(|decision| decision.verdict) == Some(Verdict::Allow) {
-            self.publish(&Incoming::from_message(message));
+            self.publish_unattended(None, Arc::clone(message), 0);
         } else {
             info!(topic = %message.topic, "Will Message denied");
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use tracing::{debug, warn};
 use wasmqtt_protocol::codec::{self, Auth, Packet, ReasonCode, Version, encode};
-use wasmqtt_protocol::ports::{AuthOutcome, AuthRequest, AuthStep};
+use wasmqtt_protocol::ports::{AuthOutcome, AuthRequest, AuthStep, Client, EventKind};
 
 use super::conn::State;
 use super::{Ending, Shard};
@@ -84,6 +84,16 @@ impl Shard {
 
     fn deny(&mut self, id: usize, request: &AuthRequest, reason: ReasonCode) {
         debug!(client_id = %request.client_id, address = ?request.address, ?reason, "connection refused");
+        if self.wants(EventKind::ClientRefused) {
+            let client = Client {
+                client_id: Arc::clone(&request.client_id),
+                principal: request.username.clone().unwrap_or_default(),
+                listener: Arc::clone(&request.listener),
+            };
+            let address = request.address.map(|address| address.to_string()).unwrap_or_default();
+            let fields = vec![("address", address), ("reason", format!("{reason:?}"))];
+            self.event_of(EventKind::ClientRefused, Arc::new(client), fields);
+        }
         self.refuse(id, if reason.is_error() { reason } else { ReasonCode::NOT_AUTHORIZED });
     }
 

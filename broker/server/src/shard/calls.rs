@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use slab::Slab;
 use wasmqtt_protocol::access::Decision;
-use wasmqtt_protocol::ports::{Access, AuthOutcome, Call};
+use wasmqtt_protocol::ports::{Accepted, Access, AuthOutcome, Call};
 use wasmqtt_protocol::router::{Message, SessionKey};
 
 use super::Shard;
@@ -39,6 +39,8 @@ pub(super) enum Answer {
     Packet { conn: usize, epoch: u32, accesses: Arc<[Access]>, decisions: Vec<Decision> },
     /// For subscriptions that were made earlier.
     Subscriptions { session: SessionKey, accesses: Arc<[Access]>, decisions: Vec<Decision> },
+    /// For the messages that were shown to storage hooks.
+    Stored(Vec<Accepted>),
     /// For the Will Message of a client that is gone.
     Will { message: Arc<Message>, decisions: Vec<Decision> },
 }
@@ -115,6 +117,7 @@ impl Shard {
             Answer::Subscriptions { session, accesses, decisions } => {
                 self.on_subscription_decisions(session, &accesses, decisions);
             }
+            Answer::Stored(answers) => self.on_stored(answers),
             Answer::Will { message, decisions } => self.on_will_decision(&message, &decisions),
         }
     }

@@ -5,9 +5,9 @@ use std::sync::atomic::Ordering;
 
 use tracing::debug;
 use wasmqtt_protocol::codec::{Connack, Disconnect, Packet, ReasonCode, UserProperties, Version, encode};
-use wasmqtt_protocol::ports::Change;
+use wasmqtt_protocol::ports::{Change, EventKind};
 use wasmqtt_protocol::router::SessionKey;
-use wasmqtt_protocol::session::{Incoming, WillMessage};
+use wasmqtt_protocol::session::WillMessage;
 
 use super::Shard;
 use super::conn::{State, is_fault};
@@ -28,6 +28,14 @@ pub(super) enum Ending {
 }
 
 impl Ending {
+    fn text(self) -> &'static str {
+        match self {
+            Self::Lost => "connection lost",
+            Self::Client { .. } => "disconnected by the client",
+            Self::Server(_, text) => text,
+        }
+    }
+
     /// The will is published unless the client said a plain goodbye. [MQTT-3.1.2-8], [MQTT-3.14.4-3]
     fn publishes_will(self) -> bool {
         !matches!(self, Self::Client { will: false })
@@ -61,6 +69,7 @@ impl Shard {
             self.say_disconnect(id, live, reason, text);
         }
         if let Some(slot) = live {
+            self.event(EventKind::ClientDisconnected, slot, || vec![("reason", ending.text().into())]);
             self.leave_session(slot, ending.publishes_will());
         }
         match ending {
@@ -128,6 +137,7 @@ impl Shard {
             self.calls.cancel(id, conn.epoch);
         }
         if let State::Live { slot } = conn.state {
+            self.event(EventKind::ClientDisconnected, slot, || vec![("reason", Ending::Lost.text().into())]);
             self.leave_session(slot, true);
         }
         if !conn.outbox.is_empty()
@@ -189,7 +199,8 @@ impl Shard {
         message.publisher = Some(key);
         let message = Arc::new(message);
         if self.may_publish_will(key, &message) {
-            self.publish(&Incoming::from_message(&message));
+            let client = self.sessions.standing(key.slot).map(|standing| Arc::clone(&standing.client));
+            self.publish_unattended(client, message, 0);
         }
     }
 
@@ -202,6 +213,7 @@ impl Shard {
             self.publish_will(key);
         }
         self.set_deadlines(key, None, None);
+        self.event(EventKind::SessionEnded, key.slot, Vec::new);
         let shared = Arc::clone(&self.shared);
         {
             let mut directory = shared.directory(&client_id);
@@ -230,5 +242,32 @@ impl Shard {
         shared.stats.sessions.fetch_sub(1, Ordering::Relaxed);
         let left = session.take_shared_at_end();
         self.redeliver(left);
+    }
+
+    /// A plugin wants a client to go.
+    pub(super) fn on_disconnect_wanted(&mut self, client_id: &str, reason: ReasonCode) {
+        let key = self.shared.directory(client_id).get(client_id).copied();
+        if let Some(id) = key.filter(|key| key.shard == self.index).and_then(|key| self.sessions.conn(key.slot)) {
+            self.end(id, Ending::Server(reason, "disconnected by a plugin"));
+        }
+    }
+
+    /// Somebody was banned: those that are meant and connected go.
+    pub(super) fn end_banned(&mut self) {
+        let keys: Vec<SessionKey> = self.sessions.keys().collect();
+        for key in keys {
+            let Some(id) = self.sessions.conn(key.slot) else { continue };
+            let Some(client) = self.sessions.standing(key.slot).map(|standing| Arc::clone(&standing.client)) else {
+                continue;
+            };
+            let address = self.conns.get(id).and_then(|conn| conn.address);
+            let is_banned = {
+                let bans = self.shared.bans();
+                bans.find(self.now_ms, &client.client_id, Some(&client.principal), address).is_some()
+            };
+            if is_banned {
+                self.end(id, Ending::Server(ReasonCode::BANNED, "banned"));
+            }
+        }
     }
 }

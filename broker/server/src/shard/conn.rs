@@ -79,6 +79,8 @@ pub(crate) struct Conn {
     pub(super) read_closed: bool,
     /// A packet waits for plugins to say whether it is allowed, and what follows waits behind it.
     pub(super) asking: bool,
+    /// Messages of it that wait for storage hooks; meanwhile nothing more is read.
+    pub(super) submitted: u32,
     /// When what authentication granted ends.
     pub(super) granted_until_ms: Option<u64>,
     /// Nothing is written before the store has committed this batch.
@@ -114,6 +116,7 @@ impl Shard {
             held: false,
             read_closed: false,
             asking: false,
+            submitted: 0,
             granted_until_ms: None,
             barrier: 0,
             backlog: None,
@@ -174,7 +177,8 @@ impl Shard {
         // What follows CONNECT is read when the answer is known; when a client's answers pile up, it is read on when
         // they are written, see `flush`.
         // What was promised is written first, so that a client is never ahead of the store by more than a batch.
-        if !conn.reads() || conn.outbox.len() >= outbound_max || self.durable.waits(conn.barrier) {
+        if !conn.reads() || conn.outbox.len() >= outbound_max || conn.submitted > 0 || self.durable.waits(conn.barrier)
+        {
             return;
         }
         if congested {

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
-use tracing::debug;
+use tracing::{debug, info};
 use wasmqtt_protocol::codec::{self, Connack, Connect, Packet, Qos, ReasonCode, Version, encode};
-use wasmqtt_protocol::ports::{AuthOutcome, AuthRequest, Grant};
+use wasmqtt_protocol::ports::{AuthOutcome, AuthRequest, EventKind, Grant};
 use wasmqtt_protocol::router::{Message, SessionKey};
 use wasmqtt_protocol::session::{Link, ServerLimits, Session, WillMessage};
 
@@ -112,6 +112,10 @@ impl Shard {
             plugin: "".into(),
         };
         let request = Arc::clone(&opening.request);
+        if self.is_banned(&request) {
+            return self.refuse(id, ReasonCode::BANNED);
+        }
+        let conn = &mut self.conns[id];
         let epoch = conn.epoch;
         conn.state = State::Opening(Box::new(opening));
         if self.plugins.has_auth() {
@@ -120,6 +124,18 @@ impl Shard {
         } else {
             self.on_auth_outcome(id, epoch, AuthOutcome::Next);
         }
+    }
+
+    fn is_banned(&self, request: &AuthRequest) -> bool {
+        let bans = self.shared.bans();
+        if bans.is_empty() {
+            return false;
+        }
+        let found = bans.find(self.now_ms, &request.client_id, request.username.as_ref(), request.address);
+        if let Some(note) = found {
+            info!(client_id = %request.client_id, address = ?request.address, note, "banned client refused");
+        }
+        found.is_some()
     }
 
     /// No plugin decided: the broker's own rule does.
@@ -253,6 +269,12 @@ impl Shard {
         self.set_deadlines(key, None, None);
         if let Some(keep_alive) = keep_alive {
             self.set_conn_timer(id, self.now_ms + keep_alive, Timer::KeepAlive { id, epoch });
+        }
+        if self.wants(EventKind::ClientConnected) {
+            let conn = &self.conns[id];
+            let address = conn.address.map(|address| address.to_string()).unwrap_or_default();
+            let version = conn.version.name().to_owned();
+            self.event(EventKind::ClientConnected, key.slot, || vec![("address", address), ("version", version)]);
         }
         self.mark_dirty(id);
         self.on_partial(id);

@@ -48,6 +48,11 @@ impl Durable {
         }
     }
 
+    /// The batch of what was written last.
+    pub(super) fn ticket(&self) -> Ticket {
+        if self.is_on { self.store.ticket() } else { 0 }
+    }
+
     pub(super) fn waits(&self, barrier: Ticket) -> bool {
         barrier > self.committed
     }
@@ -128,7 +133,7 @@ impl Shard {
             })
             .collect();
         if !receivers.is_empty() {
-            self.durable.write(Change::Queued { message: incoming.message(), receivers: &receivers });
+            self.durable.write(Change::Queued { message: incoming.kept(), receivers: &receivers });
         }
     }
 }

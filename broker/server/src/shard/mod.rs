@@ -10,6 +10,7 @@ mod close;
 mod conn;
 mod connect;
 mod durable;
+mod hooks;
 mod publish;
 mod routes;
 mod sessions;
@@ -37,10 +38,11 @@ use self::calls::Calls;
 use self::close::Ending;
 use self::conn::Conn;
 use self::durable::Durable;
+use self::hooks::Hooks;
 use self::routes::Routes;
 use self::sessions::Sessions;
 use self::timers::Timers;
-use crate::mailbox::{Mail, Remote};
+use crate::mailbox::{Mail, Remote, outgoing_bytes};
 use crate::shared::Shared;
 
 const WAKE: Token = Token(usize::MAX);
@@ -83,6 +85,7 @@ pub(crate) struct Shard {
     routes: Routes,
     timers: Timers,
     calls: Calls,
+    hooks: Hooks,
     /// Connections with something to write.
     dirty: Vec<usize>,
     /// Connections that had more to read than one buffer, or were held back.
@@ -124,6 +127,7 @@ impl Shard {
             routes: Routes::default(),
             timers: Timers::default(),
             calls: Calls::new(waker),
+            hooks: Hooks::default(),
             dirty: Vec::new(),
             readable: Vec::new(),
             leaving: Vec::new(),
@@ -134,7 +138,7 @@ impl Shard {
             matches: Matches::default(),
             tally: Tally::default(),
             now_ms: shared.now_ms(),
-            plugins_epoch: (0, 0),
+            plugins_epoch: (u64::MAX, u64::MAX),
             has_acl: plugins.has_acl(),
             plugins,
             draining: false,
@@ -184,6 +188,7 @@ impl Shard {
             self.look_for_changes();
             self.run_calls();
             self.run_timers();
+            self.run_hooks();
             self.run_leaving();
             self.flush_all();
         }
@@ -211,6 +216,14 @@ impl Shard {
             Mail::Adopt(adopted) => self.on_adopt(*adopted),
             Mail::Deliver(remotes) => self.on_remotes(&remotes),
             Mail::Revoke(client_id) => self.on_revoke(&client_id),
+            Mail::Publish(outgoing) => {
+                self.shared.mailboxes[usize::from(self.index)].delivered(outgoing_bytes(&outgoing));
+                self.on_outgoing(*outgoing);
+            }
+            Mail::Disconnect(client_id, reason) => self.on_disconnect_wanted(&client_id, reason),
+            Mail::Banned => self.end_banned(),
+            // Each turn looks.
+            Mail::Look => {}
             Mail::Drain => self.drain(),
         }
     }
@@ -232,6 +245,7 @@ impl Shard {
             }
         }
         self.commit();
+        self.feed_plugins();
         // Flushing can make room for queued messages of the same client, never of another.
         let mut dirty = std::mem::take(&mut self.dirty);
         for id in dirty.drain(..) {

@@ -1,11 +1,12 @@
 //! A message from its publisher to everybody who wants it.
 
 use std::cell::Cell;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use tracing::debug;
 use wasmqtt_protocol::access::Verdict;
-use wasmqtt_protocol::codec::{Publish, Qos, ReasonCode, Version};
+use wasmqtt_protocol::codec::{PacketId, Publish, Qos, ReasonCode, Version};
 use wasmqtt_protocol::ports::Change;
 use wasmqtt_protocol::router::{Group, Merged, Target, pick};
 use wasmqtt_protocol::session::{Delivered, Delivery, Incoming, Wish};
@@ -30,44 +31,56 @@ impl Shard {
         if is_too_deep(incoming.topic) {
             return self.fault(id, ReasonCode::TOPIC_NAME_INVALID, "Topic Name with too many levels");
         }
-        let route = self.routes.get(incoming.topic, self.index, &self.shared, &mut self.matches);
+        let route = self.route(incoming.topic);
         let Some(verdict) = self.may_publish(id, key, &incoming, route.id) else { return };
         self.tally.received += 1;
         let reason = if incoming.topic.starts_with("$SYS/") {
             ReasonCode::NOT_AUTHORIZED
         } else if let Verdict::Deny(reason) = verdict {
             reason
-        } else if self.publish_to(&route, &incoming) {
-            ReasonCode::SUCCESS
+        } else if route.interest.before != 0 || self.conns[id].submitted > 0 {
+            return self.submit(id, slot, route.interest.before, &incoming, publish.packet_id);
         } else {
-            ReasonCode::NO_MATCHING_SUBSCRIBERS
+            let found = self.publish_to(&route, &incoming);
+            if route.interest.committed != 0 {
+                let client = self.sessions.standing(slot).map(|standing| Arc::clone(&standing.client));
+                self.feed(route.interest.committed, client, &incoming);
+            }
+            if found { ReasonCode::SUCCESS } else { ReasonCode::NO_MATCHING_SUBSCRIBERS }
         };
         if let Verdict::Deny(_) = verdict {
             self.tally.dropped += 1;
         }
         if publish.qos != Qos::AtMostOnce {
-            self.acknowledge(id, slot, publish, reason);
+            self.acknowledge(id, slot, publish.qos, publish.packet_id, reason);
         }
     }
 
-    fn acknowledge(&mut self, id: usize, slot: u32, publish: &Publish<'_>, reason: ReasonCode) {
+    pub(super) fn acknowledge(
+        &mut self,
+        id: usize,
+        slot: u32,
+        qos: Qos,
+        packet_id: Option<PacketId>,
+        reason: ReasonCode,
+    ) {
         let Some(conn) = self.conns.get_mut(id) else { return };
         let Some(session) = self.sessions.get_mut(slot) else { return };
         // 3.x has no reasons: what was refused is acknowledged and dropped. MQTT 3.1.1 §3.3.5
         let reason = if conn.version == Version::V5 { reason } else { ReasonCode::SUCCESS };
         conn.outbox.lend(&mut self.pool);
         self.durable.promise(&mut conn.barrier);
-        session.published(publish.qos, publish.packet_id, reason, &mut conn.outbox);
+        session.published(qos, packet_id, reason, &mut conn.outbox);
         self.mark_dirty(id);
     }
 
-    /// Keeps it, if it is retained, and hands it to all its subscribers; `false`: there are none.
-    pub(super) fn publish(&mut self, incoming: &Incoming<'_>) -> bool {
-        let route = self.routes.get(incoming.topic, self.index, &self.shared, &mut self.matches);
-        self.publish_to(&route, incoming)
+    #[inline]
+    pub(super) fn route(&mut self, topic: &str) -> Rc<Route> {
+        self.routes.get(topic, self.index, &self.shared, &mut self.matches, &*self.plugins)
     }
 
-    fn publish_to(&mut self, route: &Route, incoming: &Incoming<'_>) -> bool {
+    /// Keeps it, if it is retained, and hands it to all its subscribers; `false`: there are none.
+    pub(super) fn publish_to(&mut self, route: &Route, incoming: &Incoming<'_>) -> bool {
         if incoming.retain && self.shared.limits.retain_available {
             self.retain(incoming);
         }
@@ -81,7 +94,7 @@ impl Shard {
             retained.remove(incoming.topic);
             self.durable.write(Change::RetainedRemoved { topic: incoming.topic });
         } else if retained.set(Arc::clone(incoming.message())).is_ok() {
-            self.durable.write(Change::Retained(incoming.message()));
+            self.durable.write(Change::Retained(incoming.kept()));
         } else {
             debug!(topic = incoming.topic, "retained message not kept: the store of retained messages is full");
             self.tally.dropped += 1;

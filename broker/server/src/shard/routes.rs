@@ -6,6 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use hashbrown::HashMap;
+use wasmqtt_protocol::ports::{Interest, ShardPlugins};
 use wasmqtt_protocol::router::{Group, Matches, Target, merge};
 
 use crate::shared::Shared;
@@ -25,6 +26,8 @@ pub(super) struct Route {
     pub(super) remote: Vec<(u16, Arc<[Target]>)>,
     /// Shared Subscriptions, each with the place of its next member; one member gets a message.
     pub(super) groups: Vec<(Arc<Group>, Cell<u32>)>,
+    /// Plugins that want its messages.
+    pub(super) interest: Interest,
     /// Those of `local` and `remote` that the store knows, with their Client Identifiers.
     pub(super) stored: Vec<(Arc<str>, Target)>,
 }
@@ -42,16 +45,28 @@ pub(super) struct Routes {
 }
 
 impl Routes {
+    /// Other plugins may want other topics.
+    pub(super) fn forget(&mut self) {
+        self.cache.clear();
+    }
+
     /// The route of `topic`, from the cache while nobody subscribed or left.
     #[inline]
-    pub(super) fn get(&mut self, topic: &str, own: u16, shared: &Shared, matches: &mut Matches) -> Rc<Route> {
+    pub(super) fn get(
+        &mut self,
+        topic: &str,
+        own: u16,
+        shared: &Shared,
+        matches: &mut Matches,
+        plugins: &dyn ShardPlugins,
+    ) -> Rc<Route> {
         if let Some(route) = self.cache.get(topic)
             && route.generation == shared.route_generation(route.bucket)
         {
             return Rc::clone(route);
         }
         self.built += 1;
-        let route = Rc::new(build(self.built, topic, own, shared, matches));
+        let route = Rc::new(build(self.built, topic, own, shared, matches, plugins.interest(topic)));
         if self.cache.len() >= ROUTES_MAX {
             self.cache.clear();
         }
@@ -60,7 +75,7 @@ impl Routes {
     }
 }
 
-fn build(id: u64, topic: &str, own: u16, shared: &Shared, matches: &mut Matches) -> Route {
+fn build(id: u64, topic: &str, own: u16, shared: &Shared, matches: &mut Matches, interest: Interest) -> Route {
     let bucket = Shared::route_bucket(topic);
     let generation = shared.route_generation(bucket);
     shared.index().matches(topic, matches);
@@ -82,7 +97,7 @@ fn build(id: u64, topic: &str, own: u16, shared: &Shared, matches: &mut Matches)
     }
     let remote = remote.into_iter().map(|(shard, targets)| (shard, targets.into())).collect();
     let groups = matches.groups.drain(..).map(|group| (group, Cell::new(random()))).collect();
-    Route { id, bucket, generation, local, remote, groups, stored }
+    Route { id, bucket, generation, local, remote, groups, interest, stored }
 }
 
 /// Not for secrets: spreads the members that Shared Subscriptions begin with.

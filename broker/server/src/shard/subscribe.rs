@@ -10,7 +10,7 @@ use wasmqtt_protocol::access::Verdict;
 use wasmqtt_protocol::codec::{
     Packet, Qos, ReasonCode, RetainHandling, Suback, Subscribe, SubscribeOptions, Unsubscribe, UserProperties, Version,
 };
-use wasmqtt_protocol::ports::{Change, Receiver};
+use wasmqtt_protocol::ports::{Change, EventKind, Receiver};
 use wasmqtt_protocol::router::{Message, SessionKey, Subscription};
 use wasmqtt_protocol::session::{Delivered, Incoming, Wish};
 use wasmqtt_protocol::topic::Filter;
@@ -51,6 +51,9 @@ impl Shard {
                 return self.fault(id, ReasonCode::PROTOCOL_ERROR, "No Local on a Shared Subscription");
             }
             if let Some(Verdict::Deny(reason)) = verdicts.get(place) {
+                self.event(EventKind::AccessDenied, key.slot, || {
+                    vec![("action", "subscribe".into()), ("topic", filter.to_string())]
+                });
                 reasons.push(refusal(version, *reason));
                 continue;
             }
@@ -114,6 +117,9 @@ impl Shard {
         }
         self.shared.bump(filter.topic_filter());
         self.store_subscription(key, filter, Some(&subscription));
+        self.event(EventKind::Subscribed, key.slot, || {
+            vec![("filter", filter.to_string()), ("qos", (subscription.options.qos as u8).to_string())]
+        });
         if is_new {
             self.shared.stats.subscriptions.fetch_add(1, Ordering::Relaxed);
         }
@@ -155,6 +161,7 @@ impl Shard {
         }
         self.shared.bump(filter.topic_filter());
         self.store_subscription(key, filter, None);
+        self.event(EventKind::Unsubscribed, key.slot, || vec![("filter", filter.to_string())]);
         self.shared.stats.subscriptions.fetch_sub(1, Ordering::Relaxed);
         true
     }

@@ -29,7 +29,8 @@ impl Shard {
             ("bytes/received", count(&stats.bytes_received)),
             ("bytes/sent", count(&stats.bytes_sent)),
         ];
-        for (name, value) in values {
+        let plugins = self.plugins.status().into_iter().map(|(name, value)| (format!("plugins/{name}"), value));
+        for (name, value) in values.map(|(name, value)| (name.to_owned(), value)).into_iter().chain(plugins) {
             let message = Arc::new(Message {
                 topic: format!("$SYS/broker/{name}").into(),
                 payload: Bytes::from(value),
@@ -39,7 +40,8 @@ impl Shard {
                 expires_at_ms: None,
                 publisher: None,
             });
-            self.publish(&Incoming::from_message(&message));
+            let route = self.route(&message.topic);
+            self.publish_to(&route, &Incoming::from_message(&message));
         }
     }
 }

@@ -111,6 +111,12 @@ impl Client {
         body
     }
 
+    /// The broker ends the connection, without a word in MQTT 3.1.1.
+    pub(crate) fn is_closed(&mut self) -> bool {
+        self.0.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        matches!(self.0.read(&mut [0]), Ok(0))
+    }
+
     pub(crate) fn expect_silence(&mut self) {
         assert_eq!(self.next(QUIET), None);
     }

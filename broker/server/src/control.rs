@@ -1,0 +1,65 @@
+//! The broker as plugins reach it.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use tracing::info;
+use wasmqtt_protocol::codec::ReasonCode;
+use wasmqtt_protocol::ports::{BanPattern, Broker, Outgoing, Refusal};
+use wasmqtt_protocol::topic::is_valid_topic_name;
+
+use crate::mailbox::Mail;
+use crate::shared::{Shared, is_too_deep};
+
+/// Handed to plugins.
+pub(crate) struct Control(pub(crate) Arc<Shared>);
+
+impl Broker for Control {
+    fn publish(&self, message: Outgoing) -> Result<(), Refusal> {
+        let shared = &self.0;
+        if !is_valid_topic_name(&message.topic) || is_too_deep(&message.topic) {
+            return Err(Refusal::Invalid("not a Topic Name, or with more than 200 levels".into()));
+        }
+        if message.payload.len() + message.topic.len() > shared.limits.packet_bytes_max as usize {
+            return Err(Refusal::Invalid("larger than limits.packet_bytes_max".into()));
+        }
+        // Always the same shard for a topic, so that the order of a plugin's messages holds.
+        let mailbox = &shared.mailboxes[usize::from(Shared::route_bucket(&message.topic)) % shared.mailboxes.len()];
+        if mailbox.is_congested() {
+            return Err(Refusal::Busy);
+        }
+        mailbox.send(Mail::Publish(Box::new(message)));
+        Ok(())
+    }
+
+    fn disconnect(&self, client_id: &str, reason: ReasonCode) {
+        if let Some(key) = self.0.directory(client_id).get(client_id).copied() {
+            self.0.mailboxes[usize::from(key.shard)].send(Mail::Disconnect(client_id.into(), reason));
+        }
+    }
+
+    fn ban(&self, pattern: BanPattern, seconds: u32, note: &str) -> Result<(), Refusal> {
+        let now_ms = self.0.now_ms();
+        info!(?pattern, seconds, note, "ban");
+        if !self.0.bans_mut().set(now_ms, pattern, now_ms + u64::from(seconds) * 1000, note) {
+            return Err(Refusal::Busy);
+        }
+        for mailbox in &self.0.mailboxes {
+            mailbox.send(Mail::Banned);
+        }
+        Ok(())
+    }
+
+    fn revoke(&self, client_id: Option<&str>) {
+        if let Some(client_id) = client_id {
+            if let Some(key) = self.0.directory(client_id).get(client_id).copied() {
+                self.0.mailboxes[usize::from(key.shard)].send(Mail::Revoke(client_id.into()));
+            }
+            return;
+        }
+        self.0.revocations.fetch_add(1, Ordering::Release);
+        for mailbox in &self.0.mailboxes {
+            mailbox.send(Mail::Look);
+        }
+    }
+}

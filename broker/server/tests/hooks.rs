@@ -1,0 +1,230 @@
+//! Storage hooks and watchers: what they see, in which order, and what they can do to a message.
+#![allow(missing_docs, reason = "tests")]
+
+mod common;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::{Poll, Waker};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use wasmqtt_protocol::codec::{Qos, ReasonCode};
+use wasmqtt_protocol::ports::{
+    Accepted, AuthOutcome, AuthRequest, AuthStep, BanPattern, Broker as Port, Call, Event, Interest, Memory, Outgoing,
+    Plugins, Refusal, ShardPlugins, Submission,
+};
+use wasmqtt_protocol::router::Message;
+
+use self::common::{Broker, CONNACK, PUBACK, PUBLISH, SUBACK};
+
+/// Upper-cases `up/…`, refuses `no/…`, watches everything below `seen/`, in batches that wait while it is slow.
+#[derive(Default)]
+struct Hook {
+    slow: AtomicBool,
+    waiting: Mutex<Vec<Waker>>,
+    batches: Mutex<Vec<usize>>,
+    committed: Mutex<Vec<String>>,
+    events: Mutex<Vec<String>>,
+    broker: Mutex<Option<Arc<dyn Port>>>,
+}
+
+impl Hook {
+    fn answer(&self) {
+        self.slow.store(false, Ordering::SeqCst);
+        self.waiting.lock().unwrap().drain(..).for_each(Waker::wake);
+    }
+
+    fn broker(&self) -> Arc<dyn Port> {
+        self.broker.lock().unwrap().clone().expect("attached at the start")
+    }
+}
+
+fn decide(sent: Submission) -> Accepted {
+    let message = sent.message;
+    if message.topic.starts_with("no/") {
+        return Accepted::Discard(ReasonCode::QUOTA_EXCEEDED);
+    }
+    if !message.topic.starts_with("up/") {
+        return Accepted::Keep(message);
+    }
+    let payload = Bytes::from(message.payload.to_ascii_uppercase());
+    Accepted::Keep(Arc::new(Message { payload, ..(*message).clone() }))
+}
+
+struct Plug(Arc<Hook>);
+
+impl Plugins for Plug {
+    fn attach(&self, broker: Arc<dyn Port>) {
+        *self.0.broker.lock().unwrap() = Some(broker);
+    }
+    fn shard(&self, _index: usize) -> Box<dyn ShardPlugins> {
+        Box::new(Plug(Arc::clone(&self.0)))
+    }
+}
+
+impl ShardPlugins for Plug {
+    fn has_auth(&self) -> bool {
+        false
+    }
+    fn authenticate(&self, _request: Arc<AuthRequest>) -> Call<AuthOutcome> {
+        Box::pin(std::future::ready(AuthOutcome::Next))
+    }
+    fn proceed(&self, _step: AuthStep) -> Call<AuthOutcome> {
+        Box::pin(std::future::ready(AuthOutcome::Next))
+    }
+    fn interest(&self, topic: &str) -> Interest {
+        let before = u64::from(topic.starts_with("up/") || topic.starts_with("no/") || topic.starts_with("seen/"));
+        Interest { before, committed: u64::from(topic.starts_with("seen/")) }
+    }
+    fn before_store(&self, messages: Vec<Submission>) -> Call<Vec<Accepted>> {
+        self.0.batches.lock().unwrap().push(messages.len());
+        let hook = Arc::clone(&self.0);
+        let mut messages = Some(messages);
+        Box::pin(std::future::poll_fn(move |context| {
+            if hook.slow.load(Ordering::SeqCst) {
+                hook.waiting.lock().unwrap().push(context.waker().clone());
+                return Poll::Pending;
+            }
+            Poll::Ready(messages.take().unwrap_or_default().into_iter().map(decide).collect())
+        }))
+    }
+    fn committed(&self, messages: Vec<Submission>) {
+        let publisher =
+            |sent: &Submission| sent.client.as_ref().map_or("-".into(), |client| client.client_id.to_string());
+        let lines = messages.iter().map(|sent| format!("{} {}", sent.message.topic, publisher(sent)));
+        self.0.committed.lock().unwrap().extend(lines);
+    }
+    fn wanted_events(&self) -> u32 {
+        u32::MAX
+    }
+    fn observe(&self, events: Vec<Event>) {
+        let line = |event: Event| format!("{} {}", event.kind.name(), event.client.client_id);
+        self.0.events.lock().unwrap().extend(events.into_iter().map(line));
+    }
+}
+
+fn start() -> (Broker, Arc<Hook>) {
+    let hook = Arc::new(Hook::default());
+    (Broker::start(Arc::new(Plug(Arc::clone(&hook))), Arc::new(Memory)), hook)
+}
+
+fn subscriber(broker: &Broker) -> common::Client {
+    let mut client = broker.connect("subscriber", true);
+    client.expect(CONNACK);
+    client.subscribe("#", 1);
+    client.expect(SUBACK);
+    client
+}
+
+fn settles<T: PartialEq + std::fmt::Debug>(what: impl Fn() -> T, expected: T) {
+    let until = Instant::now() + Duration::from_secs(10);
+    while what() != expected && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(what(), expected);
+}
+
+#[test]
+fn messages_are_replaced_and_discarded_and_keep_their_order() {
+    let (broker, hook) = start();
+    let mut subscriber = subscriber(&broker);
+    let mut publisher = broker.connect("publisher", true);
+    publisher.expect(CONNACK);
+    hook.slow.store(true, Ordering::SeqCst);
+    for topic in ["up/1", "plain", "no/2", "up/3"] {
+        publisher.publish(topic, 1, false);
+    }
+    publisher.expect_silence();
+    subscriber.ping();
+    hook.answer();
+    for _ in 0..4 {
+        publisher.expect(PUBACK);
+    }
+    for (topic, payload) in [("up/1", b'X'), ("plain", b'x'), ("up/3", b'X')] {
+        let got = subscriber.expect(PUBLISH);
+        assert_eq!(&got[2..2 + topic.len()], topic.as_bytes());
+        assert_eq!(got.last(), Some(&payload));
+    }
+    subscriber.expect_silence();
+    assert!(hook.batches.lock().unwrap().len() <= 4);
+}
+
+/// MQTT 5.0 §4.3.3: a QoS 2 message that is discarded is answered like any other, and its identifier is free again.
+#[test]
+fn a_publisher_that_leaves_is_forgotten_but_its_message_is_not() {
+    let (broker, hook) = start();
+    let mut subscriber = subscriber(&broker);
+    hook.slow.store(true, Ordering::SeqCst);
+    let mut publisher = broker.connect("publisher", true);
+    publisher.expect(CONNACK);
+    publisher.publish("up/1", 0, false);
+    publisher.expect_silence();
+    drop(publisher);
+    subscriber.ping();
+    hook.answer();
+    assert_eq!(subscriber.expect(PUBLISH).last(), Some(&b'X'));
+}
+
+#[test]
+fn what_is_kept_is_fed_in_order_and_plugins_do_not_see_their_own() {
+    let (broker, hook) = start();
+    let mut subscriber = subscriber(&broker);
+    let mut publisher = broker.connect("publisher", true);
+    publisher.expect(CONNACK);
+    for n in 0..3 {
+        publisher.publish(&format!("seen/{n}"), 0, false);
+        subscriber.expect(PUBLISH);
+    }
+    let own = |origin| Outgoing {
+        origin,
+        topic: "seen/own".into(),
+        payload: Bytes::from_static(b"x"),
+        properties: Bytes::new(),
+        qos: Qos::AtMostOnce,
+        retain: false,
+        expiry: None,
+    };
+    let port = hook.broker();
+    let batches = hook.batches.lock().unwrap().len();
+    port.publish(own(1)).unwrap();
+    subscriber.expect(PUBLISH);
+    assert_eq!(hook.batches.lock().unwrap().len(), batches, "not shown to the plugin that published it");
+    port.publish(own(0)).unwrap();
+    subscriber.expect(PUBLISH);
+    let expected = ["seen/0 publisher", "seen/1 publisher", "seen/2 publisher", "seen/own -"];
+    settles(|| hook.committed.lock().unwrap().clone(), expected.map(str::to_owned).to_vec());
+    let wrong = port.publish(Outgoing { topic: "a/#".into(), ..own(0) });
+    assert!(matches!(wrong, Err(Refusal::Invalid(_))), "{wrong:?}");
+}
+
+#[test]
+fn watchers_are_told_what_happens() {
+    let (broker, hook) = start();
+    let mut client = subscriber(&broker);
+    client.send(0xe0, &[]);
+    let expected = ["client-connected", "subscribed", "client-disconnected", "session-ended"]
+        .map(|kind| format!("{kind} subscriber"));
+    settles(|| hook.events.lock().unwrap().clone(), expected.to_vec());
+}
+
+#[test]
+fn plugins_disconnect_and_ban() {
+    let (broker, hook) = start();
+    let mut one = broker.connect("one", true);
+    one.expect(CONNACK);
+    let mut two = broker.connect("two", true);
+    two.expect(CONNACK);
+    let port = hook.broker();
+    port.disconnect("one", ReasonCode::NOT_AUTHORIZED);
+    assert!(one.is_closed());
+    port.ban(BanPattern::ClientId("two".into()), 60, "test").unwrap();
+    assert!(two.is_closed());
+    let mut again = broker.connect("two", true);
+    assert_eq!(again.expect(CONNACK), [0, 5], "not authorized, of MQTT 3.1.1");
+    let mut other = broker.connect("three", true);
+    assert_eq!(other.expect(CONNACK), [0, 0]);
+    port.ban(BanPattern::ClientId("two".into()), 0, "").unwrap();
+    let mut again = broker.connect("two", true);
+    assert_eq!(again.expect(CONNACK), [0, 0]);
+}
