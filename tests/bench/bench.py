@@ -42,6 +42,10 @@ SCENARIOS = {
 FLOOR = {"pair-q0", "fanin-q0", "fanout-q0", "fanout-1000", "paced-q0"}
 
 
+class BrokerFault(Exception):
+    """A broker that could not be measured."""
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -51,12 +55,12 @@ def free_port():
 def wait_for(port, process):
     for _ in range(200):
         if process.poll() is not None:
-            sys.exit(f"{process.args[0]} ended before it listened (exit status {process.returncode})")
+            raise BrokerFault(f"{process.args[0]} ended before it listened (exit status {process.returncode})")
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.05)
-    sys.exit(f"{process.args[0]} does not listen on port {port}")
+    raise BrokerFault(f"{process.args[0]} does not listen on port {port}")
 
 
 def start(broker, options, scenario, folder, port):
@@ -69,6 +73,8 @@ def start(broker, options, scenario, folder, port):
             users = os.path.join(folder, "users")
             open(users, "w").close()
             subprocess.run(["mosquitto_passwd", "-b", users, "user", "secret"], check=True)
+            # Started by root, mosquitto becomes a user of its own, who must be able to read this.
+            os.chmod(folder, 0o755)
             os.chmod(users, 0o644)
             lines += ["allow_anonymous false", f"password_file {users}"]
         else:
@@ -97,6 +103,8 @@ def measure(broker, options, scenario):
             wait_for(port, process)
             load = [options.mqload, *SCENARIOS[scenario].split(), "--port", str(port), "--broker-pid", str(process.pid)]
             done = subprocess.run(load, capture_output=True, text=True, timeout=200, check=False)
+        except (BrokerFault, subprocess.TimeoutExpired) as fault:
+            return {"error": str(fault)}
         finally:
             process.kill()
             process.wait()
@@ -133,49 +141,58 @@ def main():
         if not path or not os.path.exists(path):
             sys.exit(f"bench: cannot find {what}")
     table = {}
+    if not options.json:
+        print(HEADER, flush=True)
     for scenario in options.scenarios or SCENARIOS:
-        brokers = ["wasmqtt", "mosquitto"] + (["floor"] if scenario in FLOOR else [])
-        results = {broker: [] for broker in brokers}
-        for round_ in range(options.rounds):
-            for broker in brokers:
-                print(f"{scenario} {round_ + 1}/{options.rounds} {broker}", file=sys.stderr)
-                results[broker].append(measure(broker, options, scenario))
-        table[scenario] = {
-            broker: {
-                "value": median(runs, "value"),
-                "per_s": median(runs, "per_s"),
-                "p99_us": median(runs, "p99"),
-                "errors": [run["error"] for run in runs if "error" in run],
-            }
-            for broker, runs in results.items()
+        table[scenario] = measure_rounds(options, scenario)
+        if not options.json:
+            print(row(scenario, table[scenario]), flush=True)
+    print(json.dumps(table, indent=1) if options.json else FOOTER)
+    errors = [error for brokers in table.values() for result in brokers.values() for error in result["errors"]]
+    if errors:
+        sys.exit("bench: some runs failed: " + "; ".join(str(error) for error in errors[:5]))
+
+
+def measure_rounds(options, scenario):
+    """Medians for each broker; the brokers take turns."""
+    brokers = ["wasmqtt", "mosquitto"] + (["floor"] if scenario in FLOOR else [])
+    results = {broker: [] for broker in brokers}
+    for round_ in range(options.rounds):
+        for broker in brokers:
+            print(f"{scenario} {round_ + 1}/{options.rounds} {broker}", file=sys.stderr)
+            results[broker].append(measure(broker, options, scenario))
+    return {
+        broker: {
+            "value": median(runs, "value"),
+            "per_s": median(runs, "per_s"),
+            "p99_us": median(runs, "p99"),
+            "errors": [run["error"] for run in runs if "error" in run],
         }
-    if options.json:
-        print(json.dumps(table, indent=1))
-    else:
-        print_table(table)
-    if any(row["errors"] for brokers in table.values() for row in brokers.values()):
-        sys.exit("bench: some runs failed; see `errors` with --json")
+        for broker, runs in results.items()
+    }
 
 
-def print_table(table):
-    print("| scenario | wasmqtt | mosquitto | ratio | floor | ratio | wasmqtt /s | mosquitto /s |")
-    print("|---|---|---|---|---|---|---|---|")
-    for scenario, brokers in table.items():
-        own, peer, floor = (brokers.get(name, {}) for name in ("wasmqtt", "mosquitto", "floor"))
+HEADER = """| scenario | wasmqtt | mosquitto | ratio | floor | ratio | wasmqtt /s | mosquitto /s |
+|---|---|---|---|---|---|---|---|"""
+FOOTER = """
+CPU-µs of the broker per message (published + delivered); connect: per connection; idle: bytes of RSS per connection."""
 
-        def show(value, form="{:.2f}"):
-            return "–" if value is None else form.format(value)
 
-        def ratio(other):
-            both = own.get("value") is not None and other.get("value")
-            return show(own["value"] / other["value"] if both else None)
+def row(scenario, brokers):
+    own, peer, floor = (brokers.get(name, {}) for name in ("wasmqtt", "mosquitto", "floor"))
 
-        cells = [scenario, show(own.get("value")), show(peer.get("value")), ratio(peer)]
-        cells += [show(floor.get("value")), ratio(floor)]
-        cells += [show(own.get("per_s"), "{:,.0f}"), show(peer.get("per_s"), "{:,.0f}")]
-        failed = sum(len(broker["errors"]) for broker in brokers.values())
-        print("| " + " | ".join(cells) + " |" + (f" {failed} failed" if failed else ""))
-    print("\nCPU-µs of the broker per message (published + delivered); connect: per connection; idle: bytes of RSS per connection.")
+    def show(value, form="{:.2f}"):
+        return "–" if value is None else form.format(value)
+
+    def ratio(other):
+        both = own.get("value") is not None and other.get("value")
+        return show(own["value"] / other["value"] if both else None)
+
+    cells = [scenario, show(own.get("value")), show(peer.get("value")), ratio(peer)]
+    cells += [show(floor.get("value")), ratio(floor)]
+    cells += [show(own.get("per_s"), "{:,.0f}"), show(peer.get("per_s"), "{:,.0f}")]
+    failed = sum(len(result["errors"]) for result in brokers.values())
+    return "| " + " | ".join(cells) + " |" + (f" {failed} failed" if failed else "")
 
 
 if __name__ == "__main__":
