@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const TARGET: &str = "wasm32-wasip2";
-const PACKAGES: [&str; 3] = ["auth-demo", "auth-file", "misbehave"];
+const PACKAGES: [&str; 4] = ["auth-demo", "auth-file", "misbehave", "probe"];
 
 fn main() {
     let here = PathBuf::from(std::env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
     let workspace = here.ancestors().nth(2).expect("the workspace is two folders up").to_owned();
-    for watched in ["plugins", "sdk/rust", "wit", "tests/guests/misbehave", "Cargo.toml"] {
+    for watched in ["plugins", "sdk/rust", "wit", "tests/guests/misbehave", "tests/guests/probe", "Cargo.toml"] {
         println!("cargo:rerun-if-changed={}", workspace.join(watched).display());
     }
     let target_dir = outer_target_dir().join("wasm-plugins");

@@ -7,32 +7,61 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use tracing::warn;
-use wasmqtt_protocol::ports::{AuthOutcome, AuthRequest, AuthStep, Grant};
 
-use crate::bindings;
-use crate::config::OnError;
-use crate::instance::metered;
+use crate::config::{OnError, PluginLimits};
+use crate::instance::{Running, metered};
 use crate::shard::{Slot, WAITING_MAX};
 
 /// Log lines about failed calls: at most one per shard and plugin in this time.
 const LOG_PAUSE: Duration = Duration::from_secs(1);
 
-pub(crate) enum Question {
-    Authenticate(Arc<AuthRequest>),
-    Proceed(AuthStep),
+/// What a plugin can be asked.
+pub(crate) trait Question {
+    type Answer;
+
+    /// Whose sake it is asked for; for the breaker and the log.
+    fn client_id(&self) -> &str;
+
+    /// `false`: about several clients at a time, none of whom is to blame for a failure.
+    fn is_about_one(&self) -> bool {
+        true
+    }
+
+    /// How long the plugin may compute.
+    fn cpu_ms(limits: &PluginLimits) -> u64;
+
+    /// The answer when none comes.
+    fn fallback(&self, on_error: OnError) -> Self::Answer;
+
+    /// Asks. An error is a trap.
+    fn put(
+        &self,
+        running: &mut Running,
+        plugin: &Arc<str>,
+    ) -> impl Future<Output = wasmtime::Result<Said<Self::Answer>>> + Send;
 }
 
-impl Question {
-    fn request(&self) -> &AuthRequest {
-        match self {
-            Self::Authenticate(request) => request,
-            Self::Proceed(step) => &step.request,
-        }
+/// What came back from a plugin.
+pub(crate) enum Said<T> {
+    Answer(T),
+    /// It says that it cannot tell.
+    Failure(String),
+    /// It makes no sense.
+    Nonsense(String),
+}
+
+impl<T> Said<T> {
+    pub(crate) fn nonsense(what: impl Into<String>) -> Self {
+        Self::Nonsense(what.into())
+    }
+
+    pub(crate) fn from_checked(checked: Result<T, String>) -> Self {
+        checked.map_or_else(Self::Nonsense, Self::Answer)
     }
 }
 
 /// Why there is no answer.
-enum Fault {
+pub(crate) enum Fault {
     /// The plugin was not asked: too many wait already, or no instance became free in time.
     Busy(String),
     /// The plugin says that it cannot tell.
@@ -44,7 +73,7 @@ enum Fault {
 }
 
 impl Fault {
-    fn into_text(self) -> String {
+    pub(crate) fn into_text(self) -> String {
         match self {
             Self::Busy(text) | Self::Failure(text) | Self::NoInstance(text) | Self::Broke(text) => text,
         }
@@ -52,45 +81,42 @@ impl Fault {
 }
 
 /// Asks, and turns everything that goes wrong into what `on_error` says.
-pub(crate) async fn ask(slot: &Slot, question: &Question) -> AuthOutcome {
+pub(crate) async fn ask<Q: Question>(slot: &Slot, question: &Q) -> Q::Answer {
     let generation = &slot.generation;
     let on_error = generation.config.on_error;
-    let client = slot.hasher.hash_one(&question.request().client_id);
+    let client = slot.hasher.hash_one(question.client_id());
     if slot.breaker.borrow_mut().refuses(client, Instant::now) {
-        return fallback(on_error);
+        generation.plugin.counters.shard(slot.shard).refused.fetch_add(1, Ordering::Relaxed);
+        return question.fallback(on_error);
     }
-    let counters = generation.counters.shard(slot.shard);
+    let counters = generation.plugin.counters.shard(slot.shard);
     let tries = if on_error == OnError::Retry { 2 } else { 1 };
     for _ in 0..tries {
         counters.calls.fetch_add(1, Ordering::Relaxed);
         let fault = match call_in_time(slot, question).await {
-            Ok(outcome) => {
+            Ok(answer) => {
                 slot.breaker.borrow_mut().answered();
-                return outcome;
+                return answer;
             }
             Err(fault) => fault,
         };
         counters.failures.fetch_add(1, Ordering::Relaxed);
+        generation.failures.fetch_add(1, Ordering::Relaxed);
         note(slot, question, client, fault);
     }
-    fallback(on_error)
+    question.fallback(on_error)
 }
 
-fn fallback(on_error: OnError) -> AuthOutcome {
-    match on_error {
-        OnError::Deny | OnError::Retry => AuthOutcome::Unavailable,
-        OnError::Allow => AuthOutcome::Allow(Grant::default()),
-        OnError::Skip => AuthOutcome::Next,
-    }
-}
-
-fn note(slot: &Slot, question: &Question, client: u64, fault: Fault) {
+fn note<Q: Question>(slot: &Slot, question: &Q, client: u64, fault: Fault) {
     let (plugin, generation) = (&slot.generation.name, slot.generation.number);
     let now = Instant::now();
-    if matches!(fault, Fault::Broke(_) | Fault::NoInstance(_))
+    if question.is_about_one()
+        && matches!(fault, Fault::Broke(_) | Fault::NoInstance(_))
         && let Some(pause) = slot.breaker.borrow_mut().broke(client, now)
     {
+        slot.generation.plugin.counters.breaker_opened.fetch_add(1, Ordering::Relaxed);
         warn!(%plugin, generation, pause_ms = pause.as_millis() as u64, "plugin keeps failing, left alone for a while");
+        slot.generation.suspect.store(true, Ordering::Relaxed);
     }
     let (logged, left_out) = slot.logged.get();
     if logged.is_some_and(|at| now.duration_since(at) < LOG_PAUSE) {
@@ -98,12 +124,12 @@ fn note(slot: &Slot, question: &Question, client: u64, fault: Fault) {
         return;
     }
     slot.logged.set((Some(now), 0));
-    let (client_id, error) = (&question.request().client_id, fault.into_text());
+    let (client_id, error) = (question.client_id(), fault.into_text());
     warn!(%plugin, generation, %client_id, %error, left_out, "plugin call failed");
 }
 
 /// The deadline counts from the question, time in the queue included.
-async fn call_in_time(slot: &Slot, question: &Question) -> Result<AuthOutcome, Fault> {
+async fn call_in_time<Q: Question>(slot: &Slot, question: &Q) -> Result<Q::Answer, Fault> {
     let begun = Cell::new(false);
     let deadline = slot.generation.deadline();
     if let Ok(result) = tokio::time::timeout(deadline, call(slot, question, &begun)).await {
@@ -113,7 +139,7 @@ async fn call_in_time(slot: &Slot, question: &Question) -> Result<AuthOutcome, F
     Err(if begun.get() { Fault::Broke(text) } else { Fault::Busy(text) })
 }
 
-async fn call(slot: &Slot, question: &Question, begun: &Cell<bool>) -> Result<AuthOutcome, Fault> {
+async fn call<Q: Question>(slot: &Slot, question: &Q, begun: &Cell<bool>) -> Result<Q::Answer, Fault> {
     let permit = if let Ok(permit) = slot.permits.try_acquire() {
         permit
     } else {
@@ -126,28 +152,31 @@ async fn call(slot: &Slot, question: &Question, begun: &Cell<bool>) -> Result<Au
         None => generation.instantiate().await.map_err(Fault::NoInstance)?,
     };
     begun.set(true);
-    let missing = || Fault::Broke("it does not export auth".into());
-    let running = pooled.begin().ok_or_else(missing)?;
-    let meter = running.meter();
-    let auth = running.auth.as_ref().ok_or_else(missing)?.wasmqtt_plugin_auth();
-    running.store.set_epoch_deadline(1);
-    let answer = match question {
-        Question::Authenticate(request) => {
-            let request = bindings::request(request);
-            metered(&generation.clock, &meter, generation.cpu(), auth.call_authenticate(&mut running.store, &request))
-                .await
-        }
-        Question::Proceed(step) => {
-            let step = bindings::step(step);
-            metered(&generation.clock, &meter, generation.cpu(), auth.call_proceed(&mut running.store, &step)).await
-        }
-    };
-    let answer = answer.map_err(|error| Fault::Broke(generation.explained(running, error)))?;
+    let Some(running) = pooled.begin() else { return Err(Fault::Broke("no instance".into())) };
+    let cpu = Duration::from_millis(Q::cpu_ms(&generation.config.limits));
+    let said = put(running, question, cpu, generation).await;
+    let said = said.map_err(|error| Fault::Broke(generation.explained(running, error)))?;
     pooled.finished();
     generation.put_idle(slot.shard, pooled);
     drop(permit);
-    let outcome = answer.map_err(|failure| Fault::Failure(bindings::failure(failure)))?;
-    bindings::outcome(outcome, question.request(), &generation.name).map_err(Fault::Broke)
+    match said {
+        Said::Answer(answer) => Ok(answer),
+        Said::Failure(text) => Err(Fault::Failure(text)),
+        Said::Nonsense(text) => Err(Fault::Broke(text)),
+    }
+}
+
+/// Asks one instance, which has `cpu` to answer.
+pub(crate) async fn put<Q: Question>(
+    running: &mut Running,
+    question: &Q,
+    cpu: Duration,
+    generation: &crate::generation::Generation,
+) -> Result<Said<Q::Answer>, String> {
+    let meter = running.meter();
+    running.store.set_epoch_deadline(1);
+    running.store.data_mut().begin_call();
+    metered(&generation.clock, &meter, cpu, question.put(running, &generation.name)).await
 }
 
 /// Counts a call that waits for an instance, also if it is dropped meanwhile.

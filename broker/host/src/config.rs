@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use wasmqtt_protocol::topic::Filter;
+
 /// Everything [`crate::PluginHost::start`] needs.
 #[derive(Debug, Clone)]
 pub struct HostConfig {
@@ -45,10 +47,31 @@ pub struct PluginConfig {
     pub config: Vec<(String, String)>,
     /// Files and folders it may reach.
     pub files: Vec<FileGrant>,
+    /// What else it may do.
+    pub grants: Grants,
+    /// Listeners whose clients it is asked about; empty: all.
+    pub listeners: Vec<String>,
+    /// Topics that `acl` and `storage-hook` are asked about; empty: all.
+    pub topics: Vec<Filter>,
     /// Its bounds.
     pub limits: PluginLimits,
     /// SHA-256 the file must have, in hexadecimal.
     pub sha256: Option<String>,
+}
+
+/// What a plugin may do beside reading files. The default is nothing.
+#[derive(Debug, Clone, Default)]
+pub struct Grants {
+    /// Topics it may publish to.
+    pub publish: Vec<Filter>,
+    /// It may end connections.
+    pub disconnect: bool,
+    /// It may keep clients out.
+    pub ban: bool,
+    /// It may have leases forgotten.
+    pub revoke: bool,
+    /// Environment variables it sees.
+    pub environment: Vec<(String, String)>,
 }
 
 /// When a plugin traps, takes too long or fails.
@@ -95,12 +118,26 @@ pub struct PluginLimits {
     pub deadline_ms: u64,
     /// Milliseconds of computing one call may take; default 1,000.
     pub cpu_ms: u64,
+    /// The same for `acl` and `before-store`, which clients wait for; default 50.
+    pub hook_cpu_ms: u64,
+    /// Calls of the broker's functions an instance may make in a second, log lines apart; default 1,000.
+    pub host_calls_per_sec: u32,
+    /// Messages that may wait for `committed`; default 100,000.
+    pub feed_messages_max: usize,
     /// Instances per shard, and so calls under way; default 4.
     pub instances: usize,
 }
 
 impl Default for PluginLimits {
     fn default() -> Self {
-        Self { memory_mib: 16, deadline_ms: 5000, cpu_ms: 1000, instances: 4 }
+        Self {
+            memory_mib: 16,
+            deadline_ms: 5000,
+            cpu_ms: 1000,
+            hook_cpu_ms: 50,
+            host_calls_per_sec: 1000,
+            feed_messages_max: 100_000,
+            instances: 4,
+        }
     }
 }

@@ -1,22 +1,25 @@
 //! A loaded build of a plugin: compiled, checked, ready to be instantiated on any shard.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use wasmtime::Engine;
 use wasmtime::component::{Component, InstancePre, Linker};
 use wasmtime_wasi::WasiCtxBuilder;
 
-use crate::bindings::lifecycle::exports::wasmqtt::plugin::lifecycle::Pair;
-use crate::bindings::{auth, lifecycle, lifecycle_failure};
+use crate::bindings::failure;
+use crate::bindings::types::Pair;
 use crate::config::PluginConfig;
-use crate::counters::Counters;
 use crate::engine::Clock;
-use crate::grants::Mounts;
+use crate::exports::Indices;
+use crate::grants::{self, Mounts};
 use crate::guest::Guest;
 use crate::instance::{Dead, Pooled, Running, metered, one_line};
+use crate::plugin::Plugin;
+use crate::registration::Registration;
+use crate::services::{Door, Services};
 use crate::{HostError, Status};
 
 /// What all generations share.
@@ -26,6 +29,7 @@ pub(crate) struct Parts {
     pub(crate) clock: Arc<Clock>,
     pub(crate) reaper: Sender<Dead>,
     pub(crate) shards: usize,
+    pub(crate) door: Door,
 }
 
 /// Who a build is.
@@ -33,7 +37,7 @@ pub(crate) struct Identity {
     pub(crate) number: u64,
     /// What it was made from: component and granted files.
     pub(crate) made_from: String,
-    pub(crate) counters: Arc<Counters>,
+    pub(crate) plugin: Arc<Plugin>,
 }
 
 /// One build. Immutable, but for the instances that have nothing to do.
@@ -41,13 +45,18 @@ pub(crate) struct Generation {
     pub(crate) name: Arc<str>,
     pub(crate) number: u64,
     pub(crate) made_from: String,
-    pub(crate) counters: Arc<Counters>,
+    pub(crate) plugin: Arc<Plugin>,
     pub(crate) config: PluginConfig,
     pub(crate) clock: Arc<Clock>,
     engine: Engine,
     pre: InstancePre<Guest>,
-    auth: Option<auth::HasAuthIndices>,
-    lifecycle: Option<lifecycle::HasLifecycleIndices>,
+    pub(crate) exports: Indices,
+    registration: OnceLock<Registration>,
+    services: Arc<Services>,
+    /// Calls of this build without an answer.
+    pub(crate) failures: AtomicU64,
+    /// It was left alone, or failed in some other way that its predecessor may not have.
+    pub(crate) suspect: AtomicBool,
     mounts: Arc<Mounts>,
     reaper: Sender<Dead>,
     /// By shard. Only that shard takes from it; the lock is for the loader, which empties it in the end.
@@ -66,22 +75,34 @@ impl Generation {
         let pre = parts.linker.instantiate_pre(component).map_err(|error| {
             HostError::new(format!("it imports something that this broker does not offer: {}", one_line(&error)))
         })?;
-        let auth = auth::HasAuthIndices::new(&pre).ok();
-        let lifecycle = lifecycle::HasLifecycleIndices::new(&pre).ok();
-        if auth.is_none() {
-            return Err(HostError::new("it exports no plug-point; there is wasmqtt:plugin/auth@0.1.0"));
+        grants::check_imports(&component.component_type(), &parts.engine, &config.grants)?;
+        let exports = Indices::find(&pre);
+        if !exports.has_plug_point() {
+            return Err(HostError::new(
+                "it exports no plug-point: none of auth, acl, storage-hook, cluster and events of wasmqtt:plugin@0.1.0",
+            ));
         }
+        let plugin = identity.plugin;
+        let services = Services {
+            plugin: Arc::clone(&plugin),
+            grants: config.grants.clone(),
+            calls_per_sec: config.limits.host_calls_per_sec,
+            door: Arc::clone(&parts.door),
+        };
         Ok(Self {
-            name: config.name.as_str().into(),
+            name: Arc::clone(&plugin.name),
             number: identity.number,
             made_from: identity.made_from,
-            counters: identity.counters,
+            plugin,
             config,
             clock: Arc::clone(&parts.clock),
             engine: parts.engine.clone(),
             pre,
-            auth,
-            lifecycle,
+            exports,
+            registration: OnceLock::new(),
+            services: Arc::new(services),
+            failures: AtomicU64::new(0),
+            suspect: AtomicBool::new(false),
             mounts: Arc::new(mounts),
             reaper: parts.reaper.clone(),
             idle: (0..parts.shards.max(1)).map(|_| Mutex::default()).collect(),
@@ -89,17 +110,27 @@ impl Generation {
         })
     }
 
-    pub(crate) fn has_auth(&self) -> bool {
-        self.auth.is_some()
+    /// What it wants to be shown; nothing before its first instance has said so.
+    pub(crate) fn registration(&self) -> &Registration {
+        static NOTHING: Registration = Registration::NOTHING;
+        self.registration.get().unwrap_or(&NOTHING)
     }
 
     pub(crate) fn status(&self) -> Status {
         Status {
             name: self.name.to_string(),
             generation: self.number,
-            calls: self.counters.calls(),
-            failures: self.counters.failures(),
-            instances: self.counters.instances.load(Ordering::Relaxed),
+            plug_points: self.exports.names(),
+            calls: self.plugin.counters.calls(),
+            failures: self.plugin.counters.failures(),
+            refused: self.plugin.counters.refused(),
+            instances: self.plugin.counters.instances.load(Ordering::Relaxed),
+            breaker_opened: self.plugin.counters.breaker_opened.load(Ordering::Relaxed),
+            feed_waiting: self.plugin.feed.len(),
+            feed_dropped: self.plugin.feed.dropped(),
+            events_dropped: self.plugin.events.dropped(),
+            metrics_lost: self.plugin.metrics.lost(),
+            metrics: self.plugin.metrics.snapshot(),
         }
     }
 
@@ -135,12 +166,12 @@ impl Generation {
     async fn check_health(&self, pooled: &mut Pooled) -> Result<(), String> {
         let Some(running) = pooled.begin() else { return Ok(()) };
         let meter = running.meter();
-        if let Some(lifecycle) = &running.lifecycle {
+        if let Some(lifecycle) = &running.exports.lifecycle {
             running.store.set_epoch_deadline(1);
             let call = lifecycle.wasmqtt_plugin_lifecycle().call_health(&mut running.store);
             let answer = metered(&self.clock, &meter, self.cpu(), call).await;
             let answer = answer.map_err(|error| format!("health: {}", self.explained(running, error)))?;
-            answer.map_err(|failure| format!("health: {}", lifecycle_failure(failure)))?;
+            answer.map_err(|from| format!("health: {}", failure(from)))?;
         }
         pooled.finished();
         Ok(())
@@ -175,17 +206,15 @@ impl Generation {
     pub(crate) async fn instantiate(&self) -> Result<Pooled, String> {
         let mut wasi = WasiCtxBuilder::new();
         self.mounts.open(&mut wasi)?;
+        wasi.envs(&self.config.grants.environment);
         let memory_bytes_max = self.config.limits.memory_mib as usize * 1024 * 1024;
-        let (mut store, meter) = Running::store(&self.engine, Guest::new(&self.name, wasi, memory_bytes_max));
+        let (mut store, meter) = Running::store(&self.engine, Guest::new(&self.services, wasi, memory_bytes_max));
         store.set_epoch_deadline(1);
         let instance = metered(&self.clock, &meter, self.cpu(), self.pre.instantiate_async(&mut store)).await;
         let instance = instance.map_err(|error| format!("cannot be instantiated: {error}"))?;
-        let failed = |error: wasmtime::Error| one_line(&error);
-        let auth = self.auth.as_ref().map(|indices| indices.load(&mut store, &instance)).transpose().map_err(failed)?;
-        let lifecycle =
-            self.lifecycle.as_ref().map(|indices| indices.load(&mut store, &instance)).transpose().map_err(failed)?;
-        let (mounts, counters) = (Arc::clone(&self.mounts), Arc::clone(&self.counters));
-        let running = Running::new((store, meter), auth, lifecycle, mounts, counters);
+        let exports = self.exports.load(&mut store, &instance).map_err(|error| one_line(&error))?;
+        let (mounts, plugin) = (Arc::clone(&self.mounts), Arc::clone(&self.plugin));
+        let running = Running::new((store, meter), exports, mounts, plugin);
         let mut pooled = Pooled::new(running, self.reaper.clone());
         self.init(&mut pooled).await?;
         Ok(pooled)
@@ -194,14 +223,16 @@ impl Generation {
     async fn init(&self, pooled: &mut Pooled) -> Result<(), String> {
         let Some(running) = pooled.begin() else { return Ok(()) };
         let meter = running.meter();
-        if let Some(lifecycle) = &running.lifecycle {
+        if let Some(lifecycle) = &running.exports.lifecycle {
             let pair = |(name, value): &(String, String)| Pair { name: name.clone(), value: value.clone() };
             let settings: Vec<Pair> = self.config.config.iter().map(pair).collect();
             running.store.set_epoch_deadline(1);
             let call = lifecycle.wasmqtt_plugin_lifecycle().call_init(&mut running.store, &settings);
             let answer = metered(&self.clock, &meter, self.cpu(), call).await;
             let answer = answer.map_err(|error| format!("init: {}", self.explained(running, error)))?;
-            answer.map_err(|failure| format!("init: {}", lifecycle_failure(failure)))?;
+            let wanted = answer.map_err(|from| format!("init: {}", failure(from)))?;
+            let wanted = Registration::checked(wanted).map_err(|error| format!("init: registration: {error}"))?;
+            let _ = self.registration.set(wanted);
         }
         pooled.finished();
         Ok(())
@@ -232,8 +263,8 @@ pub(crate) fn reap(dead: &Receiver<Dead>, runtime: &tokio::runtime::Handle, cloc
         if healthy {
             let meter = running.meter();
             running.store.set_epoch_deadline(1);
-            let Running { store, lifecycle, .. } = &mut *running;
-            if let Some(lifecycle) = lifecycle {
+            let Running { store, exports, .. } = &mut *running;
+            if let Some(lifecycle) = &exports.lifecycle {
                 let call = lifecycle.wasmqtt_plugin_lifecycle().call_shutdown(store);
                 let call = async { tokio::time::timeout(FAREWELL, metered(clock, &meter, FAREWELL, call)).await };
                 let _ = runtime.block_on(call);

@@ -7,10 +7,12 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use wasmtime::Engine;
+use wasmtime::component::types::{self, ComponentExtern, ComponentItem};
 use wasmtime_wasi::{FsPerms, WasiCtxBuilder};
 
 use crate::HostError;
-use crate::config::{FileGrant, Mode};
+use crate::config::{FileGrant, Grants, Mode};
 
 /// Bytes of a granted single file.
 pub(crate) const FILE_BYTES_MAX: u64 = 64 << 20;
@@ -91,6 +93,28 @@ impl Drop for Mounts {
             let _ = std::fs::remove_dir_all(folder);
         }
     }
+}
+
+/// Every function of the broker that a component imports must be granted, or it is not loaded.
+pub(crate) fn check_imports(ty: &types::Component, engine: &Engine, grants: &Grants) -> Result<(), HostError> {
+    let host = ty.imports(engine).find(|(name, _)| name.starts_with("wasmqtt:plugin/host@"));
+    let Some((_, ComponentExtern { ty: ComponentItem::ComponentInstance(host), .. })) = host else { return Ok(()) };
+    for (function, _) in host.exports(engine) {
+        let (is_granted, example) = match function {
+            "publish" => (!grants.publish.is_empty(), "publish = [\"some/topic/#\"]"),
+            "disconnect" => (grants.disconnect, "disconnect = true"),
+            "ban" => (grants.ban, "ban = true"),
+            "revoke" => (grants.revoke, "revoke = true"),
+            _ => (true, ""),
+        };
+        if !is_granted {
+            return Err(HostError::new(format!(
+                "it imports the function `{function}` of the broker, which is not granted; its [[plugin]] entry needs \
+                 grants = {{ {example} }}"
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// `{process}-{number}`, so that what a killed broker left can be told from what is in use.

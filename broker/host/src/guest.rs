@@ -12,7 +12,10 @@ use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
 
 use crate::HostError;
 use crate::bindings::imports;
-use crate::bindings::imports::wasmqtt::plugin::host::Level;
+use crate::bindings::imports::wasmqtt::plugin::host::{self as wit, Level};
+use crate::bindings::types::Pair;
+use crate::metrics::Kind;
+use crate::services::Services;
 
 /// Table elements an instance may have, over all its tables.
 const TABLE_ELEMENTS_MAX: usize = 100_000;
@@ -26,6 +29,8 @@ const RANDOM_BYTES_MAX: u64 = 64 * 1024;
 const LOG_LINES_MAX: u32 = 100;
 /// Bytes of one log line; the rest is cut.
 const LOG_LINE_BYTES_MAX: usize = 4096;
+/// Requests to the broker in one call.
+const CALLS_MAX: u32 = 10_000;
 /// Bytes a guest may print in one piece.
 const PRINT_BYTES_MAX: usize = 64 * 1024;
 
@@ -35,19 +40,31 @@ pub(crate) struct Guest {
     table: ResourceTable,
     pub(crate) limits: Limits,
     log: Log,
+    services: Arc<Services>,
+    calls: Allowance,
 }
 
 impl Guest {
     /// `wasi` brings the grants; output goes to the log.
-    pub(crate) fn new(plugin: &Arc<str>, mut wasi: wasmtime_wasi::WasiCtxBuilder, memory_bytes_max: usize) -> Self {
-        let log = Log::new(plugin);
+    pub(crate) fn new(
+        services: &Arc<Services>,
+        mut wasi: wasmtime_wasi::WasiCtxBuilder,
+        memory_bytes_max: usize,
+    ) -> Self {
+        let log = Log::new(&services.plugin.name);
         wasi.stdout(Printed { log: log.clone(), level: Level::Debug })
             .stderr(Printed { log: log.clone(), level: Level::Warn });
         wasi.max_random_size(RANDOM_BYTES_MAX);
         let mut table = ResourceTable::new();
         table.set_max_capacity(RESOURCES_MAX);
         let limits = Limits { memory_bytes: 0, memory_bytes_max, memory_refused: false, table_elements: 0 };
-        Self { wasi: wasi.build(), table, limits, log }
+        let calls = Allowance::new(services.calls_per_sec);
+        Self { wasi: wasi.build(), table, limits, log, services: Arc::clone(services), calls }
+    }
+
+    /// A call into the guest begins.
+    pub(crate) fn begin_call(&mut self) {
+        self.calls.in_call = 0;
     }
 }
 
@@ -152,6 +169,68 @@ impl imports::wasmqtt::plugin::host::Host for Guest {
     fn log(&mut self, level: Level, message: String) {
         self.log.write(level, &message);
     }
+
+    fn publish(&mut self, message: wit::Outgoing) -> Result<(), wit::Refusal> {
+        self.calls.take()?;
+        self.services.publish(message)
+    }
+
+    fn disconnect(&mut self, client_id: String, reason: u8) -> Result<(), wit::Refusal> {
+        self.calls.take()?;
+        self.services.disconnect(&client_id, reason)
+    }
+
+    fn ban(&mut self, who: String, seconds: u32, note: String) -> Result<(), wit::Refusal> {
+        self.calls.take()?;
+        self.services.ban(&who, seconds, &note)
+    }
+
+    fn revoke(&mut self, client_id: String) -> Result<(), wit::Refusal> {
+        self.calls.take()?;
+        self.services.revoke(&client_id)
+    }
+}
+
+impl imports::wasmqtt::plugin::metrics::Host for Guest {
+    fn count(&mut self, name: String, labels: Vec<Pair>, by: f64) {
+        self.services.record(Kind::Count, &name, &labels, by);
+    }
+
+    fn gauge(&mut self, name: String, labels: Vec<Pair>, value: f64) {
+        self.services.record(Kind::Gauge, &name, &labels, value);
+    }
+
+    fn observe(&mut self, name: String, labels: Vec<Pair>, value: f64) {
+        self.services.record(Kind::Observe, &name, &labels, value);
+    }
+}
+
+/// Requests to the broker that one instance may make.
+struct Allowance {
+    /// In the call under way.
+    in_call: u32,
+    /// In this second.
+    in_second: u32,
+    since: Instant,
+    per_sec: u32,
+}
+
+impl Allowance {
+    fn new(per_sec: u32) -> Self {
+        Self { in_call: 0, in_second: 0, since: Instant::now(), per_sec }
+    }
+
+    fn take(&mut self) -> Result<(), wit::Refusal> {
+        if self.in_second >= self.per_sec && self.since.elapsed() >= Duration::from_secs(1) {
+            (self.since, self.in_second) = (Instant::now(), 0);
+        }
+        if self.in_call >= CALLS_MAX || self.in_second >= self.per_sec {
+            return Err(wit::Refusal::Busy);
+        }
+        self.in_call += 1;
+        self.in_second += 1;
+        Ok(())
+    }
 }
 
 /// stdout and stderr of a guest: a log line for each line.
@@ -230,6 +309,9 @@ pub(crate) fn linker(engine: &Engine) -> Result<Linker<Guest>, HostError> {
     let mut linker = Linker::new(engine);
     wasmtime_wasi::p2::add_to_linker_async(&mut linker).map_err(|error| HostError::new(format!("{error:#}")))?;
     imports::wasmqtt::plugin::host::add_to_linker::<Guest, HasSelf<Guest>>(&mut linker, |guest| guest)
+        .and_then(|()| {
+            imports::wasmqtt::plugin::metrics::add_to_linker::<Guest, HasSelf<Guest>>(&mut linker, |guest| guest)
+        })
         .map_err(|error| HostError::new(format!("{error:#}")))?;
     Ok(linker)
 }
@@ -247,6 +329,17 @@ mod tests {
     fn long_lines_are_cut_between_characters() {
         assert_eq!(printable(&"é".repeat(LOG_LINE_BYTES_MAX)).len(), LOG_LINE_BYTES_MAX);
         assert_eq!(printable(&format!("x{}", "é".repeat(LOG_LINE_BYTES_MAX))).len(), LOG_LINE_BYTES_MAX - 1);
+    }
+
+    #[test]
+    fn requests_are_bounded_per_call_and_per_second() {
+        let mut allowance = Allowance::new(u32::MAX);
+        assert!((0..CALLS_MAX).all(|_| allowance.take().is_ok()));
+        assert!(allowance.take().is_err());
+        let mut slow = Allowance::new(2);
+        assert!(slow.take().is_ok() && slow.take().is_ok() && slow.take().is_err());
+        slow.since = Instant::now().checked_sub(Duration::from_secs(1)).expect("the machine runs for a second");
+        assert!(slow.take().is_ok());
     }
 
     #[test]

@@ -9,21 +9,20 @@ use std::time::Duration;
 
 use wasmtime::{Engine, Store, UpdateDeadline};
 
-use crate::bindings::{auth, lifecycle};
-use crate::counters::Counters;
 use crate::engine::{Clock, thread_cpu_ns};
+use crate::exports::Exports;
 use crate::grants::Mounts;
 use crate::guest::Guest;
+use crate::plugin::Plugin;
 
 /// A store with its instance and the interfaces it exports.
 pub(crate) struct Running {
     pub(crate) store: Store<Guest>,
-    pub(crate) auth: Option<auth::HasAuth>,
-    pub(crate) lifecycle: Option<lifecycle::HasLifecycle>,
+    pub(crate) exports: Exports,
     meter: Arc<Meter>,
     /// Files the guest may open at any time; they go when the last instance does.
     _mounts: Arc<Mounts>,
-    counters: Arc<Counters>,
+    plugin: Arc<Plugin>,
 }
 
 impl Running {
@@ -45,13 +44,12 @@ impl Running {
 
     pub(crate) fn new(
         (store, meter): (Store<Guest>, Arc<Meter>),
-        auth: Option<auth::HasAuth>,
-        lifecycle: Option<lifecycle::HasLifecycle>,
+        exports: Exports,
         mounts: Arc<Mounts>,
-        counters: Arc<Counters>,
+        plugin: Arc<Plugin>,
     ) -> Self {
-        counters.instances.fetch_add(1, Ordering::Relaxed);
-        Self { store, auth, lifecycle, meter, _mounts: mounts, counters }
+        plugin.counters.instances.fetch_add(1, Ordering::Relaxed);
+        Self { store, exports, meter, _mounts: mounts, plugin }
     }
 
     pub(crate) fn meter(&self) -> Arc<Meter> {
@@ -61,7 +59,7 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.counters.instances.fetch_sub(1, Ordering::Relaxed);
+        self.plugin.counters.instances.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

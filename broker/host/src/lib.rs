@@ -2,6 +2,9 @@
 //!
 //! The only crate that names wasmtime and notify. Meets the server at `wasmqtt_protocol::ports`; knows no sockets.
 
+mod acl;
+mod auth;
+mod background;
 mod bindings;
 mod breaker;
 mod cache;
@@ -9,26 +12,37 @@ mod call;
 mod config;
 mod counters;
 mod engine;
+mod events;
+mod exports;
 mod generation;
 mod grants;
 mod guest;
+mod hook;
 mod inspect;
 mod instance;
 mod loader;
+mod metrics;
+mod plugin;
+mod registration;
+mod rewrite;
+mod services;
 mod shard;
 mod watch;
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use arc_swap::ArcSwap;
-use wasmqtt_protocol::ports::{Plugins, ShardPlugins};
+use wasmqtt_protocol::ports::{Broker, Plugins, ShardPlugins};
 
-pub use config::{FileGrant, HostConfig, Mode, OnError, PluginConfig, PluginLimits};
+pub use config::{FileGrant, Grants, HostConfig, Mode, OnError, PluginConfig, PluginLimits};
 pub use inspect::{Inspection, inspect};
+pub use metrics::Value;
 
 use generation::Generation;
 use loader::Loader;
+use services::Door;
 use watch::Signal;
 
 /// A plugin could not be loaded, or something it needs is missing. The text names file and reason.
@@ -46,11 +60,15 @@ impl HostError {
 #[derive(Default)]
 pub(crate) struct Chain {
     pub(crate) plugins: Vec<Arc<Generation>>,
+    /// Another one for each chain.
+    pub(crate) number: u64,
+    /// Another one for each chain with other `acl` plugins.
+    pub(crate) acl_number: u64,
 }
 
 impl Chain {
     fn has_auth(&self) -> bool {
-        self.plugins.iter().any(|plugin| plugin.has_auth())
+        self.plugins.iter().any(|plugin| plugin.exports.auth.is_some())
     }
 }
 
@@ -60,23 +78,61 @@ impl Chain {
 /// (a guest's files and clocks wait there). A call gives the thread back at least once in a millisecond.
 pub struct PluginHost {
     chain: Arc<ArcSwap<Chain>>,
+    door: Door,
     signal: Signal,
     loader: Mutex<Option<JoinHandle<()>>>,
 }
 
 /// One serving plugin, for status displays.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Status {
     /// Name in the configuration, or the file's stem.
     pub name: String,
     /// Counts builds of this plugin, from 1.
     pub generation: u64,
+    /// Interfaces it exports.
+    pub plug_points: Vec<&'static str>,
     /// Calls since the broker started.
     pub calls: u64,
     /// Calls without an answer among them: traps, deadlines, failures, full queues.
     pub failures: u64,
+    /// Questions that were not asked, because it keeps failing.
+    pub refused: u64,
     /// Instances that exist, of old builds too while they finish.
     pub instances: usize,
+    /// How often it was left alone for a while.
+    pub breaker_opened: u64,
+    /// Messages that wait for `committed`.
+    pub feed_waiting: usize,
+    /// Messages that were dropped, because too many waited.
+    pub feed_dropped: u64,
+    /// Events that were dropped, because too many waited.
+    pub events_dropped: u64,
+    /// Values of metrics that were not recorded.
+    pub metrics_lost: u64,
+    /// What it counts itself.
+    pub metrics: BTreeMap<String, Value>,
+}
+
+impl Status {
+    /// For `$SYS/broker/plugins/…`.
+    fn into_topics(self) -> Vec<(String, String)> {
+        let Self { name, .. } = &self;
+        [
+            ("generation", self.generation),
+            ("calls", self.calls),
+            ("failures", self.failures),
+            ("refused", self.refused),
+            ("instances", self.instances as u64),
+            ("breaker opened", self.breaker_opened),
+            ("feed/waiting", self.feed_waiting as u64),
+            ("feed/dropped", self.feed_dropped),
+            ("events/dropped", self.events_dropped),
+            ("metrics/lost", self.metrics_lost),
+        ]
+        .map(|(what, value)| (format!("{name}/{what}"), value.to_string()))
+        .into()
+    }
 }
 
 impl PluginHost {
@@ -91,10 +147,11 @@ impl PluginHost {
             .map_err(|_| HostError::new("plugins need a tokio runtime, and none was entered"))?;
         let debounce = config.debounce;
         let chain = Arc::new(ArcSwap::default());
-        let mut loader = Loader::new(config, Arc::clone(&chain), runtime)?;
+        let door = Door::default();
+        let mut loader = Loader::new(config, Arc::clone(&chain), Arc::clone(&door), runtime)?;
         loader.load_all(true)?;
         let (signal, thread) = watch::start(loader, debounce)?;
-        Ok(Arc::new(Self { chain, signal, loader: Mutex::new(Some(thread)) }))
+        Ok(Arc::new(Self { chain, door, signal, loader: Mutex::new(Some(thread)) }))
     }
 
     /// Some plugin decides who may connect.
@@ -120,7 +177,10 @@ impl PluginHost {
             let _ = thread.join();
         }
         let old = self.chain.swap(Arc::default());
-        old.plugins.iter().for_each(|plugin| plugin.retire());
+        for generation in &old.plugins {
+            generation.retire();
+            generation.plugin.end();
+        }
     }
 }
 
@@ -131,6 +191,10 @@ impl Drop for PluginHost {
 }
 
 impl Plugins for PluginHost {
+    fn attach(&self, broker: Arc<dyn Broker>) {
+        let _ = self.door.set(broker);
+    }
+
     fn shard(&self, index: usize) -> Box<dyn ShardPlugins> {
         Box::new(shard::View::new(Arc::clone(&self.chain), index))
     }

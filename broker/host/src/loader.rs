@@ -10,13 +10,15 @@ use std::time::Instant;
 use arc_swap::ArcSwap;
 use tracing::{info, warn};
 
+use crate::background;
 use crate::cache::{self, Cache};
 use crate::config::{HostConfig, PluginConfig, PluginLimits};
-use crate::counters::Counters;
 use crate::engine::{self, Clock, Pool};
 use crate::generation::{Generation, Identity, Parts, reap};
 use crate::grants::{self, FILE_BYTES_MAX, Mounts};
 use crate::guest::linker;
+use crate::plugin::Plugin;
+use crate::services::Door;
 use crate::{Chain, HostError};
 
 /// Bytes a component file may have.
@@ -33,7 +35,7 @@ const FOLDER_PLUGINS: usize = 4;
 struct Known {
     /// Builds that have served.
     builds: u64,
-    counters: Arc<Counters>,
+    plugin: Arc<Plugin>,
     /// The last build or state of files that was refused: not tried again until something changes.
     refused: Option<String>,
 }
@@ -57,6 +59,7 @@ impl Loader {
     pub(crate) fn new(
         config: HostConfig,
         chain: Arc<ArcSwap<Chain>>,
+        door: Door,
         runtime: tokio::runtime::Handle,
     ) -> Result<Self, HostError> {
         let cache = Cache::open(&config.cache_dir)?;
@@ -73,7 +76,7 @@ impl Loader {
         };
         let thread = std::thread::Builder::new().name("plugin-reaper".into()).spawn(reap);
         thread.map_err(|error| HostError::new(format!("cannot start the plugin reaper: {error}")))?;
-        let parts = Parts { engine, linker, clock, reaper, shards: config.shards };
+        let parts = Parts { engine, linker, clock, reaper, shards: config.shards, door };
         Ok(Self { config, chain, parts, cache, known: HashMap::new(), runtime })
     }
 
@@ -127,12 +130,25 @@ impl Loader {
         if plugins.len() == old.plugins.len() && plugins.iter().zip(&old.plugins).all(is_same) {
             return;
         }
-        let chain = Arc::new(Chain { plugins });
+        let acl = |plugins: &[Arc<Generation>]| -> Vec<*const Generation> {
+            plugins.iter().filter(|plugin| plugin.exports.acl.is_some()).map(Arc::as_ptr).collect()
+        };
+        let acl_number = old.acl_number + u64::from(acl(&plugins) != acl(&old.plugins));
+        let chain = Arc::new(Chain { plugins, number: old.number + 1, acl_number });
         self.chain.store(Arc::clone(&chain));
+        for generation in &chain.plugins {
+            generation.plugin.serving.store(Some(Arc::clone(generation)));
+            background::start(&generation.plugin, &self.runtime);
+        }
+        if let Some(broker) = self.parts.door.get() {
+            broker.plugins_changed();
+        }
         for gone in old.plugins.iter().filter(|gone| !chain.plugins.iter().any(|plugin| Arc::ptr_eq(plugin, gone))) {
             gone.retire();
             if !chain.plugins.iter().any(|plugin| plugin.name == gone.name) {
                 info!(plugin = %gone.name, generation = gone.number, "plugin unloaded, its file is gone");
+                gone.plugin.end();
+                self.known.remove(&*gone.name);
             }
         }
         self.known.retain(|name, _| {
@@ -166,10 +182,11 @@ impl Loader {
         running: Option<&Arc<Generation>>,
     ) -> Result<Option<Arc<Generation>>, HostError> {
         let source = Source::read(config);
-        let shards = self.config.shards;
+        let bit = self.free_bit();
+        let (shards, feed_messages_max) = (self.config.shards, config.limits.feed_messages_max);
         let known = self.known.entry(config.name.clone()).or_insert_with(|| Known {
             builds: 0,
-            counters: Arc::new(Counters::new(shards)),
+            plugin: Plugin::new(&config.name, bit, shards, feed_messages_max),
             refused: None,
         });
         if running.is_some_and(|running| running.made_from == source.made_from) {
@@ -182,7 +199,7 @@ impl Loader {
         let identity = Identity {
             number: known.builds + 1,
             made_from: source.made_from.clone(),
-            counters: Arc::clone(&known.counters),
+            plugin: Arc::clone(&known.plugin),
         };
         let built = source.bytes.and_then(|bytes| self.build(config, &bytes, identity, running.is_some()));
         if let Some(known) = self.known.get_mut(&config.name) {
@@ -190,6 +207,12 @@ impl Loader {
             known.refused = built.is_err().then_some(source.made_from);
         }
         built.map(Some)
+    }
+
+    /// For a plugin that is new. Beyond 64 plugins there is none, and storage hooks of theirs are shown nothing.
+    fn free_bit(&self) -> u64 {
+        let used = self.known.values().fold(0, |used, known| used | known.plugin.bit);
+        1_u64.checked_shl(used.trailing_ones()).unwrap_or(0)
     }
 
     fn build(

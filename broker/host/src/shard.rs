@@ -8,16 +8,26 @@ use std::time::Instant;
 
 use arc_swap::ArcSwap;
 use tokio::sync::Semaphore;
+use wasmqtt_protocol::access::{Action, Decision, Lease, Verdict};
 use wasmqtt_protocol::codec::ReasonCode;
-use wasmqtt_protocol::ports::{AuthOutcome, AuthRequest, AuthStep, Call, ShardPlugins};
+use wasmqtt_protocol::ports::{
+    Accepted, Access, AuthOutcome, AuthRequest, AuthStep, Call, Client, Event, Interest, ShardPlugins, Submission,
+};
+use wasmqtt_protocol::topic::filters_overlap;
 
 use crate::Chain;
+use crate::acl::Authorization;
+use crate::auth::Authentication;
 use crate::breaker::Breaker;
-use crate::call::{self, Question};
+use crate::call;
 use crate::generation::Generation;
+use crate::hook::Shown;
+use crate::rewrite::rewrite;
 
 /// Calls of one plugin that may wait for an instance, per shard. More are answered by `on_error`.
 pub(crate) const WAITING_MAX: usize = 1024;
+/// How long nobody is asked about a topic that no plugin is responsible for; plugins that come end it.
+const NOBODY_ASKED_SECS: u32 = 3600;
 
 /// One build on this shard.
 pub(crate) struct Slot {
@@ -45,6 +55,26 @@ impl Slot {
             hasher: RandomState::new(),
         }
     }
+
+    pub(crate) fn is_for_listener(&self, listener: &str) -> bool {
+        let listeners = &self.generation.config.listeners;
+        listeners.is_empty() || listeners.iter().any(|name| name == listener)
+    }
+
+    fn is_for_topic(&self, topic: &str) -> bool {
+        let topics = &self.generation.config.topics;
+        topics.is_empty() || topics.iter().any(|filter| filter.matches(topic))
+    }
+
+    fn is_for_access(&self, access: &Access) -> bool {
+        match access.action {
+            Action::Publish => self.is_for_topic(&access.topic),
+            Action::Subscribe => {
+                let topics = &self.generation.config.topics;
+                topics.is_empty() || topics.iter().any(|filter| filters_overlap(filter.topic_filter(), &access.topic))
+            }
+        }
+    }
 }
 
 /// See [`crate::PluginHost`].
@@ -53,8 +83,11 @@ pub(crate) struct View {
     shard: usize,
     /// The chain that `slots` were made for.
     seen: RefCell<Arc<Chain>>,
-    slots: RefCell<Rc<[Rc<Slot>]>>,
+    slots: RefCell<Slots>,
 }
+
+/// In the order in which they are asked.
+type Slots = Rc<[Rc<Slot>]>;
 
 impl View {
     pub(crate) fn new(chain: Arc<ArcSwap<Chain>>, shard: usize) -> Self {
@@ -62,7 +95,7 @@ impl View {
     }
 
     /// The slots of the chain that serves now. Builds that go on keep theirs; calls under way keep what they began on.
-    fn slots(&self) -> Rc<[Rc<Slot>]> {
+    fn slots(&self) -> Slots {
         let chain = self.chain.load();
         if !Arc::ptr_eq(&chain, &self.seen.borrow()) {
             let old = Rc::clone(&self.slots.borrow());
@@ -70,7 +103,7 @@ impl View {
                 let known = old.iter().find(|slot| Arc::ptr_eq(&slot.generation, generation));
                 known.map_or_else(|| Rc::new(Slot::new(generation, self.shard)), Rc::clone)
             };
-            *self.slots.borrow_mut() = chain.plugins.iter().filter(|plugin| plugin.has_auth()).map(slot).collect();
+            *self.slots.borrow_mut() = chain.plugins.iter().map(slot).collect();
             *self.seen.borrow_mut() = Arc::clone(&chain);
         }
         Rc::clone(&self.slots.borrow())
@@ -84,33 +117,137 @@ impl ShardPlugins for View {
 
     fn authenticate(&self, request: Arc<AuthRequest>) -> Call<AuthOutcome> {
         let slots = self.slots();
-        Box::pin(async move { ask_all(&slots, &Question::Authenticate(request)).await })
+        Box::pin(async move { authenticate(&slots, &Authentication::Connect(request)).await })
     }
 
     fn proceed(&self, step: AuthStep) -> Call<AuthOutcome> {
         let slots = self.slots();
         Box::pin(async move {
             if step.plugin.is_empty() {
-                return ask_all(&slots, &Question::Proceed(step)).await;
+                return authenticate(&slots, &Authentication::Step(step)).await;
             }
             let Some(slot) = slots.iter().find(|slot| slot.generation.name == step.plugin) else {
                 return AuthOutcome::Unavailable;
             };
-            match call::ask(slot, &Question::Proceed(step)).await {
+            match call::ask(slot, &Authentication::Step(step)).await {
                 // Nobody else knows the exchange, and the `anonymous` rule must not decide it.
                 AuthOutcome::Next => AuthOutcome::Deny(ReasonCode::NOT_AUTHORIZED),
                 outcome => outcome,
             }
         })
     }
+
+    fn has_acl(&self) -> bool {
+        self.chain.load().plugins.iter().any(|plugin| plugin.exports.acl.is_some())
+    }
+
+    fn epoch(&self) -> (u64, u64) {
+        let chain = self.chain.load();
+        (chain.number, chain.acl_number)
+    }
+
+    fn authorize(&self, client: Arc<Client>, accesses: Arc<[Access]>) -> Call<Vec<Decision>> {
+        let slots = self.slots();
+        Box::pin(async move { authorize(&slots, client, &accesses).await })
+    }
+
+    fn interest(&self, topic: &str) -> Interest {
+        let mut interest = Interest::default();
+        for slot in &*self.slots() {
+            let wanted = slot.generation.registration();
+            if slot.generation.exports.storage_hook.is_some() && wanted.wants_topic(topic) && slot.is_for_topic(topic) {
+                let bit = slot.generation.plugin.bit;
+                interest.before |= if wanted.before_store { bit } else { 0 };
+                interest.committed |= if wanted.committed { bit } else { 0 };
+            }
+        }
+        interest
+    }
+
+    fn before_store(&self, messages: Vec<Submission>) -> Call<Vec<Accepted>> {
+        let slots = self.slots();
+        Box::pin(async move { rewrite(&slots, messages).await })
+    }
+
+    fn committed(&self, messages: Vec<Submission>) {
+        for slot in &*self.slots() {
+            let bit = slot.generation.plugin.bit;
+            let is_wanted = |sent: &&Submission| {
+                sent.plugins & bit != 0
+                    && slot.is_for_listener(sent.client.as_ref().map_or("", |client| &client.listener))
+            };
+            if slot.generation.registration().committed && messages.iter().any(|sent| is_wanted(&sent)) {
+                slot.generation.plugin.feed.push(messages.iter().filter(is_wanted).map(Shown::from));
+            }
+        }
+    }
+
+    fn wanted_events(&self) -> u32 {
+        self.slots().iter().fold(0, |wanted, slot| wanted | slot.generation.registration().events)
+    }
+
+    fn observe(&self, events: Vec<Event>) {
+        for slot in &*self.slots() {
+            let wanted = slot.generation.registration().events;
+            let is_wanted =
+                |event: &&Event| wanted & event.kind.bit() != 0 && slot.is_for_listener(&event.client.listener);
+            if events.iter().any(|event| is_wanted(&event)) {
+                slot.generation.plugin.events.push(events.iter().filter(is_wanted).cloned());
+            }
+        }
+    }
+
+    fn status(&self) -> Vec<(String, String)> {
+        let statuses = self.chain.load();
+        statuses.plugins.iter().flat_map(|plugin| plugin.status().into_topics()).collect()
+    }
 }
 
-async fn ask_all(slots: &[Rc<Slot>], question: &Question) -> AuthOutcome {
-    for slot in slots {
+async fn authenticate(slots: &[Rc<Slot>], question: &Authentication) -> AuthOutcome {
+    let listener = &question.request().listener;
+    for slot in slots.iter().filter(|slot| slot.generation.exports.auth.is_some() && slot.is_for_listener(listener)) {
         match call::ask(slot, question).await {
             AuthOutcome::Next => {}
             outcome => return outcome,
         }
     }
     AuthOutcome::Next
+}
+
+/// What nobody is responsible for is allowed, as without any plugin; what all pass on is left without verdict.
+async fn authorize(slots: &[Rc<Slot>], client: Arc<Client>, accesses: &[Access]) -> Vec<Decision> {
+    let mut decisions: Vec<Option<Decision>> = vec![None; accesses.len()];
+    let mut failed = vec![false; accesses.len()];
+    let mut was_asked = vec![false; accesses.len()];
+    for slot in slots.iter().filter(|slot| slot.generation.exports.acl.is_some()) {
+        if !slot.is_for_listener(&client.listener) {
+            continue;
+        }
+        let open: Vec<usize> =
+            (0..accesses.len()).filter(|at| decisions[*at].is_none() && slot.is_for_access(&accesses[*at])).collect();
+        if open.is_empty() {
+            continue;
+        }
+        let asked = open.iter().map(|at| accesses[*at].clone()).collect();
+        let question = Authorization { client: Arc::clone(&client), accesses: asked };
+        for (at, decision) in open.into_iter().zip(call::ask(slot, &question).await) {
+            was_asked[at] = true;
+            failed[at] |= decision.failed;
+            if decision.verdict.is_some() {
+                decisions[at] = Some(decision);
+            }
+        }
+    }
+    let nobody = Decision {
+        verdict: Some(Verdict::Allow),
+        lease: Some(Lease { scope: None, seconds: NOBODY_ASKED_SECS }),
+        failed: false,
+    };
+    let passed_on = |at: usize| Decision { failed: failed[at], ..Decision::default() };
+    let or_default = |(at, decision): (usize, Option<Decision>)| match decision {
+        Some(decision) => decision,
+        None if was_asked[at] => passed_on(at),
+        None => nobody.clone(),
+    };
+    decisions.into_iter().enumerate().map(or_default).collect()
 }

@@ -136,9 +136,10 @@ pub trait ShardPlugins {
     fn has_acl(&self) -> bool {
         false
     }
-    /// Another value when plugins were loaded, replaced or removed: what they decided is asked again.
-    fn epoch(&self) -> u64 {
-        0
+    /// Two numbers: another first one when plugins were loaded, replaced or removed, and another second one when that
+    /// concerns `acl` plugins, so that what they decided is asked again.
+    fn epoch(&self) -> (u64, u64) {
+        (0, 0)
     }
     /// Asks the chain what a client may do: one decision for each access, in the same order.
     fn authorize(&self, _client: Arc<Client>, accesses: Arc<[Access]>) -> Call<Vec<Decision>> {

@@ -50,6 +50,12 @@ impl Broker for Control {
         Ok(())
     }
 
+    fn plugins_changed(&self) {
+        for mailbox in &self.0.mailboxes {
+            mailbox.send(Mail::Look);
+        }
+    }
+
     fn revoke(&self, client_id: Option<&str>) {
         if let Some(client_id) = client_id {
             if let Some(key) = self.0.directory(client_id).get(client_id).copied() {
@@ -58,8 +64,6 @@ impl Broker for Control {
             return;
         }
         self.0.revocations.fetch_add(1, Ordering::Release);
-        for mailbox in &self.0.mailboxes {
-            mailbox.send(Mail::Look);
-        }
+        self.plugins_changed();
     }
 }

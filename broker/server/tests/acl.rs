@@ -72,8 +72,9 @@ impl ShardPlugins for Port {
     fn has_acl(&self) -> bool {
         true
     }
-    fn epoch(&self) -> u64 {
-        self.0.epoch.load(Ordering::SeqCst)
+    fn epoch(&self) -> (u64, u64) {
+        let epoch = self.0.epoch.load(Ordering::SeqCst);
+        (epoch, epoch)
     }
     fn authorize(&self, client: Arc<Client>, accesses: Arc<[Access]>) -> Call<Vec<Decision>> {
         assert!(!client.client_id.is_empty());

@@ -3,6 +3,7 @@
 //! [`load`] reads the file once and gives [`Settings`], where every value is present and has been checked. Its errors
 //! name file, line, key, value and what is allowed; all problems are reported, not only the first. Nothing else in the
 //! broker reads configuration.
+mod plugin; // `[[plugin]]`
 mod read; // TOML with spans → values with a place
 mod show; // `Settings` → TOML or JSON, as `config show` prints them
 
@@ -14,11 +15,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use wasmqtt_host::{FileGrant, Mode, OnError, PluginConfig, PluginLimits};
+use wasmqtt_host::{Mode, OnError, PluginConfig};
 use wasmqtt_protocol::codec::Qos;
 use wasmqtt_server::{Anonymous, Bind, Limits, Listener};
 
-use self::read::{Section, Source, Text};
+use self::plugin::meant_plugin;
+use self::read::{Section, Source};
 
 /// Where the broker listens when nobody says otherwise.
 const LISTEN_DEFAULT: &str = "127.0.0.1:1883";
@@ -286,119 +288,6 @@ fn tcp_listener(text: &str) -> Result<Listener, String> {
 
 fn unix_listener(path: PathBuf) -> Listener {
     Listener { name: Arc::from(format!("unix:{}", path.display())), bind: Bind::Unix(path) }
-}
-
-fn meant_plugin<'a>(
-    mut plugin: Section<'a>,
-    base: &Path,
-    dir: Option<&Path>,
-    names: &mut HashSet<&'a str>,
-) -> Option<PluginConfig> {
-    let name = plugin.required("name", "a name such as \"auth-file\"");
-    if let Some(name) = &name {
-        if !is_plugin_name(name.value) {
-            plugin.problem(name, "must be 1 to 64 letters, digits, `-` or `_`");
-        } else if !names.insert(name.value) {
-            plugin.problem(name, "another [[plugin]] has this name already");
-        }
-    }
-    let path = meant_plugin_path(&mut plugin, name.as_ref(), dir.unwrap_or(base));
-    let sha256 = plugin.text("sha256");
-    if let Some(digest) = &sha256
-        && !(digest.value.len() == 64 && digest.value.bytes().all(|byte| byte.is_ascii_hexdigit()))
-    {
-        plugin.problem(digest, "must be 64 hexadecimal digits");
-    }
-    let order = plugin.number("order", ORDER_DEFAULT, -1_000_000..=1_000_000);
-    let on_error = plugin.choice("on_error", &ON_ERROR).unwrap_or_default();
-    let config = flatten(plugin.table("config"));
-
-    let mut grants = plugin.section("grants");
-    let files = grants.sections("files").into_iter().filter_map(|file| meant_file_grant(file, base)).collect();
-    grants.finish();
-
-    let mut limits = plugin.section("limits");
-    let default = PluginLimits::default();
-    let meant_limits = PluginLimits {
-        memory_mib: limits.number("memory_mib", default.memory_mib, 1..=4_096),
-        deadline_ms: limits.number("deadline_ms", default.deadline_ms, 1..=600_000),
-        cpu_ms: limits.number("cpu_ms", default.cpu_ms, 1..=600_000),
-        instances: limits.number("instances", default.instances, 1..=1_024),
-    };
-    limits.finish();
-
-    plugin.finish();
-    Some(PluginConfig {
-        name: name?.value.to_owned(),
-        path: path?,
-        order,
-        on_error,
-        config,
-        files,
-        limits: meant_limits,
-        sha256: sha256.map(|digest| digest.value.to_ascii_lowercase()),
-    })
-}
-
-/// A relative path starts at the plugin folder, where uploads and reloads happen; `NAME.wasm` if there is none.
-fn meant_plugin_path(plugin: &mut Section<'_>, name: Option<&Text<'_>>, root: &Path) -> Option<PathBuf> {
-    let written = plugin.text("path");
-    let path = match (&written, name) {
-        (Some(path), _) => root.join(path.value),
-        (None, Some(name)) => root.join(format!("{}.wasm", name.value)),
-        (None, None) => return None,
-    };
-    if !path.is_file() {
-        let file = path.display();
-        match (&written, name) {
-            (Some(written), _) => plugin.problem(written, &format!("no such file ({file})")),
-            (None, Some(name)) => plugin.problem(name, &format!("without `path`, and no such file ({file})")),
-            (None, None) => {}
-        }
-    }
-    Some(path)
-}
-
-/// Pairs, as plugins take their settings: `config = { a = { b = 1 } }` becomes `a.b` and `1`. Lists count from 0.
-fn flatten(table: toml::Table) -> Vec<(String, String)> {
-    let mut pairs = Vec::new();
-    let mut open: Vec<(String, toml::Value)> = table.into_iter().rev().collect();
-    while let Some((name, value)) = open.pop() {
-        match value {
-            toml::Value::Table(inner) => {
-                open.extend(inner.into_iter().rev().map(|(key, value)| (format!("{name}.{key}"), value)));
-            }
-            toml::Value::Array(items) => {
-                open.extend(items.into_iter().enumerate().rev().map(|(at, value)| (format!("{name}.{at}"), value)));
-            }
-            toml::Value::String(text) => pairs.push((name, text)),
-            other => pairs.push((name, other.to_string())),
-        }
-    }
-    pairs
-}
-
-fn meant_file_grant(mut grant: Section<'_>, base: &Path) -> Option<FileGrant> {
-    let host = grant.required("host", "a file or folder of this machine");
-    let guest = grant.required("guest", "the path under which the plugin sees it, such as \"/passwords\"");
-    let mode = grant.choice("mode", &MODES).unwrap_or_default();
-    grant.finish();
-    let (host, guest): (Text<'_>, Text<'_>) = (host?, guest?);
-    let path = base.join(host.value);
-    if !path.exists() {
-        grant.problem(&host, &format!("no such file or folder ({})", path.display()));
-    }
-    if path.is_file() && mode == Mode::Write {
-        grant.problem(&host, "a single file can only be read: grant its folder, or say mode = \"read\"");
-    }
-    if !guest.value.starts_with('/') || guest.value.split('/').any(|part| part == "..") {
-        grant.problem(&guest, "must be an absolute path without `..`, such as \"/passwords\"");
-    }
-    Some(FileGrant { host: path, guest: guest.value.to_owned(), mode })
-}
-
-fn is_plugin_name(name: &str) -> bool {
-    (1..=64).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte))
 }
 
 /// A bare word must be a level: the log library would take a misspelt one for the name of a target.

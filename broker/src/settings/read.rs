@@ -85,6 +85,20 @@ impl<'a> Section<'a> {
         }
     }
 
+    /// A list of strings; empty if absent.
+    pub(super) fn texts(&mut self, key: &'static str) -> Vec<Text<'a>> {
+        let Some(found) = self.take(key) else { return Vec::new() };
+        let allowed = "must be a list of strings in quotes";
+        let Some(array) = found.get_ref().as_array() else {
+            return self.wrong(key, found, allowed).unwrap_or_default();
+        };
+        let text = |item: &'a Spanned<DeValue<'a>>| match item.get_ref().as_str() {
+            Some(value) => Some(Text { value, key, span: item.span() }),
+            None => self.wrong(key, item, allowed),
+        };
+        array.iter().filter_map(text).collect()
+    }
+
     /// Like [`Self::text`]; its absence is a problem.
     pub(super) fn required(&mut self, key: &'static str, what: &str) -> Option<Text<'a>> {
         if self.table.is_some_and(|table| !table.contains_key(key)) {

@@ -6,6 +6,7 @@ use std::path::Path;
 use serde::Serialize;
 use wasmqtt_host::{FileGrant, PluginConfig};
 use wasmqtt_protocol::codec::Qos;
+use wasmqtt_protocol::topic::Filter;
 use wasmqtt_server::{Anonymous, Bind};
 
 use super::{MODES, ON_ERROR, Settings};
@@ -68,6 +69,10 @@ struct Plugin<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     sha256: Option<&'a str>,
     config: BTreeMap<&'a str, &'a str>,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    listeners: &'a [String],
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    topics: Vec<&'a str>,
     grants: Grants<'a>,
     limits: ShownLimits,
 }
@@ -75,6 +80,11 @@ struct Plugin<'a> {
 #[derive(Serialize)]
 struct Grants<'a> {
     files: Vec<ShownGrant<'a>>,
+    publish: Vec<&'a str>,
+    disconnect: bool,
+    ban: bool,
+    revoke: bool,
+    environment: BTreeMap<&'a str, &'a str>,
 }
 
 #[derive(Serialize)]
@@ -89,6 +99,9 @@ struct ShownLimits {
     memory_mib: u32,
     deadline_ms: u64,
     cpu_ms: u64,
+    hook_cpu_ms: u64,
+    host_calls_per_sec: u32,
+    feed_messages_max: usize,
     instances: usize,
 }
 
@@ -161,21 +174,35 @@ fn shown_plugin(plugin: &PluginConfig) -> Plugin<'_> {
         order: plugin.order,
         on_error: spelling(&ON_ERROR, plugin.on_error),
         sha256: plugin.sha256.as_deref(),
-        config: plugin.config.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect(),
+        config: pairs(&plugin.config),
+        listeners: &plugin.listeners,
+        topics: plugin.topics.iter().map(Filter::as_str).collect(),
         grants: Grants {
             files: plugin
                 .files
                 .iter()
                 .map(|grant| ShownGrant { host: &grant.host, guest: &grant.guest, mode: file(grant) })
                 .collect(),
+            publish: plugin.grants.publish.iter().map(Filter::as_str).collect(),
+            disconnect: plugin.grants.disconnect,
+            ban: plugin.grants.ban,
+            revoke: plugin.grants.revoke,
+            environment: pairs(&plugin.grants.environment),
         },
         limits: ShownLimits {
             memory_mib: limits.memory_mib,
             deadline_ms: limits.deadline_ms,
             cpu_ms: limits.cpu_ms,
+            hook_cpu_ms: limits.hook_cpu_ms,
+            host_calls_per_sec: limits.host_calls_per_sec,
+            feed_messages_max: limits.feed_messages_max,
             instances: limits.instances,
         },
     }
+}
+
+fn pairs(pairs: &[(String, String)]) -> BTreeMap<&str, &str> {
+    pairs.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect()
 }
 
 fn spelling<T: PartialEq>(spellings: &[(&'static str, T)], value: T) -> &'static str {

@@ -27,7 +27,7 @@ impl Auth for Demo {
         Ok(if known { Outcome::allow(username) } else { Outcome::Deny(BAD_USER_NAME_OR_PASSWORD) })
     }
 
-    /// Two rounds: the client answers `pong` to `ping`, as often as it is asked.
+    /// The client answers `pong` to `ping`. A re-authentication begins with another `ping`.
     fn proceed(&self, step: &Step) -> Result<Outcome, String> {
         if step.state.is_empty() {
             return Ok(Outcome::Challenge(Challenge { data: b"ping".to_vec(), state: b"1".to_vec() }));
@@ -36,24 +36,19 @@ impl Auth for Demo {
     }
 }
 
-wasmqtt_sdk::export_auth!(Demo);
+wasmqtt_sdk::export_plugin!(Demo: auth);
 
 #[cfg(test)]
 mod tests {
+    use wasmqtt_sdk::testing;
+
     use super::*;
 
     fn ask(username: Option<&str>, password: &str) -> Outcome {
         let demo = Demo::new(&Settings::from_pairs(&[("alice", "secret")])).expect("settings are good");
-        let request = Request {
-            client_id: "c".into(),
-            username: username.map(Into::into),
-            password: Some(password.into()),
-            method: None,
-            data: None,
-            address: String::new(),
-            listener: String::new(),
-            protocol_level: 5,
-            user_properties: Vec::new(),
+        let request = match username {
+            Some(username) => testing::login("c", username, password),
+            None => testing::request("c"),
         };
         demo.authenticate(&request).expect("never fails")
     }

@@ -112,7 +112,7 @@ impl Auth for AuthFile {
     }
 }
 
-wasmqtt_sdk::export_auth!(AuthFile);
+wasmqtt_sdk::export_plugin!(AuthFile: auth);
 
 #[cfg(test)]
 mod tests {

@@ -138,7 +138,7 @@ pub fn request(client_id: &str, username: &str, password: &str) -> AuthRequest {
 }
 
 pub fn allowed(principal: &str) -> AuthOutcome {
-    AuthOutcome::Allow(Grant { principal: principal.into(), data: None })
+    AuthOutcome::Allow(Grant { principal: principal.into(), ..Grant::default() })
 }
 
 pub fn denied(code: u8) -> AuthOutcome {

@@ -35,6 +35,16 @@ impl<'a> PublishProperties<'a> {
         Self { message_expiry, raw: block, ..Self::default() }
     }
 
+    /// Looks whether `block` is what [`Self::from_forwardable`] takes.
+    ///
+    /// # Errors
+    /// What is wrong with it, as if it had come in a packet; also if it has a property that is not forwarded.
+    pub fn check_forwardable(block: &[u8]) -> Result<(), DecodeError> {
+        let mut properties = Properties::of_block(block, FORWARDABLE);
+        while properties.next()?.is_some() {}
+        Ok(())
+    }
+
     /// The encoded properties that subscribers receive unaltered and in this order: Payload Format Indicator,
     /// Content Type, Response Topic, Correlation Data and User Properties.
     ///

@@ -379,6 +379,11 @@ impl<'a> Properties<'a> {
         Ok(Self { raw, reader: Reader::new(raw), allowed, seen: 0 })
     }
 
+    /// A block without its length.
+    pub(super) fn of_block(raw: &'a [u8], allowed: u64) -> Self {
+        Self { raw, reader: Reader::new(raw), allowed, seen: 0 }
+    }
+
     /// # Errors
     /// Malformed if it does not belong into this packet, a Protocol Error if it is there twice. MQTT 5.0 §2.2.2.2.
     #[inline]

@@ -67,6 +67,8 @@ pub trait Broker: Send + Sync {
     /// # Errors
     /// [`Refusal::Busy`] when there are as many bans as the broker keeps.
     fn ban(&self, pattern: BanPattern, seconds: u32, note: &str) -> Result<(), Refusal>;
+    /// Other plugins serve from now on: shards look at [`super::ShardPlugins::epoch`] without waiting for traffic.
+    fn plugins_changed(&self);
     /// Forgets what `acl` plugins decided for one client, or for all.
     fn revoke(&self, client_id: Option<&str>);
 }

@@ -186,14 +186,18 @@ impl Shard {
 
     /// Plugins came, went or were replaced, or all decisions were revoked.
     pub(super) fn look_for_changes(&mut self) {
-        let epoch = (self.plugins.epoch(), self.shared.revocations.load(Ordering::Acquire));
-        if epoch == self.plugins_epoch {
+        let (chain, acl) = self.plugins.epoch();
+        let epoch = [chain, acl, self.shared.revocations.load(Ordering::Acquire)];
+        let before = std::mem::replace(&mut self.plugins_epoch, epoch);
+        if epoch == before {
             return;
         }
-        self.plugins_epoch = epoch;
         self.has_acl = self.plugins.has_acl();
         self.hooks.wanted_events = self.plugins.wanted_events();
         self.routes.forget();
+        if epoch[1..] == before[1..] {
+            return;
+        }
         let keys: Vec<SessionKey> = self.sessions.keys().collect();
         for key in keys {
             self.revoke(key, u64::from(random() % SPREAD_MS));

@@ -101,7 +101,7 @@ pub(crate) struct Shard {
     tally: Tally,
     now_ms: u64,
     /// Plugins and revocations that the Sessions here know of.
-    plugins_epoch: (u64, u64),
+    plugins_epoch: [u64; 3],
     /// A plugin decides what clients may do.
     has_acl: bool,
     draining: bool,
@@ -138,7 +138,7 @@ impl Shard {
             matches: Matches::default(),
             tally: Tally::default(),
             now_ms: shared.now_ms(),
-            plugins_epoch: (u64::MAX, u64::MAX),
+            plugins_epoch: [u64::MAX; 3],
             has_acl: plugins.has_acl(),
             plugins,
             draining: false,

@@ -1,6 +1,7 @@
 //! A plugin that does what a plugin must not do: in `init` by its setting `init`, in `authenticate` by the User Name.
 
-use wasmqtt_sdk::{Auth, Challenge, Level, Outcome, Plugin, Request, Settings, Step, log};
+use wasmqtt_sdk::host::{Level, log};
+use wasmqtt_sdk::{Auth, Challenge, Outcome, Plugin, Request, Settings, Step};
 
 /// Its settings.
 pub struct Misbehave {
@@ -103,4 +104,4 @@ fn recurse(depth: u64) -> u64 {
     recurse(depth + 1) + room[(depth % 64) as usize]
 }
 
-wasmqtt_sdk::export_auth!(Misbehave);
+wasmqtt_sdk::export_plugin!(Misbehave: auth);

@@ -1,0 +1,159 @@
+//! `[[plugin]]`: what the file says about one plugin.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+
+use wasmqtt_host::{FileGrant, Grants, Mode, PluginConfig, PluginLimits};
+use wasmqtt_protocol::topic::Filter;
+
+use super::read::{Section, Text};
+use super::{MODES, ON_ERROR, ORDER_DEFAULT};
+
+pub(super) fn meant_plugin<'a>(
+    mut plugin: Section<'a>,
+    base: &Path,
+    dir: Option<&Path>,
+    names: &mut HashSet<&'a str>,
+) -> Option<PluginConfig> {
+    let name = plugin.required("name", "a name such as \"auth-file\"");
+    if let Some(name) = &name {
+        if !is_plugin_name(name.value) {
+            plugin.problem(name, "must be 1 to 64 letters, digits, `-` or `_`");
+        } else if !names.insert(name.value) {
+            plugin.problem(name, "another [[plugin]] has this name already");
+        }
+    }
+    let path = meant_plugin_path(&mut plugin, name.as_ref(), dir.unwrap_or(base));
+    let sha256 = plugin.text("sha256");
+    if let Some(digest) = &sha256
+        && !(digest.value.len() == 64 && digest.value.bytes().all(|byte| byte.is_ascii_hexdigit()))
+    {
+        plugin.problem(digest, "must be 64 hexadecimal digits");
+    }
+    let order = plugin.number("order", ORDER_DEFAULT, -1_000_000..=1_000_000);
+    let on_error = plugin.choice("on_error", &ON_ERROR).unwrap_or_default();
+    let config = flatten(plugin.table("config"));
+
+    let listeners = plugin.texts("listeners").into_iter().map(|listener| listener.value.to_owned()).collect();
+    let topics = filters(&mut plugin, "topics");
+    let (files, grants) = meant_grants(plugin.section("grants"), base);
+    let limits = meant_limits(plugin.section("limits"));
+    plugin.finish();
+    Some(PluginConfig {
+        name: name?.value.to_owned(),
+        path: path?,
+        order,
+        on_error,
+        config,
+        files,
+        grants,
+        listeners,
+        topics,
+        limits,
+        sha256: sha256.map(|digest| digest.value.to_ascii_lowercase()),
+    })
+}
+
+fn meant_grants(mut grants: Section<'_>, base: &Path) -> (Vec<FileGrant>, Grants) {
+    let files = grants.sections("files").into_iter().filter_map(|file| meant_file_grant(file, base)).collect();
+    let meant = Grants {
+        publish: filters(&mut grants, "publish"),
+        disconnect: grants.flag("disconnect").unwrap_or(false),
+        ban: grants.flag("ban").unwrap_or(false),
+        revoke: grants.flag("revoke").unwrap_or(false),
+        environment: flatten(grants.table("environment")),
+    };
+    grants.finish();
+    (files, meant)
+}
+
+fn meant_limits(mut limits: Section<'_>) -> PluginLimits {
+    let default = PluginLimits::default();
+    let meant = PluginLimits {
+        memory_mib: limits.number("memory_mib", default.memory_mib, 1..=4_096),
+        deadline_ms: limits.number("deadline_ms", default.deadline_ms, 1..=600_000),
+        cpu_ms: limits.number("cpu_ms", default.cpu_ms, 1..=600_000),
+        hook_cpu_ms: limits.number("hook_cpu_ms", default.hook_cpu_ms, 1..=600_000),
+        host_calls_per_sec: limits.number("host_calls_per_sec", default.host_calls_per_sec, 1..=1_000_000),
+        feed_messages_max: limits.number("feed_messages_max", default.feed_messages_max, 1..=10_000_000),
+        instances: limits.number("instances", default.instances, 1..=1_024),
+    };
+    limits.finish();
+    meant
+}
+
+/// A list of Topic Filters; empty if absent.
+fn filters(section: &mut Section<'_>, key: &'static str) -> Vec<Filter> {
+    let texts = section.texts(key);
+    texts
+        .iter()
+        .filter_map(|text| match Filter::parse(text.value) {
+            Ok(filter) => Some(filter),
+            Err(error) => {
+                section.problem(text, &format!("must be a Topic Filter such as \"a/#\": {error}"));
+                None
+            }
+        })
+        .collect()
+}
+
+/// A relative path starts at the plugin folder, where uploads and reloads happen; `NAME.wasm` if there is none.
+fn meant_plugin_path(plugin: &mut Section<'_>, name: Option<&Text<'_>>, root: &Path) -> Option<PathBuf> {
+    let written = plugin.text("path");
+    let path = match (&written, name) {
+        (Some(path), _) => root.join(path.value),
+        (None, Some(name)) => root.join(format!("{}.wasm", name.value)),
+        (None, None) => return None,
+    };
+    if !path.is_file() {
+        let file = path.display();
+        match (&written, name) {
+            (Some(written), _) => plugin.problem(written, &format!("no such file ({file})")),
+            (None, Some(name)) => plugin.problem(name, &format!("without `path`, and no such file ({file})")),
+            (None, None) => {}
+        }
+    }
+    Some(path)
+}
+
+/// Pairs, as plugins take their settings: `config = { a = { b = 1 } }` becomes `a.b` and `1`. Lists count from 0.
+fn flatten(table: toml::Table) -> Vec<(String, String)> {
+    let mut pairs = Vec::new();
+    let mut open: Vec<(String, toml::Value)> = table.into_iter().rev().collect();
+    while let Some((name, value)) = open.pop() {
+        match value {
+            toml::Value::Table(inner) => {
+                open.extend(inner.into_iter().rev().map(|(key, value)| (format!("{name}.{key}"), value)));
+            }
+            toml::Value::Array(items) => {
+                open.extend(items.into_iter().enumerate().rev().map(|(at, value)| (format!("{name}.{at}"), value)));
+            }
+            toml::Value::String(text) => pairs.push((name, text)),
+            other => pairs.push((name, other.to_string())),
+        }
+    }
+    pairs
+}
+
+fn meant_file_grant(mut grant: Section<'_>, base: &Path) -> Option<FileGrant> {
+    let host = grant.required("host", "a file or folder of this machine");
+    let guest = grant.required("guest", "the path under which the plugin sees it, such as \"/passwords\"");
+    let mode = grant.choice("mode", &MODES).unwrap_or_default();
+    grant.finish();
+    let (host, guest): (Text<'_>, Text<'_>) = (host?, guest?);
+    let path = base.join(host.value);
+    if !path.exists() {
+        grant.problem(&host, &format!("no such file or folder ({})", path.display()));
+    }
+    if path.is_file() && mode == Mode::Write {
+        grant.problem(&host, "a single file can only be read: grant its folder, or say mode = \"read\"");
+    }
+    if !guest.value.starts_with('/') || guest.value.split('/').any(|part| part == "..") {
+        grant.problem(&guest, "must be an absolute path without `..`, such as \"/passwords\"");
+    }
+    Some(FileGrant { host: path, guest: guest.value.to_owned(), mode })
+}
+
+fn is_plugin_name(name: &str) -> bool {
+    (1..=64).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte))
+}
