@@ -29,7 +29,11 @@ pub struct Broker {
 impl Broker {
     /// Starts it with this configuration, to which a listener is added, and waits until it is ready.
     pub fn start(config: &str) -> Self {
-        let folder = tempfile::tempdir().expect("a temporary folder");
+        Self::start_in(tempfile::tempdir().expect("a temporary folder"), config)
+    }
+
+    /// The same in a folder that has something in it already; relative paths of the configuration begin there.
+    pub fn start_in(folder: TempDir, config: &str) -> Self {
         let stand_in = std::env::var(STAND_IN).ok();
         let (mut command, known) = match stand_in {
             Some(name) => stand_in_command(&name, folder.path()),
@@ -80,6 +84,15 @@ impl Broker {
     /// What it logged so far.
     pub fn log(&self) -> String {
         self.log.lock().expect("log").clone()
+    }
+
+    /// Waits until it has logged `line` so often.
+    pub fn await_log(&self, line: &str, times: usize) {
+        let start = Instant::now();
+        while self.log.lock().expect("log").matches(line).count() < times {
+            assert!(start.elapsed() < PATIENCE, "not logged {times} times: {line}");
+            thread::sleep(Duration::from_millis(5));
+        }
     }
 
     pub fn pid(&self) -> u32 {
@@ -186,7 +199,7 @@ fn stand_in_command(name: &str, folder: &Path) -> (Command, Option<SocketAddr>) 
     (command, Some(address))
 }
 
-/// The broker of the same build as the running test; built first if only this package was.
+/// The broker of the same build as the running test; built first if only this package was, and sources are newer.
 fn binary() -> PathBuf {
     static BUILD: Once = Once::new();
     let test = std::env::current_exe().expect("path of the test");
@@ -199,11 +212,33 @@ fn binary() -> PathBuf {
         if profile.ends_with("release") {
             command.arg("--release");
         }
-        if path.exists() {
+        if is_up_to_date(&path) {
             return;
         }
         let status = command.status().unwrap_or_else(|error| panic!("run {command:?}: {error}"));
         assert!(status.success(), "{command:?}: {status}");
     });
     path
+}
+
+/// No source of the broker is younger than the binary.
+fn is_up_to_date(binary: &Path) -> bool {
+    let Ok(built) = binary.metadata().and_then(|binary| binary.modified()) else { return false };
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let mut folders = vec![root.join("broker"), root.join("wit")];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
+            let Ok(kind) = entry.file_type() else { continue };
+            // Tests are no part of the binary.
+            if kind.is_dir() && entry.file_name() != "tests" {
+                folders.push(entry.path());
+            } else if kind.is_file()
+                && !entry.file_name().to_string_lossy().ends_with(".md")
+                && entry.metadata().and_then(|file| file.modified()).is_ok_and(|at| at > built)
+            {
+                return false;
+            }
+        }
+    }
+    true
 }

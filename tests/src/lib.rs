@@ -8,6 +8,7 @@ mod broker; // the process
 mod client; // one Network Connection
 mod packet; // packets that own their data
 pub mod raw; // packets by hand
+pub mod traffic; // load in the background
 
 pub use broker::Broker;
 pub use client::Client;

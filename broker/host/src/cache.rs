@@ -15,6 +15,7 @@ use wasmtime::Engine;
 use wasmtime::component::Component;
 
 use crate::HostError;
+use crate::instance::one_line;
 
 const DIGEST_BYTES: usize = 32;
 /// Compiled components that are kept; the oldest go first.
@@ -57,7 +58,9 @@ impl Cache {
         if let Some(component) = load(engine, &path, &name) {
             return Ok((component, true));
         }
-        let compiled = engine.precompile_component(bytes).map_err(|error| HostError::new(format!("{error:#}")))?;
+        let compiled = engine
+            .precompile_component(bytes)
+            .map_err(|error| HostError::new(format!("not a component that can be used: {}", one_line(&error))))?;
         if let Err(error) = store(&path, &name, &compiled) {
             debug!(path = %path.display(), %error, "compiled component not kept");
         }

@@ -6,6 +6,7 @@ use serde::Serialize;
 use wasmtime::component::Component;
 
 use crate::HostError;
+use crate::instance::one_line;
 use crate::loader::{COMPONENT_BYTES_MAX, read};
 
 /// The outside of a component.
@@ -28,8 +29,8 @@ pub struct Inspection {
 pub fn inspect(path: &Path) -> Result<Inspection, HostError> {
     let bytes = read(path, COMPONENT_BYTES_MAX)?;
     let engine = crate::engine::engine(None)?;
-    let component =
-        Component::new(&engine, &bytes).map_err(|error| HostError::new(format!("not a component: {error:#}")))?;
+    let component = Component::new(&engine, &bytes)
+        .map_err(|error| HostError::new(format!("not a component: {}", one_line(&error))))?;
     let ty = component.component_type();
     let exports: Vec<String> = ty.exports(&engine).map(|(name, _)| name.to_owned()).collect();
     let point = |name: &String| name.strip_prefix("wasmqtt:plugin/").map(str::to_owned);

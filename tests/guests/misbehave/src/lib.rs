@@ -1,4 +1,5 @@
-//! A plugin that does what a plugin must not do: in `init` by its setting `init`, in `authenticate` by the User Name.
+//! A plugin that does what a plugin must not do: in `init` by its setting `init` or what the file
+//! `init_file` says, in `authenticate` by the User Name.
 
 use wasmqtt_sdk::host::{Level, log};
 use wasmqtt_sdk::{Auth, Challenge, Outcome, Plugin, Request, Settings, Step};
@@ -10,7 +11,8 @@ pub struct Misbehave {
 
 impl Plugin for Misbehave {
     fn new(settings: &Settings) -> Result<Self, String> {
-        match settings.get("init") {
+        let file = settings.get("init_file").and_then(|file| std::fs::read_to_string(file).ok());
+        match settings.get("init").or(file.as_deref()) {
             Some("trap") => panic!("as told"),
             Some("loop") => spin(),
             Some("memory") => eat(),
