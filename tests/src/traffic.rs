@@ -37,7 +37,7 @@ pub struct Report {
     /// Messages, each of which arrived once and in order.
     pub messages: u64,
     /// Messages in a second.
-    pub rate: f64,
+    pub per_sec: u64,
     /// 99 of 100 took at most this long from one client to the other.
     pub p99: Duration,
     /// The longest.
@@ -49,7 +49,7 @@ impl Traffic {
     /// is the payload of their CONNECT packets behind the Client Identifier: user name and password, or nothing.
     pub fn start(address: SocketAddr, pairs: usize, per_sec: usize, login: Option<(&str, &str)>) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
-        let burst = (per_sec as f64 * PACE.as_secs_f64() / pairs as f64).ceil() as u64;
+        let burst = (per_sec as u64 * PACE.as_millis() as u64 / 1000).div_ceil(pairs as u64);
         let pairs = (0..pairs).map(|n| Pair::start(n, address, burst, login, &stop)).collect();
         Self { stop, pairs, begun: Instant::now() }
     }
@@ -68,12 +68,12 @@ impl Traffic {
             latencies.append(&mut seen);
         }
         latencies.sort_unstable();
-        let at = |part: f64| latencies.get((latencies.len() as f64 * part) as usize).or(latencies.last()).copied();
+        let at = |percent: usize| latencies.get(latencies.len() * percent / 100).or(latencies.last()).copied();
         Report {
             messages,
-            rate: messages as f64 / took.as_secs_f64(),
-            p99: at(0.99).unwrap_or_default(),
-            max: at(1.0).unwrap_or_default(),
+            per_sec: messages * 1000 / (took.as_millis() as u64).max(1),
+            p99: at(99).unwrap_or_default(),
+            max: at(100).unwrap_or_default(),
         }
     }
 }
@@ -111,6 +111,12 @@ fn connect(address: SocketAddr, client_id: &str, login: Option<(&str, &str)>) ->
     stream.read_exact(&mut connack).expect("CONNACK");
     assert_eq!(connack, [0x20, 2, 0, 0], "{client_id} is let in");
     stream
+}
+
+/// A pause after `due`. What could not be kept up with is forgotten, or a burst would follow.
+pub fn next_due(due: Instant, pause: Duration) -> Instant {
+    let now = Instant::now();
+    if now.saturating_duration_since(due) > Duration::from_millis(100) { now } else { due + pause }
 }
 
 /// The payload: number and time of a message.
@@ -156,7 +162,7 @@ fn publish(
             acknowledgements.read_exact(&mut pubacks).expect("PUBACK");
             assert!(pubacks.chunks(4).all(|puback| puback[..2] == [0x40, 2]), "nothing but PUBACK");
         }
-        due = (due + PACE).max(Instant::now() - PACE);
+        due = next_due(due, PACE);
         thread::sleep(due.saturating_duration_since(Instant::now()));
         let waits = Instant::now();
         while number - received.load(Ordering::SeqCst) > UNDER_WAY_MAX {
@@ -176,7 +182,7 @@ fn receive(
     stream.set_read_timeout(Some(Duration::from_millis(100))).expect("read timeout");
     let mut latencies = Vec::new();
     let mut buffer = Vec::new();
-    let mut chunk = [0; 64 * 1024];
+    let mut chunk = vec![0; 64 * 1024];
     let mut last = Instant::now();
     loop {
         match stream.read(&mut chunk) {

@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
-use wasmqtt_tests::traffic::Traffic;
+use wasmqtt_tests::traffic::{Traffic, next_due};
 use wasmqtt_tests::{Broker, Client, Got, Options, Version};
 
 const REPLACED: &str = "plugin replaced";
@@ -56,7 +56,7 @@ fn connects(broker: &Arc<Broker>, name: usize, per_sec: u32, stop: &Arc<AtomicBo
             broker.connect(&login(&client_id, "user", "secret")).disconnect();
         }
         count.fetch_add(1, Ordering::SeqCst);
-        due = (due + pause).max(Instant::now() - Duration::from_millis(100));
+        due = next_due(due, pause);
         thread::sleep(due.saturating_duration_since(Instant::now()));
     }
 }
@@ -85,7 +85,9 @@ fn a_hundred_replacements_under_load_are_noticed_by_nobody() {
     }
     let took = begun.elapsed();
     stop.store(true, Ordering::SeqCst);
-    visitors.into_iter().for_each(|visitor| visitor.join().expect("a visitor was treated wrongly"));
+    for visitor in visitors {
+        visitor.join().expect("a visitor was treated wrongly");
+    }
     let report = traffic.stop();
     let connects = count.load(Ordering::SeqCst);
     println!("100 replacements in {took:.1?}; {connects} clients came and went; {report:.1?}");
@@ -119,7 +121,7 @@ fn builds_that_cannot_serve_are_rejected_and_the_old_one_goes_on() {
         std::fs::write(mode.join("init"), init).expect("write");
         replace(&file, &bytes);
         broker.await_log(REJECTED, round + 1);
-        let line = broker.log().lines().filter(|line| line.contains(REJECTED)).next_back().map(str::to_owned);
+        let line = broker.log().lines().rfind(|line| line.contains(REJECTED)).map(str::to_owned);
         assert!(line.as_ref().is_some_and(|line| line.contains(why)), "{why:?} is not in {line:?}");
         broker.connect(&login("c", "user", "secret")).disconnect();
         broker.check_refused(&login("c", "user", "wrong"), 0x86);

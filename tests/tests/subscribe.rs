@@ -468,3 +468,19 @@ fn topics_of_more_than_200_levels_are_refused() {
         client.check_ended(0x90);
     }
 }
+
+/// Beyond `limits.subscriptions_max` new subscriptions are refused, and those that are there can be changed.
+/// MQTT 5.0 §3.9.3, 3.1.1 §3.9.3.
+#[test]
+fn subscriptions_beyond_the_limit_are_refused() {
+    let broker = Broker::start("[limits]\nsubscriptions_max = 2\n");
+    for (version, refused) in [(Version::V311, 0x80), (Version::V5, 0x97)] {
+        let mut client = broker.connect(&Options::new(version, "c"));
+        assert_eq!(
+            client.subscribe_with(None, &[("a", at_most(1)), ("b", at_most(1)), ("c", at_most(1))]),
+            [1, 1, refused]
+        );
+        assert_eq!(client.subscribe_with(None, &[("a", at_most(0)), ("$share/g/a", at_most(0))]), [0, refused]);
+        client.disconnect();
+    }
+}

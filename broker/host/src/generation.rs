@@ -1,7 +1,7 @@
 //! A loaded build of a plugin: compiled, checked, ready to be instantiated on any shard.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender};
+use std::sync::mpsc::{Receiver, SyncSender};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ pub(crate) struct Parts {
     pub(crate) engine: Engine,
     pub(crate) linker: Linker<Guest>,
     pub(crate) clock: Arc<Clock>,
-    pub(crate) reaper: Sender<Dead>,
+    pub(crate) reaper: SyncSender<Dead>,
     pub(crate) shards: usize,
     pub(crate) door: Door,
 }
@@ -58,7 +58,7 @@ pub(crate) struct Generation {
     /// It was left alone, or failed in some other way that its predecessor may not have.
     pub(crate) suspect: AtomicBool,
     mounts: Arc<Mounts>,
-    reaper: Sender<Dead>,
+    reaper: SyncSender<Dead>,
     /// By shard. Only that shard takes from it; the lock is for the loader, which empties it in the end.
     idle: Box<[Mutex<Vec<Pooled>>]>,
     retired: AtomicBool,

@@ -3,7 +3,7 @@
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::SyncSender;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -141,7 +141,7 @@ impl<F: Future> Future for Metered<'_, F> {
 /// An instance in a pool. Goes to the reaper when it is dropped: ending a store takes longer than a shard should wait.
 pub(crate) struct Pooled {
     running: Option<Box<Running>>,
-    reaper: Sender<Dead>,
+    reaper: SyncSender<Dead>,
     healthy: bool,
 }
 
@@ -153,7 +153,7 @@ pub(crate) struct Dead {
 }
 
 impl Pooled {
-    pub(crate) fn new(running: Running, reaper: Sender<Dead>) -> Self {
+    pub(crate) fn new(running: Running, reaper: SyncSender<Dead>) -> Self {
         Self { running: Some(Box::new(running)), reaper, healthy: true }
     }
 
@@ -171,8 +171,8 @@ impl Pooled {
 impl Drop for Pooled {
     fn drop(&mut self) {
         if let Some(running) = self.running.take() {
-            // The reaper is gone only when the broker ends; then the store is dropped here.
-            let _ = self.reaper.send(Dead { running, healthy: self.healthy });
+            // The reaper may be busy, or gone when the broker ends; then the store is dropped here.
+            let _ = self.reaper.try_send(Dead { running, healthy: self.healthy });
         }
     }
 }

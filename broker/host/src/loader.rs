@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::channel;
+use std::sync::mpsc::sync_channel;
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
@@ -30,6 +30,9 @@ const POOL_INSTANCES_MIN: usize = 64;
 const POOL_INSTANCES_MAX: usize = 1000;
 /// Plugins from the folder that the pool has room for, beside configured ones.
 const FOLDER_PLUGINS: usize = 4;
+
+/// Instances that wait for their end.
+const DEAD_MAX: usize = 1024;
 
 /// What is known about a plugin beyond one build.
 struct Known {
@@ -67,7 +70,7 @@ impl Loader {
         let engine = engine::engine(Some(pool(&config)))?;
         let linker = linker(&engine)?;
         let clock = Clock::start(engine.clone())?;
-        let (reaper, dead) = channel();
+        let (reaper, dead) = sync_channel(DEAD_MAX);
         let (reaper_runtime, reaper_clock) = (runtime.clone(), Arc::clone(&clock));
         let reap = move || {
             reap(&dead, &reaper_runtime, &reaper_clock);

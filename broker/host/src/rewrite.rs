@@ -61,7 +61,7 @@ pub(crate) async fn rewrite(slots: &[Rc<Slot>], messages: Vec<Submission>) -> Ve
         })
         .collect();
     for at_rest in [false, true] {
-        for slot in slots.iter() {
+        for slot in slots {
             let wanted = slot.generation.registration();
             if wanted.before_store && wanted.at_rest == at_rest && slot.generation.exports.storage_hook.is_some() {
                 show(slot, &mut works).await;

@@ -175,3 +175,28 @@ fn inspect_tells_what_a_component_is() {
     assert!(inspection.size > 10_000);
     assert!(inspect(&PathBuf::from("/nowhere")).is_err());
 }
+
+/// As a folder that is a link, and is made to point elsewhere, or one that was removed and made again.
+#[test]
+fn a_folder_that_is_another_one_by_now_is_watched_again() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let dir = |name: &str, bytes: &[u8]| {
+        let dir = folder.path().join(name);
+        std::fs::create_dir(&dir).expect("can make a folder");
+        std::fs::write(dir.join("m.wasm"), bytes).expect("can write");
+        dir
+    };
+    let good = std::fs::read(wasmqtt_guests::component("misbehave")).expect("built");
+    let one = dir("one", &good);
+    let two = dir("two", &another_build("misbehave"));
+    let link = folder.path().join("plugins");
+    std::os::unix::fs::symlink(&one, &link).expect("can link");
+    let broker = Broker::try_start(folder, Vec::new()).expect("loads");
+    let other = link.with_extension("new");
+    std::os::unix::fs::symlink(&two, &other).expect("can link");
+    std::fs::rename(&other, &link).expect("can rename");
+    broker.wait("the build behind the new link serves", |broker| broker.generation("m") == 2);
+    // And that folder is watched: this is noticed at once.
+    replace(&two.join("m.wasm"), &good);
+    broker.wait("the next build serves", |broker| broker.generation("m") == 3);
+}

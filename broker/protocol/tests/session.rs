@@ -4,8 +4,8 @@ use std::num::{NonZeroU16, NonZeroU32};
 use std::sync::Arc;
 
 use wasmqtt_protocol::codec::{
-    Ack, Connect, Disconnect, Limits, Packet, PacketId, Publish, PublishProperties, Qos, ReasonCode, UserProperties,
-    Version, decode, encode, frame,
+    Ack, Auth, Connect, Disconnect, Limits, Packet, PacketId, Publish, PublishProperties, Qos, ReasonCode,
+    UserProperties, Version, decode, encode, frame,
 };
 use wasmqtt_protocol::router::SessionKey;
 use wasmqtt_protocol::session::{
@@ -371,6 +371,34 @@ fn session_expiry_may_change_at_disconnect_but_not_from_zero() {
 }
 
 /// [MQTT-3.1.0-2], [MQTT-3.1.2-2].
+/// MQTT 5.0 §3.14.2.1 and §3.15.2.1.
+#[test]
+fn reason_codes_of_a_server_are_protocol_errors() {
+    for code in 0..=0xFF {
+        let mut pair = Pair::new(&connect(Version::V5));
+        let reason = ReasonCode(code);
+        let result = pair.packet(Packet::Disconnect(Disconnect { reason, ..Disconnect::default() }));
+        let is_ours = [0x00, 0x04, 0x80, 0x81, 0x82, 0x83, 0x90].contains(&code) || (0x93..=0x99).contains(&code);
+        assert_eq!(result.is_ok(), is_ours, "{reason:?}");
+    }
+    let mut pair = Pair::new(&connect(Version::V5));
+    let refused = pair.packet(Packet::Auth(Auth { reason: ReasonCode::SUCCESS, ..Auth::default() }));
+    assert_eq!(refused.unwrap_err().reason, ReasonCode::PROTOCOL_ERROR);
+}
+
+/// The maximum of the new Network Connection counts for what is sent again. [MQTT-3.1.2-24], [MQTT-3.1.2-25]
+#[test]
+fn unacknowledged_messages_too_large_for_the_new_connection_are_left_out() {
+    let mut pair = Pair::new(&connect(Version::V5));
+    pair.deliver("a", &[b'x'; 40], Qos::AtLeastOnce);
+    pair.deliver("b", b"y", Qos::AtLeastOnce);
+    pair.session.disconnected();
+    pair.connect(&Connect { maximum_packet_size: NonZeroU32::new(30), ..connect(Version::V5) });
+    assert_eq!(pair.seen(), ["PUBLISH 2 b dup y"]);
+    pair.deliver("c", b"z", Qos::AtLeastOnce);
+    assert_eq!(pair.seen(), ["PUBLISH 3 c z"]);
+}
+
 #[test]
 fn second_connect_is_a_protocol_error() {
     for version in VERSIONS {

@@ -68,6 +68,7 @@ pub struct Limits {
     pub queue_messages_max: usize,
     pub queue_bytes_max: usize,
     pub outbound_bytes_max: usize,
+    pub subscriptions_max: usize,
     /// Whole broker.
     pub connections_max: usize,
 }
@@ -87,6 +88,7 @@ impl Default for Limits {
             queue_messages_max: 10_000,
             queue_bytes_max: 16 << 20,
             outbound_bytes_max: 1 << 20,
+            subscriptions_max: 10_000,
             connections_max: 1_000_000,
         }
     }

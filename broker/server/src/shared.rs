@@ -51,6 +51,8 @@ pub(crate) struct Shared {
     /// Sessions the store knows; empty when nothing is durable.
     stored: RwLock<HashMap<SessionKey, Arc<str>, foldhash::fast::RandomState>>,
     bans: RwLock<Bans>,
+    /// Retained messages that wait for all clients.
+    pub(crate) backlogs: Arc<AtomicUsize>,
     /// Counts how often what plugins decided was revoked for everybody.
     pub(crate) revocations: AtomicU64,
     started: Instant,
@@ -85,6 +87,7 @@ impl Shared {
             directory: (0..DIRECTORY_LOCKS).map(|_| Mutex::default()).collect(),
             stored: RwLock::default(),
             bans: RwLock::default(),
+            backlogs: Arc::default(),
             revocations: AtomicU64::new(0),
             started: Instant::now(),
         }

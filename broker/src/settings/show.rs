@@ -51,6 +51,7 @@ struct Limits {
     queue_messages_max: usize,
     queue_bytes_max: usize,
     outbound_bytes_max: usize,
+    subscriptions_max: usize,
     connections_max: usize,
 }
 
@@ -147,6 +148,7 @@ impl Settings {
                 queue_messages_max: limits.queue_messages_max,
                 queue_bytes_max: limits.queue_bytes_max,
                 outbound_bytes_max: limits.outbound_bytes_max,
+                subscriptions_max: limits.subscriptions_max,
                 connections_max: limits.connections_max,
             },
             plugins: Folder { dir: self.plugin_dir.as_deref() },

@@ -4,24 +4,8 @@ use crate::Pair;
 use crate::bindings::storage_hook::exports::wasmqtt::plugin::storage_hook as wit;
 
 /// Messages that a storage hook is shown.
-#[derive(Debug, Default, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Batch(wit::Batch);
-
-impl Default for wit::Batch {
-    fn default() -> Self {
-        Self {
-            topics: String::new(),
-            topic_ends: Vec::new(),
-            clients: String::new(),
-            client_ends: Vec::new(),
-            payloads: Vec::new(),
-            payload_ends: Vec::new(),
-            properties: Vec::new(),
-            property_ends: Vec::new(),
-            bits: Vec::new(),
-        }
-    }
-}
 
 /// One message of a [`Batch`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,6 +34,22 @@ fn slice<'a, T: ?Sized + std::ops::Index<std::ops::Range<usize>, Output = T>>(
     let end = *ends.get(place)? as usize;
     let start = place.checked_sub(1).map_or(0, |before| ends[before] as usize);
     Some(&column[start..end])
+}
+
+impl Default for Batch {
+    fn default() -> Self {
+        Self(wit::Batch {
+            topics: String::new(),
+            topic_ends: Vec::new(),
+            clients: String::new(),
+            client_ends: Vec::new(),
+            payloads: Vec::new(),
+            payload_ends: Vec::new(),
+            properties: Vec::new(),
+            property_ends: Vec::new(),
+            bits: Vec::new(),
+        })
+    }
 }
 
 impl Batch {

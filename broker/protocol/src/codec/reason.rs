@@ -64,6 +64,11 @@ reason_codes! {
 }
 
 impl ReasonCode {
+    /// A client may say it in DISCONNECT; the others are a server's. MQTT 5.0 §3.14.2.1, table 3-10.
+    pub const fn may_client_disconnect_with(self) -> bool {
+        matches!(self.0, 0x00 | 0x04 | 0x80..=0x83 | 0x90 | 0x93..=0x99)
+    }
+
     /// 0x80 and above.
     pub const fn is_error(self) -> bool {
         self.0 >= 0x80

@@ -154,6 +154,16 @@ impl Session {
         self.subscriptions.iter()
     }
 
+    /// How many subscriptions it has.
+    pub fn subscription_count(&self) -> usize {
+        self.subscriptions.len()
+    }
+
+    /// The subscription with this filter.
+    pub fn subscription(&self, filter: &Filter) -> Option<&Subscription> {
+        self.subscriptions.get(filter)
+    }
+
     /// Keeps a subscription; gives back the one it replaces. [MQTT-3.8.4-3]
     pub fn subscribe(&mut self, filter: Filter, subscription: Subscription) -> Option<Subscription> {
         let shared = filter.share().is_some();
@@ -204,8 +214,16 @@ impl Session {
             Packet::Pingreq => self.send(&Packet::Pingresp, out),
             Packet::Subscribe(subscribe) => return Ok(Event::Subscribe(subscribe)),
             Packet::Unsubscribe(unsubscribe) => return Ok(Event::Unsubscribe(unsubscribe)),
+            // Table 3-11: success is for the server to say.
+            Packet::Auth(auth) if auth.reason == ReasonCode::SUCCESS => {
+                return Err(fault(ReasonCode::PROTOCOL_ERROR, "AUTH with a reason code that only a server sends"));
+            }
             Packet::Auth(auth) => return Ok(Event::Auth(auth)),
             Packet::Disconnect(disconnect) => {
+                if !disconnect.reason.may_client_disconnect_with() {
+                    let text = "DISCONNECT with a reason code that only a server sends";
+                    return Err(fault(ReasonCode::PROTOCOL_ERROR, text));
+                }
                 if let Some(expiry) = disconnect.session_expiry {
                     self.change_expiry(expiry, server)?;
                 }
@@ -454,7 +472,13 @@ impl Session {
                     let incoming = Incoming::from_message(&delivery.message);
                     let wish = Wish { qos: delivery.qos, retain: delivery.retain, ids: &delivery.ids };
                     frames.reset();
-                    link.send_publish(now_ms, &incoming, wish, Some((slot.packet_id, true)), &mut frames, out);
+                    let packet_id = slot.packet_id;
+                    if link.fits(now_ms, &incoming, wish) {
+                        link.send_publish(now_ms, &incoming, wish, Some((packet_id, true)), &mut frames, out);
+                    } else {
+                        // The client takes less than last time. [MQTT-3.1.2-25]
+                        self.inflight.finish(packet_id);
+                    }
                 }
                 Phase::Release => {
                     let ack = Ack {

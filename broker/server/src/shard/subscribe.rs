@@ -3,9 +3,10 @@
 use std::collections::VecDeque;
 use std::num::NonZeroU32;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use smallvec::SmallVec;
+use tracing::{debug, warn};
 use wasmqtt_protocol::access::Verdict;
 use wasmqtt_protocol::codec::{
     Packet, Qos, ReasonCode, RetainHandling, Suback, Subscribe, SubscribeOptions, Unsubscribe, UserProperties, Version,
@@ -18,9 +19,10 @@ use wasmqtt_protocol::topic::Filter;
 use super::Shard;
 use crate::shared::is_too_deep;
 
-/// Retained messages on their way to a new subscription. Bounded by what is retained and by SUBSCRIBE packets.
-#[derive(Default)]
+/// Retained messages on their way to a new subscription.
 pub(crate) struct Backlog {
+    /// How many wait in the backlogs of all clients.
+    all: Arc<AtomicUsize>,
     waiting: VecDeque<Waiting>,
 }
 
@@ -30,8 +32,14 @@ struct Waiting {
     id: Option<NonZeroU32>,
 }
 
-/// Retained messages one connection may have waiting; a client that asks for more has not taken the first ones.
-const BACKLOG_MAX: usize = 4_000_000;
+/// Retained messages that may wait for all clients together; what is beyond is left out.
+const BACKLOGS_MAX: usize = 4_000_000;
+
+impl Drop for Backlog {
+    fn drop(&mut self) {
+        self.all.fetch_sub(self.waiting.len(), Ordering::Relaxed);
+    }
+}
 
 impl Shard {
     pub(super) fn on_subscribe(&mut self, id: usize, slot: u32, subscribe: &Subscribe<'_>) {
@@ -55,6 +63,11 @@ impl Shard {
                     vec![("action", "subscribe".into()), ("topic", filter.to_string())]
                 });
                 reasons.push(refusal(version, *reason));
+                continue;
+            }
+            if !self.has_room_for(slot, &filter) {
+                debug!(client_id = %self.client_id(slot), %filter, "subscription refused: limits.subscriptions_max");
+                reasons.push(refusal(version, ReasonCode::QUOTA_EXCEEDED));
                 continue;
             }
             let options = SubscribeOptions { qos: options.qos.min(self.shared.limits.maximum_qos), ..*options };
@@ -81,6 +94,18 @@ impl Shard {
             self.queue_retained(id, &filter, subscription);
         }
         self.pump_backlog(id, slot);
+    }
+
+    /// One that replaces another always has.
+    fn has_room_for(&self, slot: u32, filter: &Filter) -> bool {
+        self.sessions.get(slot).is_some_and(|session| {
+            session.subscription_count() < self.shared.config.limits.subscriptions_max
+                || session.subscription(filter).is_some()
+        })
+    }
+
+    fn client_id(&self, slot: u32) -> &str {
+        self.sessions.get(slot).map_or("", |session| &session.client_id)
     }
 
     fn answer(&mut self, id: usize, slot: u32, packet: &Packet<'_>) {
@@ -173,9 +198,15 @@ impl Shard {
             return;
         }
         let Some(conn) = self.conns.get_mut(id) else { return };
-        let backlog = conn.backlog.get_or_insert_default();
-        let room = BACKLOG_MAX.saturating_sub(backlog.waiting.len());
-        self.tally.dropped += found.len().saturating_sub(room) as u64;
+        let all = &self.shared.backlogs;
+        let backlog =
+            conn.backlog.get_or_insert_with(|| Box::new(Backlog { all: Arc::clone(all), waiting: VecDeque::new() }));
+        let room = BACKLOGS_MAX.saturating_sub(all.load(Ordering::Relaxed));
+        if let Some(left_out) = found.len().checked_sub(room + 1) {
+            warn!(%filter, left_out = left_out + 1, "too many retained messages wait for clients, some are left out");
+            self.tally.dropped += left_out as u64 + 1;
+        }
+        all.fetch_add(found.len().min(room), Ordering::Relaxed);
         backlog.waiting.extend(found.into_iter().take(room).map(|message| Waiting {
             qos: message.qos.min(subscription.options.qos),
             message,
@@ -193,6 +224,7 @@ impl Shard {
         let retained = self.shared.retained();
         while conn.outbox.len() < limits.outbound_bytes_max && session.queued() < limits.queue_messages_max / 2 {
             let Some(waiting) = backlog.waiting.pop_front() else { break };
+            backlog.all.fetch_sub(1, Ordering::Relaxed);
             // Replaced or removed meanwhile: the subscription was there and saw it.
             if !retained.get(&waiting.message.topic).is_some_and(|now| Arc::ptr_eq(now, &waiting.message)) {
                 continue;
