@@ -41,6 +41,10 @@ impl Question for Authorization {
         limits.hook_cpu_ms
     }
 
+    fn agree(one: &Vec<Decision>, other: &Vec<Decision>) -> bool {
+        one.iter().map(|decision| decision.verdict).eq(other.iter().map(|decision| decision.verdict))
+    }
+
     fn fallback(&self, on_error: OnError) -> Vec<Decision> {
         let verdict = match on_error {
             OnError::Deny | OnError::Retry => Some(Verdict::Deny(ReasonCode::NOT_AUTHORIZED)),

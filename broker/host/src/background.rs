@@ -2,11 +2,13 @@
 //! instance of its own.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::call::{Fault, Question, Said, put};
+use crate::cluster::InterestChanged;
 use crate::events::Observed;
 use crate::generation::Generation;
 use crate::hook::Committed;
@@ -35,6 +37,7 @@ impl Seat {
             self.generation = Some(Arc::clone(&serving));
         }
         plugin.counters.background_called();
+        serving.calls.fetch_add(1, Ordering::Relaxed);
         let deadline = serving.deadline();
         let call = async {
             let mut pooled = match self.pooled.take() {
@@ -57,6 +60,7 @@ impl Seat {
         let answer = tokio::time::timeout(deadline, call).await.unwrap_or_else(|_| late());
         if answer.is_err() {
             plugin.counters.background_failed();
+            serving.failures.fetch_add(1, Ordering::Relaxed);
         }
         answer
     }
@@ -68,6 +72,9 @@ pub(crate) fn start(plugin: &Arc<Plugin>, runtime: &tokio::runtime::Handle) {
     let wanted = serving.registration();
     if wanted.committed && serving.exports.storage_hook.is_some() && plugin.feed.is_first_start() {
         runtime.spawn(feed(Arc::clone(plugin)));
+    }
+    if serving.exports.cluster.is_some() && plugin.interest.is_first_start() {
+        runtime.spawn(tell_interest(Arc::clone(plugin)));
     }
     if wanted.events != 0 && serving.exports.events.is_some() && plugin.events.is_first_start() {
         runtime.spawn(watch(Arc::clone(plugin)));
@@ -114,6 +121,22 @@ async fn feed(plugin: Arc<Plugin>) {
         }
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(PAUSE_MAX);
+    }
+}
+
+async fn tell_interest(plugin: Arc<Plugin>) {
+    let mut seat = Seat::default();
+    while let Some((changes, cursor)) = next(&plugin, &plugin.interest).await {
+        let count = changes.len();
+        plugin.interest.pass(cursor, count);
+        match seat.ask(&plugin, &InterestChanged::of(&changes)).await {
+            Ok(advert) => debug!(plugin = %plugin.name, bytes = advert.len(), "no other broker to tell"),
+            Err(fault) => {
+                let error = fault.into_text();
+                warn!(plugin = %plugin.name, %error, "plugin could not be told of subscriptions");
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
     }
 }
 

@@ -6,14 +6,18 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use tracing::warn;
+use tracing::{info, warn};
 
+use crate::chain::Trial;
 use crate::config::{OnError, PluginLimits};
 use crate::instance::{Running, metered};
 use crate::shard::{Slot, WAITING_MAX};
 
 /// Log lines about failed calls: at most one per shard and plugin in this time.
 const LOG_PAUSE: Duration = Duration::from_secs(1);
+
+/// How long a client waits for a build whose answer does not count.
+const SHADOW_PATIENCE: Duration = Duration::from_millis(20);
 
 /// What a plugin can be asked.
 pub(crate) trait Question {
@@ -29,6 +33,9 @@ pub(crate) trait Question {
 
     /// How long the plugin may compute.
     fn cpu_ms(limits: &PluginLimits) -> u64;
+
+    /// Whether two builds say the same.
+    fn agree(one: &Self::Answer, other: &Self::Answer) -> bool;
 
     /// The answer when none comes.
     fn fallback(&self, on_error: OnError) -> Self::Answer;
@@ -80,6 +87,45 @@ impl Fault {
     }
 }
 
+/// Asks the build that is to serve this client, and one that runs in the shadow besides.
+pub(crate) async fn consult<Q: Question>(slot: &Slot, question: &Q) -> Q::Answer {
+    let Some(tried) = &slot.candidate else { return ask(slot, question).await };
+    match tried.trial {
+        Trial::Canary(_) => ask(if tried.serves(question.client_id()) { &tried.slot } else { slot }, question).await,
+        Trial::Shadow => {
+            let answer = ask(slot, question).await;
+            compare(&tried.slot, question, &answer).await;
+            answer
+        }
+    }
+}
+
+/// Asks a build whose answer does not count.
+async fn compare<Q: Question>(slot: &Slot, question: &Q, answer: &Q::Answer) {
+    let counters = &slot.generation.plugin.counters;
+    counters.shadow_asked.fetch_add(1, Ordering::Relaxed);
+    let agrees = match tokio::time::timeout(SHADOW_PATIENCE, ask(slot, question)).await {
+        Ok(other) => Q::agree(answer, &other),
+        Err(_) => false,
+    };
+    if !agrees {
+        counters.shadow_differs.fetch_add(1, Ordering::Relaxed);
+        note_difference(slot, question.client_id());
+    }
+}
+
+fn note_difference(slot: &Slot, client_id: &str) {
+    let (logged, left_out) = slot.logged.get();
+    let now = Instant::now();
+    if logged.is_some_and(|at| now.duration_since(at) < LOG_PAUSE) {
+        slot.logged.set((logged, left_out + 1));
+        return;
+    }
+    slot.logged.set((Some(now), 0));
+    let (plugin, generation) = (&slot.generation.name, slot.generation.number);
+    info!(%plugin, generation, %client_id, left_out, "shadow answers otherwise than the serving build");
+}
+
 /// Asks, and turns everything that goes wrong into what `on_error` says.
 pub(crate) async fn ask<Q: Question>(slot: &Slot, question: &Q) -> Q::Answer {
     let generation = &slot.generation;
@@ -93,6 +139,7 @@ pub(crate) async fn ask<Q: Question>(slot: &Slot, question: &Q) -> Q::Answer {
     let tries = if on_error == OnError::Retry { 2 } else { 1 };
     for _ in 0..tries {
         counters.calls.fetch_add(1, Ordering::Relaxed);
+        generation.calls.fetch_add(1, Ordering::Relaxed);
         let fault = match call_in_time(slot, question).await {
             Ok(answer) => {
                 slot.breaker.borrow_mut().answered();
@@ -116,7 +163,6 @@ fn note<Q: Question>(slot: &Slot, question: &Q, client: u64, fault: Fault) {
     {
         slot.generation.plugin.counters.breaker_opened.fetch_add(1, Ordering::Relaxed);
         warn!(%plugin, generation, pause_ms = pause.as_millis() as u64, "plugin keeps failing, left alone for a while");
-        slot.generation.suspect.store(true, Ordering::Relaxed);
     }
     let (logged, left_out) = slot.logged.get();
     if logged.is_some_and(|at| now.duration_since(at) < LOG_PAUSE) {

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use wasmqtt_protocol::topic::Filter;
 
+use crate::chain::Trial;
+
 /// Everything [`crate::PluginHost::start`] needs.
 #[derive(Debug, Clone)]
 pub struct HostConfig {
@@ -27,13 +29,13 @@ impl Default for HostConfig {
             plugins: Vec::new(),
             cache_dir: PathBuf::from("plugin-cache"),
             shards: 1,
-            debounce: Duration::from_millis(200),
+            debounce: Duration::from_millis(20),
         }
     }
 }
 
 /// One plugin.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct PluginConfig {
     /// Name in logs and `$SYS`.
     pub name: String,
@@ -57,6 +59,64 @@ pub struct PluginConfig {
     pub limits: PluginLimits,
     /// SHA-256 the file must have, in hexadecimal.
     pub sha256: Option<String>,
+    /// How a newer build begins.
+    pub rollout: Rollout,
+    /// How long a build that replaced another is watched: if it fails more, the other one serves again.
+    pub probation: Duration,
+}
+
+impl PluginConfig {
+    pub(crate) fn trial(&self) -> Option<Trial> {
+        match self.rollout {
+            Rollout::AtOnce => None,
+            Rollout::Canary { percent, .. } => Some(Trial::Canary(percent)),
+            Rollout::Shadow => Some(Trial::Shadow),
+        }
+    }
+
+    pub(crate) fn canary_time(&self) -> Duration {
+        match self.rollout {
+            Rollout::Canary { time, .. } => time,
+            Rollout::AtOnce | Rollout::Shadow => Duration::MAX,
+        }
+    }
+}
+
+impl Default for PluginConfig {
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            path: PathBuf::new(),
+            order: 0,
+            on_error: OnError::default(),
+            config: Vec::new(),
+            files: Vec::new(),
+            grants: Grants::default(),
+            listeners: Vec::new(),
+            topics: Vec::new(),
+            limits: PluginLimits::default(),
+            sha256: None,
+            rollout: Rollout::default(),
+            probation: Duration::from_mins(1),
+        }
+    }
+}
+
+/// How a newer build of a plugin begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Rollout {
+    /// For everybody.
+    #[default]
+    AtOnce,
+    /// For some clients, chosen by their Client Identifier; for all after a time in which it did not fail more.
+    Canary {
+        /// Of a hundred clients; 1..=99.
+        percent: u8,
+        /// How long.
+        time: Duration,
+    },
+    /// For nobody: it is asked beside the serving build, and differences are counted, until it is promoted.
+    Shadow,
 }
 
 /// What a plugin may do beside reading files. The default is nothing.

@@ -18,6 +18,11 @@ pub(crate) struct Counters {
     pub(crate) instances: AtomicUsize,
     /// How often it was left alone.
     pub(crate) breaker_opened: AtomicU64,
+    /// How often a build went back to its predecessor by itself.
+    pub(crate) rolled_back: AtomicU64,
+    /// Answers of a shadow that were others than those of the serving build, and all it gave.
+    pub(crate) shadow_differs: AtomicU64,
+    pub(crate) shadow_asked: AtomicU64,
 }
 
 impl Counters {
@@ -26,6 +31,9 @@ impl Counters {
             shards: (0..shards.max(1)).map(|_| ShardCounters::default()).collect(),
             instances: AtomicUsize::new(0),
             breaker_opened: AtomicU64::new(0),
+            rolled_back: AtomicU64::new(0),
+            shadow_differs: AtomicU64::new(0),
+            shadow_asked: AtomicU64::new(0),
         }
     }
 

@@ -24,6 +24,10 @@ impl Question for Observed {
         limits.cpu_ms
     }
 
+    fn agree(_one: &(), _other: &()) -> bool {
+        true
+    }
+
     fn fallback(&self, _on_error: OnError) {}
 
     async fn put(&self, running: &mut Running, _plugin: &Arc<str>) -> wasmtime::Result<Said<()>> {

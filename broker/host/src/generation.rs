@@ -3,13 +3,14 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use wasmtime::Engine;
 use wasmtime::component::{Component, InstancePre, Linker};
 use wasmtime_wasi::WasiCtxBuilder;
 
 use crate::bindings::failure;
+use crate::bindings::handover::exports::wasmqtt::plugin::handover::State;
 use crate::bindings::types::Pair;
 use crate::config::PluginConfig;
 use crate::engine::Clock;
@@ -21,6 +22,11 @@ use crate::plugin::Plugin;
 use crate::registration::Registration;
 use crate::services::{Door, Services};
 use crate::{HostError, Status};
+
+/// Bytes one instance may hand over.
+const STATE_BYTES_MAX: usize = 16 << 20;
+/// Between two looks for an instance that has nothing to do.
+const BUSY_PAUSE: Duration = Duration::from_millis(1);
 
 /// What all generations share.
 pub(crate) struct Parts {
@@ -55,8 +61,11 @@ pub(crate) struct Generation {
     services: Arc<Services>,
     /// Calls of this build without an answer.
     pub(crate) failures: AtomicU64,
-    /// It was left alone, or failed in some other way that its predecessor may not have.
-    pub(crate) suspect: AtomicBool,
+    /// All calls of this build.
+    pub(crate) calls: AtomicU64,
+    pub(crate) born: Instant,
+    /// SHA-256 of the component.
+    pub(crate) digest: String,
     mounts: Arc<Mounts>,
     reaper: SyncSender<Dead>,
     /// By shard. Only that shard takes from it; the lock is for the loader, which empties it in the end.
@@ -71,6 +80,7 @@ impl Generation {
         config: PluginConfig,
         identity: Identity,
         mounts: Mounts,
+        digest: &str,
     ) -> Result<Self, HostError> {
         let pre = parts.linker.instantiate_pre(component).map_err(|error| {
             HostError::new(format!("it imports something that this broker does not offer: {}", one_line(&error)))
@@ -102,7 +112,9 @@ impl Generation {
             registration: OnceLock::new(),
             services: Arc::new(services),
             failures: AtomicU64::new(0),
-            suspect: AtomicBool::new(false),
+            calls: AtomicU64::new(0),
+            born: Instant::now(),
+            digest: digest.to_owned(),
             mounts: Arc::new(mounts),
             reaper: parts.reaper.clone(),
             idle: (0..parts.shards.max(1)).map(|_| Mutex::default()).collect(),
@@ -120,6 +132,9 @@ impl Generation {
         Status {
             name: self.name.to_string(),
             generation: self.number,
+            digest: self.digest.clone(),
+            candidate: None,
+            rolled_back: self.plugin.counters.rolled_back.load(Ordering::Relaxed),
             plug_points: self.exports.names(),
             calls: self.plugin.counters.calls(),
             failures: self.plugin.counters.failures(),
@@ -142,12 +157,20 @@ impl Generation {
         Duration::from_millis(self.config.limits.deadline_ms)
     }
 
-    /// Makes an instance for each shard before this build serves, the first of which must say that it is well.
-    pub(crate) async fn prepare(&self) -> Result<(), HostError> {
+    /// Makes an instance for each shard before this build serves, the first of which must say that it is well. Each
+    /// takes over what an instance of the serving build on the same shard knows.
+    pub(crate) async fn prepare(&self, old: Option<&Self>) -> Result<(), HostError> {
+        let old = old.filter(|old| old.exports.handover.is_some() && self.exports.handover.is_some());
         for shard in 0..self.idle.len() {
             let mut pooled = self.in_time("init", self.instantiate()).await?;
             if shard == 0 {
                 self.in_time("health", self.check_health(&mut pooled)).await?;
+            }
+            if let Some(old) = old {
+                let state = old.in_time("snapshot", old.snapshot(shard)).await?;
+                if let Some(state) = state {
+                    self.in_time("restore", self.restore(&mut pooled, &state)).await?;
+                }
             }
             self.put_idle(shard, pooled);
         }
@@ -161,6 +184,48 @@ impl Generation {
                 Err(HostError::new(format!("{what}: not done within deadline_ms = {}", self.deadline().as_millis())))
             }
         }
+    }
+
+    /// What an instance that has nothing to do knows; `None`: this shard never had one.
+    async fn snapshot(&self, shard: usize) -> Result<Option<State>, String> {
+        let mut pooled = loop {
+            if let Some(pooled) = self.take_idle(shard) {
+                break pooled;
+            }
+            if self.plugin.counters.instances.load(Ordering::Relaxed) == 0 {
+                return Ok(None);
+            }
+            tokio::time::sleep(BUSY_PAUSE).await;
+        };
+        let Some(running) = pooled.begin() else { return Ok(None) };
+        let meter = running.meter();
+        let Some(handover) = &running.exports.handover else { return Ok(None) };
+        running.store.set_epoch_deadline(1);
+        let call = handover.wasmqtt_plugin_handover().call_snapshot(&mut running.store);
+        let answer = metered(&self.clock, &meter, self.cpu(), call).await;
+        let answer = answer.map_err(|error| format!("snapshot: {}", self.explained(running, error)))?;
+        pooled.finished();
+        self.put_idle(shard, pooled);
+        let state = answer.map_err(|from| format!("snapshot: {}", failure(from)))?;
+        if state.bytes.len() > STATE_BYTES_MAX {
+            let bytes = state.bytes.len();
+            return Err(format!("snapshot: a state of {bytes} bytes; at most {STATE_BYTES_MAX} are allowed"));
+        }
+        Ok(Some(state))
+    }
+
+    async fn restore(&self, pooled: &mut Pooled, state: &State) -> Result<(), String> {
+        let Some(running) = pooled.begin() else { return Ok(()) };
+        let meter = running.meter();
+        if let Some(handover) = &running.exports.handover {
+            running.store.set_epoch_deadline(1);
+            let call = handover.wasmqtt_plugin_handover().call_restore(&mut running.store, state);
+            let answer = metered(&self.clock, &meter, self.cpu(), call).await;
+            let answer = answer.map_err(|error| format!("restore: {}", self.explained(running, error)))?;
+            answer.map_err(|from| format!("restore: {}", failure(from)))?;
+        }
+        pooled.finished();
+        Ok(())
     }
 
     async fn check_health(&self, pooled: &mut Pooled) -> Result<(), String> {

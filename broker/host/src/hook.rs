@@ -19,7 +19,7 @@ const PAYLOAD_BYTES_MAX: usize = 16 << 20;
 const PROPERTIES_BYTES_MAX: usize = 256 * 1024;
 
 /// What a plugin does to one message.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Change {
     Discard(ReasonCode),
     Replace { payload: Option<Bytes>, properties: Option<Bytes> },
@@ -85,6 +85,10 @@ impl Question for Rewrite {
         limits.hook_cpu_ms
     }
 
+    fn agree(one: &Self::Answer, other: &Self::Answer) -> bool {
+        one == other
+    }
+
     fn fallback(&self, on_error: OnError) -> Self::Answer {
         Err(on_error)
     }
@@ -122,6 +126,10 @@ impl Question for Committed {
 
     fn cpu_ms(limits: &PluginLimits) -> u64 {
         limits.cpu_ms
+    }
+
+    fn agree(one: &bool, other: &bool) -> bool {
+        one == other
     }
 
     fn fallback(&self, _on_error: OnError) -> bool {

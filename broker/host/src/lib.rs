@@ -9,6 +9,8 @@ mod bindings;
 mod breaker;
 mod cache;
 mod call;
+mod chain;
+mod cluster;
 mod config;
 mod counters;
 mod engine;
@@ -23,10 +25,12 @@ mod instance;
 mod loader;
 mod metrics;
 mod plugin;
+mod probation;
 mod registration;
 mod rewrite;
 mod services;
 mod shard;
+mod versions;
 mod watch;
 
 use std::collections::BTreeMap;
@@ -36,14 +40,15 @@ use std::thread::JoinHandle;
 use arc_swap::ArcSwap;
 use wasmqtt_protocol::ports::{Broker, Plugins, ShardPlugins};
 
-pub use config::{FileGrant, Grants, HostConfig, Mode, OnError, PluginConfig, PluginLimits};
+pub use config::{FileGrant, Grants, HostConfig, Mode, OnError, PluginConfig, PluginLimits, Rollout};
 pub use inspect::{Inspection, inspect};
 pub use metrics::Value;
 
-use generation::Generation;
+use chain::Chain;
 use loader::Loader;
 use services::Door;
-use watch::Signal;
+use versions::Versions;
+use watch::{Order, Signal};
 
 /// A plugin could not be loaded, or something it needs is missing. The text names file and reason.
 #[derive(Debug, thiserror::Error)]
@@ -56,22 +61,6 @@ impl HostError {
     }
 }
 
-/// The plugins that serve now, in the order they are asked. Immutable: a change makes a new one.
-#[derive(Default)]
-pub(crate) struct Chain {
-    pub(crate) plugins: Vec<Arc<Generation>>,
-    /// Another one for each chain.
-    pub(crate) number: u64,
-    /// Another one for each chain with other `acl` plugins.
-    pub(crate) acl_number: u64,
-}
-
-impl Chain {
-    fn has_auth(&self) -> bool {
-        self.plugins.iter().any(|plugin| plugin.exports.auth.is_some())
-    }
-}
-
 /// Loads and watches plugins; shards get their view through [`Plugins`].
 ///
 /// Its calls are polled by hand on the thread of their shard, which must have entered a tokio runtime with time enabled
@@ -80,6 +69,7 @@ pub struct PluginHost {
     chain: Arc<ArcSwap<Chain>>,
     door: Door,
     signal: Signal,
+    versions: Versions,
     loader: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -90,6 +80,12 @@ pub struct Status {
     pub name: String,
     /// Counts builds of this plugin, from 1.
     pub generation: u64,
+    /// SHA-256 of the component.
+    pub digest: String,
+    /// A newer build on trial.
+    pub candidate: Option<Tried>,
+    /// How often a build went back to its predecessor by itself.
+    pub rolled_back: u64,
     /// Interfaces it exports.
     pub plug_points: Vec<&'static str>,
     /// Calls since the broker started.
@@ -114,6 +110,25 @@ pub struct Status {
     pub metrics: BTreeMap<String, Value>,
 }
 
+/// A build on trial.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Tried {
+    /// Its number.
+    pub generation: u64,
+    /// SHA-256 of the component.
+    pub digest: String,
+    /// Clients of a hundred that it serves; `None`: it runs in the shadow.
+    pub percent: Option<u8>,
+    /// Its calls.
+    pub calls: u64,
+    /// Those without an answer.
+    pub failures: u64,
+    /// Answers of a shadow that were compared.
+    pub compared: u64,
+    /// Those that were others than the serving build's.
+    pub differs: u64,
+}
+
 impl Status {
     /// For `$SYS/broker/plugins/…`.
     fn into_topics(self) -> Vec<(String, String)> {
@@ -125,6 +140,9 @@ impl Status {
             ("refused", self.refused),
             ("instances", self.instances as u64),
             ("breaker opened", self.breaker_opened),
+            ("rolled back", self.rolled_back),
+            ("shadow/compared", self.candidate.as_ref().map_or(0, |tried| tried.compared)),
+            ("shadow/differs", self.candidate.as_ref().map_or(0, |tried| tried.differs)),
             ("feed/waiting", self.feed_waiting as u64),
             ("feed/dropped", self.feed_dropped),
             ("events/dropped", self.events_dropped),
@@ -149,9 +167,10 @@ impl PluginHost {
         let chain = Arc::new(ArcSwap::default());
         let door = Door::default();
         let mut loader = Loader::new(config, Arc::clone(&chain), Arc::clone(&door), runtime)?;
+        let versions = loader.versions();
         loader.load_all(true)?;
         let (signal, thread) = watch::start(loader, debounce)?;
-        Ok(Arc::new(Self { chain, door, signal, loader: Mutex::new(Some(thread)) }))
+        Ok(Arc::new(Self { chain, door, signal, versions, loader: Mutex::new(Some(thread)) }))
     }
 
     /// Some plugin decides who may connect.
@@ -161,7 +180,37 @@ impl PluginHost {
 
     /// The plugins that serve now.
     pub fn status(&self) -> Vec<Status> {
-        self.chain.load().plugins.iter().map(|plugin| plugin.status()).collect()
+        self.chain.load().links.iter().map(chain::Link::status).collect()
+    }
+
+    /// Builds these components, by the names of their plugins, and lets all serve in one step; or none, and says why.
+    /// They are kept in the plugins' files.
+    ///
+    /// # Errors
+    /// One cannot serve.
+    pub fn deploy(&self, files: Vec<(String, Vec<u8>)>) -> Result<(), HostError> {
+        self.signal.order(Order::Deploy(files))
+    }
+
+    /// Lets the version before serve again, or the kept one whose SHA-256 begins with `digest`; drops a build on trial.
+    ///
+    /// # Errors
+    /// There is none, or it cannot serve any more.
+    pub fn roll_back(&self, name: &str, digest: Option<&str>) -> Result<(), HostError> {
+        self.signal.order(Order::RollBack(name.to_owned(), digest.map(str::to_owned)))
+    }
+
+    /// Lets the build on trial serve everybody.
+    ///
+    /// # Errors
+    /// None is on trial.
+    pub fn promote(&self, name: &str) -> Result<(), HostError> {
+        self.signal.order(Order::Promote(name.to_owned()))
+    }
+
+    /// SHA-256 of the versions of a plugin that are kept, the last to serve first.
+    pub fn versions(&self, name: &str) -> Vec<String> {
+        self.versions.digests(name)
     }
 
     /// Looks for changed files now, instead of when the folder watch says so.
@@ -177,7 +226,7 @@ impl PluginHost {
             let _ = thread.join();
         }
         let old = self.chain.swap(Arc::default());
-        for generation in &old.plugins {
+        for generation in old.generations() {
             generation.retire();
             generation.plugin.end();
         }

@@ -4,22 +4,26 @@ use std::collections::HashMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::sync_channel;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
+use crate::HostError;
 use crate::background;
 use crate::cache::{self, Cache};
+use crate::chain::{Candidate, Chain, Link, Trial};
 use crate::config::{HostConfig, PluginConfig, PluginLimits};
 use crate::engine::{self, Clock, Pool};
 use crate::generation::{Generation, Identity, Parts, reap};
 use crate::grants::{self, FILE_BYTES_MAX, Mounts};
 use crate::guest::linker;
 use crate::plugin::Plugin;
+use crate::probation::{Judgement, Probation};
 use crate::services::Door;
-use crate::{Chain, HostError};
+use crate::versions::Versions;
 
 /// Bytes a component file may have.
 pub(crate) const COMPONENT_BYTES_MAX: u64 = 64 << 20;
@@ -31,6 +35,8 @@ const POOL_INSTANCES_MAX: usize = 1000;
 /// Plugins from the folder that the pool has room for, beside configured ones.
 const FOLDER_PLUGINS: usize = 4;
 
+/// A file that was changed so short a time ago may still be written to.
+const WRITING: Duration = Duration::from_millis(300);
 /// Instances that wait for their end.
 const DEAD_MAX: usize = 1024;
 
@@ -49,6 +55,10 @@ pub(crate) struct Loader {
     parts: Parts,
     cache: Cache,
     known: HashMap<String, Known>,
+    versions: Versions,
+    probations: Vec<Probation>,
+    /// A file may not be whole yet.
+    look_again: bool,
     runtime: tokio::runtime::Handle,
 }
 
@@ -80,7 +90,18 @@ impl Loader {
         let thread = std::thread::Builder::new().name("plugin-reaper".into()).spawn(reap);
         thread.map_err(|error| HostError::new(format!("cannot start the plugin reaper: {error}")))?;
         let parts = Parts { engine, linker, clock, reaper, shards: config.shards, door };
-        Ok(Self { config, chain, parts, cache, known: HashMap::new(), runtime })
+        let versions = Versions::new(cache.dir().join("versions"));
+        Ok(Self {
+            config,
+            chain,
+            parts,
+            cache,
+            known: HashMap::new(),
+            versions,
+            probations: Vec::new(),
+            look_again: false,
+            runtime,
+        })
     }
 
     /// Folders in which something lies that a plugin is made from.
@@ -98,13 +119,14 @@ impl Loader {
     /// Brings the chain in line with the files. With `strict`, a configured plugin that cannot be loaded is an error;
     /// later it is a warning, and what runs goes on.
     pub(crate) fn load_all(&mut self, strict: bool) -> Result<(), HostError> {
+        self.look_again = false;
         let old = self.chain.load_full();
-        let mut plugins = Vec::new();
+        let mut links = Vec::new();
         for (config, configured) in self.wanted() {
-            let running = old.plugins.iter().find(|plugin| *plugin.name == *config.name);
-            match self.load(&config, running) {
-                Ok(None) => plugins.extend(running.cloned()),
-                Ok(Some(plugin)) => plugins.push(plugin),
+            let running = old.link(&config.name);
+            let source = Source::read(&config);
+            match self.load(&config, source, running) {
+                Ok(link) => links.extend(link),
                 Err(error) if strict && configured => {
                     return Err(HostError::new(format!(
                         "plugin {:?} ({}): {error}",
@@ -113,49 +135,206 @@ impl Loader {
                     )));
                 }
                 Err(error) => {
-                    let (plugin, path) = (&config.name, config.path.display());
-                    let what = match running {
-                        Some(_) => "new build rejected, keeping the running one",
-                        None => "plugin not loaded",
-                    };
-                    warn!(%plugin, %path, %error, "{what}");
-                    plugins.extend(running.cloned());
+                    if is_young(&config.path) {
+                        // Perhaps it is still being written.
+                        self.look_again = true;
+                        self.forgive(&config.name);
+                    } else {
+                        let (plugin, path) = (&config.name, config.path.display());
+                        let what = match running {
+                            Some(_) => "new build rejected, keeping the running one",
+                            None => "plugin not loaded",
+                        };
+                        warn!(%plugin, %path, %error, "{what}");
+                    }
+                    links.extend(running.cloned());
                 }
             }
         }
-        plugins.sort_by(|a, b| (a.config.order, &a.name).cmp(&(b.config.order, &b.name)));
-        self.publish(&old, plugins);
+        self.publish(links);
         Ok(())
     }
 
-    fn publish(&mut self, old: &Chain, plugins: Vec<Arc<Generation>>) {
-        let is_same = |(a, b): (&Arc<Generation>, &Arc<Generation>)| Arc::ptr_eq(a, b);
-        if plugins.len() == old.plugins.len() && plugins.iter().zip(&old.plugins).all(is_same) {
+    /// Builds all of them and lets them serve in one step, and keeps them in the files of the plugins; or none.
+    pub(crate) fn deploy(&mut self, files: Vec<(String, Vec<u8>)>) -> Result<(), HostError> {
+        let old = self.chain.load_full();
+        let mut links = old.links.clone();
+        let mut written = Vec::new();
+        for (name, bytes) in files {
+            let known = self.wanted().into_iter().map(|(config, _)| config).find(|config| config.name == name);
+            let config = match (known, &self.config.dir) {
+                (Some(config), _) => config,
+                (None, Some(dir)) => unnamed(&dir.join(format!("{name}.wasm")))
+                    .ok_or_else(|| HostError::new(format!("{name:?} is no name for a plugin")))?,
+                (None, None) => {
+                    return Err(HostError::new(format!("there is no plugin {name:?} and no plugin folder")));
+                }
+            };
+            let source = Source::of(&config, Ok(bytes.clone()));
+            self.forgive(&name);
+            let link = self.load(&config, source, old.link(&name));
+            let link =
+                link.map_err(|error| HostError::new(format!("plugin {name:?}: {error}; nothing was changed")))?;
+            links.retain(|link| *link.serving.name != *name);
+            links.extend(link);
+            written.push((config.path, bytes));
+        }
+        for (path, bytes) in written {
+            write_whole(&path, &bytes)?;
+        }
+        self.publish(links);
+        Ok(())
+    }
+
+    /// Lets an earlier version serve again: the one before, or the one whose digest begins so.
+    pub(crate) fn roll_back(&mut self, name: &str, digest: Option<&str>) -> Result<(), HostError> {
+        let chain = self.chain.load_full();
+        let link = chain.link(name).ok_or_else(|| HostError::new(format!("there is no plugin {name:?}")))?;
+        if digest.is_none() && link.candidate.is_some() {
+            self.drop_candidate(name, "rolled back by an operator");
+            return Ok(());
+        }
+        let version = self.versions.find(name, &link.serving.digest, digest)?;
+        self.deploy(vec![(name.to_owned(), version)])
+    }
+
+    /// Ends a trial: the build on trial serves everybody.
+    pub(crate) fn promote(&mut self, name: &str) -> Result<(), HostError> {
+        let chain = self.chain.load_full();
+        let Some(Link { candidate: Some(candidate), .. }) = chain.link(name) else {
+            return Err(HostError::new(format!("no build of {name:?} is on trial")));
+        };
+        let generation = Arc::clone(&candidate.generation);
+        let links = chain.links.iter().map(|link| {
+            if link.serving.name != generation.name {
+                return link.clone();
+            }
+            self.probations.push(Probation::new(&link.serving, &generation));
+            Link { serving: Arc::clone(&generation), candidate: None }
+        });
+        let links = links.collect();
+        info!(plugin = name, generation = generation.number, "plugin promoted");
+        self.publish(links);
+        Ok(())
+    }
+
+    /// The build on trial goes, and is not tried again until its file changes.
+    fn drop_candidate(&mut self, name: &str, why: &str) {
+        let chain = self.chain.load_full();
+        let Some(Link { candidate: Some(candidate), .. }) = chain.link(name) else { return };
+        warn!(plugin = name, generation = candidate.generation.number, why, "plugin on trial dropped");
+        self.refuse(name, &candidate.generation.made_from);
+        let without = |link: &Link| match &*link.serving.name {
+            found if found == name => Link { candidate: None, ..link.clone() },
+            _ => link.clone(),
+        };
+        self.publish(chain.links.iter().map(without).collect());
+    }
+
+    /// Looks after builds that serve since a short time: those that fail more than their predecessors go.
+    pub(crate) fn check_probations(&mut self) {
+        for probation in std::mem::take(&mut self.probations) {
+            match probation.judge() {
+                Judgement::TooEarly => self.probations.push(probation),
+                Judgement::Fails => self.undo(&probation),
+                Judgement::Passed => {
+                    debug!(plugin = %probation.new.name, generation = probation.new.number, "probation passed");
+                    probation.old.retire();
+                }
+            }
+        }
+        for link in &self.chain.load_full().links {
+            let Some(Candidate { generation, trial }) = &link.candidate else { continue };
+            let name = link.serving.name.to_string();
+            if Probation::fails_more(&link.serving, generation) {
+                self.drop_candidate(&name, "it fails more than the serving build");
+            } else if matches!(trial, Trial::Canary(_)) && generation.born.elapsed() >= generation.config.canary_time()
+            {
+                let _ = self.promote(&name);
+            }
+        }
+    }
+
+    /// Where earlier versions are.
+    pub(crate) fn versions(&self) -> Versions {
+        self.versions.clone()
+    }
+
+    /// Something has to be looked after soon.
+    pub(crate) fn is_restless(&self) -> bool {
+        self.look_again
+            || !self.probations.is_empty()
+            || self.chain.load().links.iter().any(|link| link.candidate.is_some())
+    }
+
+    pub(crate) fn looks_again(&self) -> bool {
+        self.look_again
+    }
+
+    /// Back to the predecessor.
+    fn undo(&mut self, probation: &Probation) {
+        let Probation { old, new, .. } = probation;
+        let chain = self.chain.load_full();
+        if !chain.link(&new.name).is_some_and(|link| Arc::ptr_eq(&link.serving, new)) {
             return;
         }
-        let acl = |plugins: &[Arc<Generation>]| -> Vec<*const Generation> {
-            plugins.iter().filter(|plugin| plugin.exports.acl.is_some()).map(Arc::as_ptr).collect()
+        let (plugin, failures) = (&new.name, new.failures.load(Ordering::Relaxed));
+        warn!(%plugin, generation = new.number, failures, back_to = old.number, "plugin rolled back, it keeps failing");
+        new.plugin.counters.rolled_back.fetch_add(1, Ordering::Relaxed);
+        self.refuse(plugin, &new.made_from);
+        let back = |link: &Link| {
+            if Arc::ptr_eq(&link.serving, new) {
+                Link { serving: Arc::clone(old), candidate: None }
+            } else {
+                link.clone()
+            }
         };
-        let acl_number = old.acl_number + u64::from(acl(&plugins) != acl(&old.plugins));
-        let chain = Arc::new(Chain { plugins, number: old.number + 1, acl_number });
-        self.chain.store(Arc::clone(&chain));
-        for generation in &chain.plugins {
-            generation.plugin.serving.store(Some(Arc::clone(generation)));
-            background::start(&generation.plugin, &self.runtime);
+        self.publish(chain.links.iter().map(back).collect());
+    }
+
+    fn publish(&mut self, mut links: Vec<Link>) {
+        links.sort_by(|a, b| (a.serving.config.order, &a.serving.name).cmp(&(b.serving.config.order, &b.serving.name)));
+        let old = self.chain.load_full();
+        if old.is_like(&links) {
+            return;
         }
+        let begun = Instant::now();
+        let mut chain = Chain { links, number: old.number + 1, acl_number: old.acl_number };
+        chain.acl_number += u64::from(chain.acl() != old.acl());
+        let chain = Arc::new(chain);
+        self.chain.store(Arc::clone(&chain));
         if let Some(broker) = self.parts.door.get() {
             broker.plugins_changed();
         }
-        for gone in old.plugins.iter().filter(|gone| !chain.plugins.iter().any(|plugin| Arc::ptr_eq(plugin, gone))) {
-            gone.retire();
-            if !chain.plugins.iter().any(|plugin| plugin.name == gone.name) {
+        let swap_us = begun.elapsed().as_micros() as u64;
+        debug!(chain = chain.number, swap_us, "plugins swapped");
+        for generation in chain.serving() {
+            generation.plugin.serving.store(Some(Arc::clone(generation)));
+            background::start(&generation.plugin, &self.runtime);
+        }
+        self.let_go(&old, &chain);
+    }
+
+    /// Builds that serve no more are retired, but those that one on probation may have to go back to.
+    fn let_go(&mut self, old: &Chain, chain: &Chain) {
+        let serves = |generation: &Arc<Generation>| chain.generations().any(|other| Arc::ptr_eq(other, generation));
+        // One that is on probation itself, and was replaced, protects nobody.
+        let (kept, over) =
+            std::mem::take(&mut self.probations).into_iter().partition(|one: &Probation| serves(&one.new));
+        self.probations = kept;
+        let freed = over.iter().map(|probation: &Probation| &probation.old);
+        for gone in old.generations().chain(freed).filter(|gone| !serves(gone)) {
+            if !self.probations.iter().any(|probation| Arc::ptr_eq(&probation.old, gone)) {
+                gone.retire();
+            }
+            if chain.link(&gone.name).is_none() && !gone.plugin.is_gone() {
                 info!(plugin = %gone.name, generation = gone.number, "plugin unloaded, its file is gone");
                 gone.plugin.end();
                 self.known.remove(&*gone.name);
             }
         }
         self.known.retain(|name, _| {
-            chain.plugins.iter().any(|plugin| *plugin.name == **name)
+            chain.link(name).is_some()
                 || self.config.plugins.iter().any(|plugin| plugin.name == *name)
                 || self.config.dir.as_ref().is_some_and(|dir| dir.join(format!("{name}.wasm")).exists())
         });
@@ -168,23 +347,22 @@ impl Loader {
         let entries = self.config.dir.as_deref().and_then(|dir| std::fs::read_dir(dir).ok());
         for entry in entries.into_iter().flatten().flatten() {
             let path = entry.path();
-            let Some(name) = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()) else { continue };
-            let named =
-                self.config.plugins.iter().any(|plugin| plugin.name == name || is_same_file(&plugin.path, &path));
-            if path.extension().is_some_and(|extension| extension == "wasm") && !name.starts_with('.') && !named {
-                wanted.push((PluginConfig { name, path, order: UNNAMED_ORDER, ..PluginConfig::default() }, false));
+            let Some(config) = unnamed(&path) else { continue };
+            let same = |plugin: &PluginConfig| plugin.name == config.name || is_same_file(&plugin.path, &path);
+            if !self.config.plugins.iter().any(same) {
+                wanted.push((config, false));
             }
         }
         wanted
     }
 
-    /// `None`: nothing has changed since the last time.
+    /// The plugin's place in the next chain; `None`: nothing of it serves.
     fn load(
         &mut self,
         config: &PluginConfig,
-        running: Option<&Arc<Generation>>,
-    ) -> Result<Option<Arc<Generation>>, HostError> {
-        let source = Source::read(config);
+        source: Source,
+        running: Option<&Link>,
+    ) -> Result<Option<Link>, HostError> {
         let bit = self.free_bit();
         let (shards, feed_messages_max) = (self.config.shards, config.limits.feed_messages_max);
         let known = self.known.entry(config.name.clone()).or_insert_with(|| Known {
@@ -192,24 +370,56 @@ impl Loader {
             plugin: Plugin::new(&config.name, bit, shards, feed_messages_max),
             refused: None,
         });
-        if running.is_some_and(|running| running.made_from == source.made_from) {
-            known.refused = None;
-            return Ok(None);
+        if let Some(link) = running {
+            if link.serving.made_from == source.made_from {
+                known.refused = None;
+                return Ok(Some(Link { serving: Arc::clone(&link.serving), candidate: None }));
+            }
+            if link.candidate.as_ref().is_some_and(|tried| tried.generation.made_from == source.made_from) {
+                return Ok(running.cloned());
+            }
         }
         if known.refused.as_ref() == Some(&source.made_from) {
-            return Ok(None);
+            return Ok(running.cloned());
         }
         let identity = Identity {
             number: known.builds + 1,
             made_from: source.made_from.clone(),
             plugin: Arc::clone(&known.plugin),
         };
-        let built = source.bytes.and_then(|bytes| self.build(config, &bytes, identity, running.is_some()));
+        let built = source.bytes.and_then(|bytes| self.build(config, &bytes, identity, running));
         if let Some(known) = self.known.get_mut(&config.name) {
             known.builds += u64::from(built.is_ok());
             known.refused = built.is_err().then_some(source.made_from);
         }
-        built.map(Some)
+        let new = built?;
+        Ok(Some(match running {
+            None => Link { serving: new, candidate: None },
+            Some(link) => match config.trial() {
+                Some(trial) => {
+                    let candidate = Some(Candidate { generation: new, trial });
+                    Link { serving: Arc::clone(&link.serving), candidate }
+                }
+                None => {
+                    self.probations.push(Probation::new(&link.serving, &new));
+                    Link { serving: new, candidate: None }
+                }
+            },
+        }))
+    }
+
+    /// This state of files is not tried again.
+    fn refuse(&mut self, name: &str, made_from: &str) {
+        if let Some(known) = self.known.get_mut(name) {
+            known.refused = Some(made_from.to_owned());
+        }
+    }
+
+    /// What was refused is tried again.
+    fn forgive(&mut self, name: &str) {
+        if let Some(known) = self.known.get_mut(name) {
+            known.refused = None;
+        }
     }
 
     /// For a plugin that is new. Beyond 64 plugins there is none, and storage hooks of theirs are shown nothing.
@@ -223,24 +433,37 @@ impl Loader {
         config: &PluginConfig,
         bytes: &[u8],
         identity: Identity,
-        replaces: bool,
+        running: Option<&Link>,
     ) -> Result<Arc<Generation>, HostError> {
         let begun = Instant::now();
-        let (component, cached) = self.cache.component(&self.parts.engine, bytes, &cache::digest(bytes))?;
+        let digest = cache::digest(bytes);
+        let (component, cached) = self.cache.component(&self.parts.engine, bytes, &digest)?;
         let compile_ms = begun.elapsed().as_millis() as u64;
         let mounts = Mounts::new(&config.files, &copies(&self.cache))?;
-        let generation = Arc::new(Generation::new(&self.parts, &component, config.clone(), identity, mounts)?);
+        let generation = Generation::new(&self.parts, &component, config.clone(), identity, mounts, &digest)?;
+        let generation = Arc::new(generation);
         let _entered = self.runtime.enter();
-        self.runtime.block_on(generation.prepare())?;
-        let what = if replaces { "plugin replaced" } else { "plugin loaded" };
-        info!(plugin = %config.name, generation = generation.number, compile_ms, cached, "{what}");
+        self.runtime.block_on(generation.prepare(running.map(|link| &*link.serving)))?;
+        self.versions.keep(&config.name, &digest, bytes);
+        let what = match (running, config.trial()) {
+            (None, _) => "plugin loaded",
+            (Some(_), None) => "plugin replaced",
+            (Some(_), Some(Trial::Canary(_))) => "plugin on trial as a canary",
+            (Some(_), Some(Trial::Shadow)) => "plugin on trial as a shadow",
+        };
+        let load_ms = begun.elapsed().as_millis() as u64;
+        info!(plugin = %config.name, generation = generation.number, load_ms, compile_ms, cached, "{what}");
         Ok(generation)
     }
 }
 
 impl Source {
     fn read(config: &PluginConfig) -> Self {
-        let bytes = read_component(config);
+        Self::of(config, read(&config.path, COMPONENT_BYTES_MAX))
+    }
+
+    fn of(config: &PluginConfig, bytes: Result<Vec<u8>, HostError>) -> Self {
+        let bytes = bytes.and_then(|bytes| pinned(config, bytes));
         let made_from = match &bytes {
             Ok(bytes) => config.files.iter().fold(cache::digest(bytes), |made_from, grant| {
                 let file = if grant.host.is_dir() { Ok(Vec::new()) } else { read(&grant.host, FILE_BYTES_MAX) };
@@ -253,8 +476,7 @@ impl Source {
     }
 }
 
-fn read_component(config: &PluginConfig) -> Result<Vec<u8>, HostError> {
-    let bytes = read(&config.path, COMPONENT_BYTES_MAX)?;
+fn pinned(config: &PluginConfig, bytes: Vec<u8>) -> Result<Vec<u8>, HostError> {
     let digest = cache::digest(&bytes);
     match &config.sha256 {
         Some(pin) if !pin.eq_ignore_ascii_case(&digest) => {
@@ -273,6 +495,27 @@ pub(crate) fn read(path: &Path, bytes_max: u64) -> Result<Vec<u8>, HostError> {
         return Err(HostError::new(format!("{} has more than {bytes_max} bytes", path.display())));
     }
     Ok(bytes)
+}
+
+/// A plugin that merely lies in the folder; `None`: this file is none.
+fn unnamed(path: &Path) -> Option<PluginConfig> {
+    let name = path.file_stem()?.to_string_lossy().into_owned();
+    let is_one = path.extension().is_some_and(|extension| extension == "wasm") && !name.starts_with('.');
+    is_one.then(|| PluginConfig { name, path: path.to_owned(), order: UNNAMED_ORDER, ..PluginConfig::default() })
+}
+
+/// It was changed just now.
+fn is_young(path: &Path) -> bool {
+    let changed = std::fs::metadata(path).and_then(|file| file.modified());
+    changed.is_ok_and(|at| at.elapsed().is_ok_and(|age| age < WRITING))
+}
+
+/// Under its name it is there as a whole or not at all.
+fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), HostError> {
+    let new = path.with_extension("new");
+    std::fs::write(&new, bytes)
+        .and_then(|()| std::fs::rename(&new, path))
+        .map_err(|error| HostError::new(format!("cannot write {}: {error}", path.display())))
 }
 
 /// Where copies of granted files lie.

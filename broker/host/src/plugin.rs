@@ -15,6 +15,8 @@ use crate::metrics::Metrics;
 
 /// Events that wait for one plugin.
 const EVENTS_MAX: usize = 10_000;
+/// Changes of filters that wait for one plugin.
+const INTEREST_MAX: usize = 100_000;
 /// Bytes of messages that wait for one plugin.
 const FEED_BYTES_MAX: usize = 256 << 20;
 
@@ -29,6 +31,8 @@ pub(crate) struct Plugin {
     pub(crate) feed: Queue<Shown>,
     /// For `observed`.
     pub(crate) events: Queue<Event>,
+    /// Topic Filters that have got their first subscriber (`true`) or lost their last one.
+    pub(crate) interest: Queue<(String, bool)>,
     /// The build that serves.
     pub(crate) serving: ArcSwapOption<Generation>,
     gone: AtomicBool,
@@ -43,6 +47,7 @@ impl Plugin {
             metrics: Metrics::default(),
             feed: Queue::new(feed_messages_max, FEED_BYTES_MAX),
             events: Queue::new(EVENTS_MAX, usize::MAX),
+            interest: Queue::new(INTEREST_MAX, usize::MAX),
             serving: ArcSwapOption::empty(),
             gone: AtomicBool::new(false),
         })
@@ -54,6 +59,7 @@ impl Plugin {
         self.serving.store(None);
         self.feed.wake();
         self.events.wake();
+        self.interest.wake();
     }
 
     pub(crate) fn is_gone(&self) -> bool {
@@ -86,6 +92,12 @@ pub(crate) trait Weight {
 impl Weight for Shown {
     fn bytes(&self) -> usize {
         self.message.payload.len() + self.message.topic.len() + 128
+    }
+}
+
+impl Weight for (String, bool) {
+    fn bytes(&self) -> usize {
+        1
     }
 }
 

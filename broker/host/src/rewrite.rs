@@ -8,6 +8,7 @@ use wasmqtt_protocol::ports::{Accepted, Client, Submission};
 use wasmqtt_protocol::router::Message;
 
 use crate::call;
+use crate::chain::Trial;
 use crate::config::OnError;
 use crate::hook::{Change, Moment, Rewrite, Shown};
 use crate::shard::Slot;
@@ -46,65 +47,92 @@ impl Work {
     }
 }
 
+impl From<Submission> for Work {
+    fn from(Submission { plugins, client, message }: Submission) -> Self {
+        Self { plugins, client, delivered: message, kept: None, discarded: None }
+    }
+}
+
 /// Shows the messages to each hook that wants them, in order; each sees what the one before made of them.
 ///
 /// Those whose form is for the store alone come last, so that they see what is delivered.
 pub(crate) async fn rewrite(slots: &[Rc<Slot>], messages: Vec<Submission>) -> Vec<Accepted> {
-    let mut works: Vec<Work> = messages
-        .into_iter()
-        .map(|Submission { plugins, client, message }| Work {
-            plugins,
-            client,
-            delivered: message,
-            kept: None,
-            discarded: None,
-        })
-        .collect();
+    let mut works: Vec<Work> = messages.into_iter().map(Work::from).collect();
     for at_rest in [false, true] {
         for slot in slots {
             let wanted = slot.generation.registration();
             if wanted.before_store && wanted.at_rest == at_rest && slot.generation.exports.storage_hook.is_some() {
-                show(slot, &mut works).await;
+                show(slot, &mut works, Moment::BeforeStore, at_rest).await;
             }
         }
     }
     works.into_iter().map(Work::accepted).collect()
 }
 
-async fn show(slot: &Slot, works: &mut [Work]) {
-    let bit = slot.generation.plugin.bit;
-    let wanted = slot.generation.registration();
-    let places: Vec<usize> = works
-        .iter()
-        .enumerate()
-        .filter(|(_, work)| work.plugins & bit != 0 && work.discarded.is_none())
-        .filter(|(_, work)| slot.is_for_listener(work.client.as_ref().map_or("", |client| &client.listener)))
-        .map(|(place, _)| place)
-        .collect();
-    if places.is_empty() {
-        return;
-    }
-    let question = |messages| Rewrite { moment: Moment::BeforeStore, messages, payload: wanted.payload };
-    let all = places.iter().map(|place| works[*place].shown(wanted.at_rest)).collect();
-    if let Ok(changes) = call::ask(slot, &question(all)).await {
-        for (at, change) in changes {
-            works[places[at as usize]].apply(change, wanted.at_rest);
+/// Shows messages from the store to the hooks that sealed them, the last one first.
+pub(crate) async fn open(slots: &[Rc<Slot>], messages: Vec<Submission>) -> Vec<Accepted> {
+    let mut works: Vec<Work> = messages.into_iter().map(Work::from).collect();
+    for slot in slots.iter().rev() {
+        let wanted = slot.generation.registration();
+        if wanted.before_store && wanted.at_rest && slot.generation.exports.storage_hook.is_some() {
+            show(slot, &mut works, Moment::AfterLoad, false).await;
         }
-        return;
     }
-    // One of them did it: each alone, so that the others do not suffer.
-    for place in places {
-        let one = vec![works[place].shown(wanted.at_rest)];
-        match call::ask(slot, &question(one)).await {
-            Ok(changes) => {
-                for (_, change) in changes {
-                    works[place].apply(change, wanted.at_rest);
+    works.into_iter().map(Work::accepted).collect()
+}
+
+/// Places of the messages that a plugin is to see, apart by the build that is to see them.
+fn groups<'a>(slot: &'a Slot, works: &[Work]) -> Vec<(&'a Slot, Vec<usize>)> {
+    let mut serving = Vec::new();
+    let mut canary = Vec::new();
+    let tried = slot.candidate.as_ref().filter(|tried| tried.trial != Trial::Shadow);
+    for (place, work) in works.iter().enumerate() {
+        let (listener, client_id) =
+            work.client.as_ref().map_or(("", ""), |client| (&client.listener, &client.client_id));
+        if work.plugins & slot.generation.plugin.bit == 0 || work.discarded.is_some() || !slot.is_for_listener(listener)
+        {
+            continue;
+        }
+        let to = if tried.is_some_and(|tried| tried.serves(client_id)) { &mut canary } else { &mut serving };
+        to.push(place);
+    }
+    let canary_slot = tried.map_or(slot, |tried| &tried.slot);
+    [(slot, serving), (canary_slot, canary)].into_iter().filter(|(_, places)| !places.is_empty()).collect()
+}
+
+async fn show(slot: &Slot, works: &mut [Work], moment: Moment, at_rest: bool) {
+    let payload = slot.generation.registration().payload;
+    for (slot, places) in groups(slot, works) {
+        let question = |messages| Rewrite { moment, messages, payload };
+        let all = places.iter().map(|place| works[*place].shown(at_rest)).collect();
+        if let Ok(changes) = ask(slot, &question(all)).await {
+            for (at, change) in changes {
+                works[places[at as usize]].apply(change, at_rest);
+            }
+            continue;
+        }
+        // One of them did it: each alone, so that the others do not suffer.
+        for place in places {
+            let one = vec![works[place].shown(at_rest)];
+            match ask(slot, &question(one)).await {
+                Ok(changes) => {
+                    for (_, change) in changes {
+                        works[place].apply(change, at_rest);
+                    }
                 }
-            }
-            Err(OnError::Allow | OnError::Skip) => {}
-            Err(OnError::Deny | OnError::Retry) => {
-                works[place].discarded = Some(ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR);
+                // What cannot be opened again must not go out as it is.
+                Err(OnError::Allow | OnError::Skip) if moment == Moment::BeforeStore => {}
+                Err(_) => works[place].discarded = Some(ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR),
             }
         }
+    }
+}
+
+/// The build was chosen; one in the shadow is asked, too.
+async fn ask(slot: &Slot, question: &Rewrite) -> Result<Vec<(u32, Change)>, OnError> {
+    if slot.candidate.as_ref().is_some_and(|tried| tried.trial == Trial::Shadow) {
+        call::consult(slot, question).await
+    } else {
+        call::ask(slot, question).await
     }
 }

@@ -1,7 +1,7 @@
 //! The plugin chain as one shard sees it: its own instances, its own failures.
 
 use std::cell::{Cell, RefCell};
-use std::hash::RandomState;
+use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher, RandomState};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
@@ -15,14 +15,14 @@ use wasmqtt_protocol::ports::{
 };
 use wasmqtt_protocol::topic::filters_overlap;
 
-use crate::Chain;
 use crate::acl::Authorization;
 use crate::auth::Authentication;
 use crate::breaker::Breaker;
 use crate::call;
+use crate::chain::{Chain, Link, Trial};
 use crate::generation::Generation;
 use crate::hook::Shown;
-use crate::rewrite::rewrite;
+use crate::rewrite::{open, rewrite};
 
 /// Calls of one plugin that may wait for an instance, per shard. More are answered by `on_error`.
 pub(crate) const WAITING_MAX: usize = 1024;
@@ -41,11 +41,31 @@ pub(crate) struct Slot {
     pub(crate) logged: Cell<(Option<Instant>, u64)>,
     /// Keyed at random: nobody can choose Client Identifiers that collide in the breaker.
     pub(crate) hasher: RandomState,
+    /// A newer build that is being tried.
+    pub(crate) candidate: Option<Tried>,
+}
+
+pub(crate) struct Tried {
+    pub(crate) slot: Rc<Slot>,
+    pub(crate) trial: Trial,
+}
+
+impl Tried {
+    /// Whether this build is for that client. The same clients are canaries on every shard and after a restart.
+    pub(crate) fn serves(&self, client_id: &str) -> bool {
+        match self.trial {
+            Trial::Canary(percent) => {
+                BuildHasherDefault::<DefaultHasher>::default().hash_one(client_id) % 100 < u64::from(percent)
+            }
+            Trial::Shadow => false,
+        }
+    }
 }
 
 impl Slot {
-    fn new(generation: &Arc<Generation>, shard: usize) -> Self {
+    fn new(generation: &Arc<Generation>, shard: usize, candidate: Option<Tried>) -> Self {
         Self {
+            candidate,
             generation: Arc::clone(generation),
             shard,
             permits: Semaphore::new(generation.config.limits.instances.max(1)),
@@ -99,14 +119,24 @@ impl View {
         let chain = self.chain.load();
         if !Arc::ptr_eq(&chain, &self.seen.borrow()) {
             let old = Rc::clone(&self.slots.borrow());
-            let slot = |generation: &Arc<Generation>| {
-                let known = old.iter().find(|slot| Arc::ptr_eq(&slot.generation, generation));
-                known.map_or_else(|| Rc::new(Slot::new(generation, self.shard)), Rc::clone)
-            };
-            *self.slots.borrow_mut() = chain.plugins.iter().map(slot).collect();
+            *self.slots.borrow_mut() = chain.links.iter().map(|link| self.slot(link, &old)).collect();
             *self.seen.borrow_mut() = Arc::clone(&chain);
         }
         Rc::clone(&self.slots.borrow())
+    }
+
+    fn slot(&self, link: &Link, old: &Slots) -> Rc<Slot> {
+        let known = old.iter().find(|slot| Arc::ptr_eq(&slot.generation, &link.serving));
+        match (&link.candidate, known) {
+            (None, Some(known)) if known.candidate.is_none() => Rc::clone(known),
+            (candidate, _) => {
+                let tried = candidate.as_ref().map(|candidate| Tried {
+                    slot: Rc::new(Slot::new(&candidate.generation, self.shard, None)),
+                    trial: candidate.trial,
+                });
+                Rc::new(Slot::new(&link.serving, self.shard, tried))
+            }
+        }
     }
 }
 
@@ -129,7 +159,7 @@ impl ShardPlugins for View {
             let Some(slot) = slots.iter().find(|slot| slot.generation.name == step.plugin) else {
                 return AuthOutcome::Unavailable;
             };
-            match call::ask(slot, &Authentication::Step(step)).await {
+            match call::consult(slot, &Authentication::Step(step)).await {
                 // Nobody else knows the exchange, and the `anonymous` rule must not decide it.
                 AuthOutcome::Next => AuthOutcome::Deny(ReasonCode::NOT_AUTHORIZED),
                 outcome => outcome,
@@ -138,7 +168,7 @@ impl ShardPlugins for View {
     }
 
     fn has_acl(&self) -> bool {
-        self.chain.load().plugins.iter().any(|plugin| plugin.exports.acl.is_some())
+        self.chain.load().serving().any(|plugin| plugin.exports.acl.is_some())
     }
 
     fn epoch(&self) -> (u64, u64) {
@@ -167,6 +197,21 @@ impl ShardPlugins for View {
     fn before_store(&self, messages: Vec<Submission>) -> Call<Vec<Accepted>> {
         let slots = self.slots();
         Box::pin(async move { rewrite(&slots, messages).await })
+    }
+
+    fn after_load(&self, messages: Vec<Submission>) -> Call<Vec<Accepted>> {
+        let slots = self.slots();
+        Box::pin(async move { open(&slots, messages).await })
+    }
+
+    fn wants_interest(&self) -> bool {
+        self.slots().iter().any(|slot| slot.generation.exports.cluster.is_some())
+    }
+
+    fn interest_changed(&self, filter: &str, is_wanted: bool) {
+        for slot in self.slots().iter().filter(|slot| slot.generation.exports.cluster.is_some()) {
+            slot.generation.plugin.interest.push(std::iter::once((filter.to_owned(), is_wanted)));
+        }
     }
 
     fn committed(&self, messages: Vec<Submission>) {
@@ -198,15 +243,14 @@ impl ShardPlugins for View {
     }
 
     fn status(&self) -> Vec<(String, String)> {
-        let statuses = self.chain.load();
-        statuses.plugins.iter().flat_map(|plugin| plugin.status().into_topics()).collect()
+        self.chain.load().links.iter().flat_map(|link| link.status().into_topics()).collect()
     }
 }
 
 async fn authenticate(slots: &[Rc<Slot>], question: &Authentication) -> AuthOutcome {
     let listener = &question.request().listener;
     for slot in slots.iter().filter(|slot| slot.generation.exports.auth.is_some() && slot.is_for_listener(listener)) {
-        match call::ask(slot, question).await {
+        match call::consult(slot, question).await {
             AuthOutcome::Next => {}
             outcome => return outcome,
         }
@@ -230,7 +274,7 @@ async fn authorize(slots: &[Rc<Slot>], client: Arc<Client>, accesses: &[Access])
         }
         let asked = open.iter().map(|at| accesses[*at].clone()).collect();
         let question = Authorization { client: Arc::clone(&client), accesses: asked };
-        for (at, decision) in open.into_iter().zip(call::ask(slot, &question).await) {
+        for (at, decision) in open.into_iter().zip(call::consult(slot, &question).await) {
             was_asked[at] = true;
             failed[at] |= decision.failed;
             if decision.verdict.is_some() {

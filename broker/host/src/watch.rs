@@ -2,9 +2,9 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use notify::{RecommendedWatcher, RecursiveMode};
 use notify_debouncer_full::{DebounceEventResult, Debouncer, RecommendedCache, new_debouncer};
@@ -16,10 +16,22 @@ use crate::loader::Loader;
 /// How often files are looked at where the system cannot tell about changes, and folders whether they are still the same.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// How often builds on probation or on trial are looked after.
+const LOOK_AFTER_EVERY: Duration = Duration::from_millis(100);
+
 enum Wake {
     Rescan,
+    Order(Order, SyncSender<Result<(), HostError>>),
     Stop,
+}
+
+/// What an operator wants done.
+pub(crate) enum Order {
+    /// Components by the names of their plugins.
+    Deploy(Vec<(String, Vec<u8>)>),
+    /// The plugin, and the beginning of the digest that is wanted.
+    RollBack(String, Option<String>),
+    Promote(String),
 }
 
 /// Tells the loader's thread something.
@@ -28,6 +40,14 @@ pub(crate) struct Signal(Sender<Wake>);
 impl Signal {
     pub(crate) fn rescan(&self) {
         let _ = self.0.send(Wake::Rescan);
+    }
+
+    /// Has it done, and waits until it is.
+    pub(crate) fn order(&self, order: Order) -> Result<(), HostError> {
+        let (reply, done) = sync_channel(1);
+        let ended = || HostError::new("the plugin loader has ended");
+        self.0.send(Wake::Order(order, reply)).map_err(|_| ended())?;
+        done.recv().map_err(|_| ended())?
     }
 
     pub(crate) fn stop(&self) {
@@ -70,27 +90,41 @@ fn run(mut loader: Loader, mut watched: Watched, mut watcher: Option<Watcher>, w
     lower_priority();
     // What changed between the first load and the watch was not noticed.
     let mut next = Ok(Wake::Rescan);
+    let mut looked = Instant::now();
     loop {
         match next {
-            Ok(Wake::Rescan) | Err(RecvTimeoutError::Timeout) => {}
             Ok(Wake::Stop) | Err(RecvTimeoutError::Disconnected) => return,
+            Ok(Wake::Order(order, reply)) => drop(reply.send(obey(&mut loader, order))),
+            Ok(Wake::Rescan) => load(&mut loader),
+            Err(RecvTimeoutError::Timeout) if loader.looks_again() => load(&mut loader),
+            Err(RecvTimeoutError::Timeout) => {}
         }
-        if let Err(error) = loader.load_all(false) {
-            warn!(%error, "plugins not reloaded");
-        }
-        next = loop {
-            let woken = woken.recv_timeout(LOOK_EVERY);
+        loader.check_probations();
+        if looked.elapsed() >= LOOK_EVERY {
+            looked = Instant::now();
             // A folder that was moved, made again or is a link to another one now is not watched any more.
-            let moved = watcher.as_mut().is_some_and(|watcher| {
-                watched.renew(watcher).unwrap_or_else(|error| {
-                    warn!(%error, "cannot watch the plugin folder again");
-                    false
-                })
-            });
-            if woken.is_ok() || woken == Err(RecvTimeoutError::Disconnected) || moved || watcher.is_none() {
-                break woken;
+            let renewed = watcher.as_mut().map(|watcher| watched.renew(watcher));
+            match renewed {
+                Some(Ok(false)) => {}
+                Some(Ok(true)) | None => load(&mut loader),
+                Some(Err(error)) => warn!(%error, "cannot watch the plugin folder again"),
             }
-        };
+        }
+        next = woken.recv_timeout(if loader.is_restless() { LOOK_AFTER_EVERY } else { LOOK_EVERY });
+    }
+}
+
+fn load(loader: &mut Loader) {
+    if let Err(error) = loader.load_all(false) {
+        warn!(%error, "plugins not reloaded");
+    }
+}
+
+fn obey(loader: &mut Loader, order: Order) -> Result<(), HostError> {
+    match order {
+        Order::Deploy(files) => loader.deploy(files),
+        Order::RollBack(name, digest) => loader.roll_back(&name, digest.as_deref()),
+        Order::Promote(name) => loader.promote(&name),
     }
 }
 

@@ -153,6 +153,17 @@ pub trait ShardPlugins {
     fn before_store(&self, messages: Vec<Submission>) -> Call<Vec<Accepted>> {
         Box::pin(std::future::ready(messages.into_iter().map(|sent| Accepted::Keep(sent.message)).collect()))
     }
+    /// Shows messages that come back from the store to the hooks that sealed them; [`Accepted::Discard`]: it cannot be
+    /// delivered.
+    fn after_load(&self, messages: Vec<Submission>) -> Call<Vec<Accepted>> {
+        Box::pin(std::future::ready(messages.into_iter().map(|sent| Accepted::Keep(sent.message)).collect()))
+    }
+    /// Some plugin wants to know which filters have subscribers. Asked once per [`Self::epoch`].
+    fn wants_interest(&self) -> bool {
+        false
+    }
+    /// A Topic Filter has got its first subscriber, or lost its last one. Must not block.
+    fn interest_changed(&self, _filter: &str, _is_wanted: bool) {}
     /// Hands over messages that are kept, in order; [`Submission::plugins`] says to whom. Must not block.
     fn committed(&self, _messages: Vec<Submission>) {}
     /// Kinds of events that somebody wants, as a set of [`EventKind::bit`]. Asked once per [`Self::epoch`].

@@ -2,8 +2,9 @@
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use wasmqtt_host::{FileGrant, Grants, Mode, PluginConfig, PluginLimits};
+use wasmqtt_host::{FileGrant, Grants, Mode, PluginConfig, PluginLimits, Rollout};
 use wasmqtt_protocol::topic::Filter;
 
 use super::read::{Section, Text};
@@ -37,6 +38,8 @@ pub(super) fn meant_plugin<'a>(
     let listeners = plugin.texts("listeners").into_iter().map(|listener| listener.value.to_owned()).collect();
     let topics = filters(&mut plugin, "topics");
     let (files, grants) = meant_grants(plugin.section("grants"), base);
+    let rollout = meant_rollout(&mut plugin);
+    let probation = plugin.seconds("probation_secs", Duration::from_mins(1), 0..=86_400);
     let limits = meant_limits(plugin.section("limits"));
     plugin.finish();
     Some(PluginConfig {
@@ -50,8 +53,21 @@ pub(super) fn meant_plugin<'a>(
         listeners,
         topics,
         limits,
+        rollout,
+        probation,
         sha256: sha256.map(|digest| digest.value.to_ascii_lowercase()),
     })
+}
+
+fn meant_rollout(plugin: &mut Section<'_>) -> Rollout {
+    let percent: u8 = plugin.number("canary", 0, 0..=99);
+    let time = plugin.seconds("canary_secs", Duration::from_mins(5), 1..=604_800);
+    let shadow = plugin.flag("shadow").unwrap_or(false);
+    match (shadow, percent) {
+        (true, _) => Rollout::Shadow,
+        (false, 0) => Rollout::AtOnce,
+        (false, percent) => Rollout::Canary { percent, time },
+    }
 }
 
 fn meant_grants(mut grants: Section<'_>, base: &Path) -> (Vec<FileGrant>, Grants) {

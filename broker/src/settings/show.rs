@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::Serialize;
-use wasmqtt_host::{FileGrant, PluginConfig};
+use wasmqtt_host::{FileGrant, PluginConfig, Rollout};
 use wasmqtt_protocol::codec::Qos;
 use wasmqtt_protocol::topic::Filter;
 use wasmqtt_server::{Anonymous, Bind};
@@ -74,6 +74,10 @@ struct Plugin<'a> {
     listeners: &'a [String],
     #[serde(skip_serializing_if = "Vec::is_empty")]
     topics: Vec<&'a str>,
+    canary: u8,
+    canary_secs: u64,
+    shadow: bool,
+    probation_secs: u64,
     grants: Grants<'a>,
     limits: ShownLimits,
 }
@@ -170,6 +174,10 @@ fn shown_listener(listener: &wasmqtt_server::Listener) -> Listener {
 fn shown_plugin(plugin: &PluginConfig) -> Plugin<'_> {
     let file = |grant: &FileGrant| spelling(&MODES, grant.mode);
     let limits = &plugin.limits;
+    let (canary, canary_secs) = match plugin.rollout {
+        Rollout::Canary { percent, time } => (percent, time.as_secs()),
+        Rollout::AtOnce | Rollout::Shadow => (0, 300),
+    };
     Plugin {
         name: &plugin.name,
         path: &plugin.path,
@@ -178,6 +186,10 @@ fn shown_plugin(plugin: &PluginConfig) -> Plugin<'_> {
         sha256: plugin.sha256.as_deref(),
         config: pairs(&plugin.config),
         listeners: &plugin.listeners,
+        canary,
+        canary_secs,
+        shadow: plugin.rollout == Rollout::Shadow,
+        probation_secs: plugin.probation.as_secs(),
         topics: plugin.topics.iter().map(Filter::as_str).collect(),
         grants: Grants {
             files: plugin

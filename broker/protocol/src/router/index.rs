@@ -105,6 +105,11 @@ impl Index {
         self.trie.len()
     }
 
+    /// Somebody subscribes with exactly this filter.
+    pub fn has(&self, filter: &str) -> bool {
+        self.trie.find(filter).is_some_and(|node| self.trie.value(node).is_used())
+    }
+
     /// Adds a subscription, or replaces that of the same Session and filter. [MQTT-3.8.4-3]
     pub fn subscribe(&mut self, filter: &str, session: SessionKey, subscription: Subscription) -> Option<Subscription> {
         let node = self.trie.entry(filter);

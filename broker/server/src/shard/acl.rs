@@ -194,6 +194,7 @@ impl Shard {
         }
         self.has_acl = self.plugins.has_acl();
         self.hooks.wanted_events = self.plugins.wanted_events();
+        self.hooks.wants_interest = self.plugins.wants_interest();
         self.routes.forget();
         if epoch[1..] == before[1..] {
             return;

@@ -235,6 +235,9 @@ impl Shard {
                     None => index.unsubscribe(filter.topic_filter(), key),
                 };
                 shared.bump(filter.topic_filter());
+                if self.hooks.wants_interest && !index.has(filter.topic_filter()) {
+                    self.plugins.interest_changed(filter.topic_filter(), false);
+                }
                 count += 1;
             }
         }

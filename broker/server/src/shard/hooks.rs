@@ -37,6 +37,8 @@ pub(super) struct Hooks {
     events: Vec<Event>,
     /// Set of [`EventKind::bit`].
     pub(super) wanted_events: u32,
+    /// A plugin wants to know which filters have subscribers.
+    pub(super) wants_interest: bool,
 }
 
 impl Hooks {

@@ -129,8 +129,9 @@ impl Shard {
         {
             session.refresh_availability(outbox, &self.shared.limits);
         }
-        {
+        let is_first = {
             let mut index = self.shared.index_mut();
+            let is_first = self.hooks.wants_interest && !index.has(filter.topic_filter());
             match filter.share() {
                 Some(share) => {
                     index.subscribe_shared(share, filter.topic_filter(), key, subscription, availability);
@@ -139,6 +140,10 @@ impl Shard {
                     index.subscribe(filter.topic_filter(), key, subscription);
                 }
             }
+            is_first
+        };
+        if is_first {
+            self.plugins.interest_changed(filter.topic_filter(), true);
         }
         self.shared.bump(filter.topic_filter());
         self.store_subscription(key, filter, Some(&subscription));
@@ -177,12 +182,16 @@ impl Shard {
         if !session.unsubscribe(filter) {
             return false;
         }
-        {
+        let was_last = {
             let mut index = self.shared.index_mut();
             match filter.share() {
                 Some(share) => index.unsubscribe_shared(share, filter.topic_filter(), key),
                 None => index.unsubscribe(filter.topic_filter(), key),
             };
+            self.hooks.wants_interest && !index.has(filter.topic_filter())
+        };
+        if was_last {
+            self.plugins.interest_changed(filter.topic_filter(), false);
         }
         self.shared.bump(filter.topic_filter());
         self.store_subscription(key, filter, None);

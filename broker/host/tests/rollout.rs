@@ -1,0 +1,198 @@
+//! How a newer build takes over: with what the old one knew, on probation, as a canary, as a shadow, several at once.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use common::{Broker, allowed, another_build, misbehave, plugin, replace};
+use wasmqtt_host::{Grants, PluginConfig, Rollout};
+use wasmqtt_protocol::access::Action;
+use wasmqtt_protocol::codec::Qos;
+use wasmqtt_protocol::ports::{Access, AuthOutcome, Client};
+use wasmqtt_protocol::topic::Filter;
+
+fn original(component: &str) -> Vec<u8> {
+    std::fs::read(wasmqtt_guests::component(component)).expect("the guest is built")
+}
+
+/// A configured plugin whose file can be replaced.
+fn start(component: &str, config: PluginConfig) -> (Broker, PathBuf) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("p.wasm");
+    std::fs::write(&file, original(component)).expect("can write");
+    let config = PluginConfig { name: "p".into(), path: file.clone(), ..config };
+    (Broker::try_start(folder, vec![config]).expect("loads"), file)
+}
+
+fn probe(settings: &[(&str, &str)]) -> PluginConfig {
+    let grants = Grants {
+        publish: vec![Filter::parse("#").expect("a filter")],
+        disconnect: true,
+        ban: true,
+        revoke: true,
+        environment: Vec::new(),
+    };
+    PluginConfig { grants, ..plugin("p", "", settings) }
+}
+
+fn authorize(broker: &Broker) {
+    let client = Client { client_id: "c".into(), principal: "".into(), listener: "".into() };
+    let access = Access { action: Action::Publish, topic: "a".into(), qos: Qos::AtMostOnce, retain: false };
+    broker.run(broker.shard.authorize(Arc::new(client), Arc::new([access])));
+}
+
+#[test]
+fn the_new_build_knows_what_the_old_one_knew() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (broker, file) = start("probe", probe(&[]));
+    drop(folder);
+    for _ in 0..3 {
+        authorize(&broker);
+    }
+    replace(&file, &another_build("probe"));
+    broker.wait("the new build serves", |broker| broker.generation("p") == 2);
+    // A third one is told by the second what that was told by the first, and what it saw itself.
+    authorize(&broker);
+    replace(&file, &original("probe"));
+    broker.wait("the next build serves", |broker| broker.generation("p") == 3);
+    assert_eq!(broker.status("p").expect("serves").failures, 0);
+}
+
+#[test]
+fn a_hand_over_that_fails_keeps_the_running_build() {
+    for setting in ["snapshot", "restore"] {
+        let (broker, file) = start("probe", probe(&[(setting, "fail")]));
+        replace(&file, &another_build("probe"));
+        std::thread::sleep(Duration::from_millis(700));
+        assert_eq!(broker.generation("p"), 1, "{setting}");
+        authorize(&broker);
+    }
+}
+
+/// Within two seconds, without an operator; and it is not tried again until its file changes.
+#[test]
+fn a_build_that_traps_goes_back_to_its_predecessor() {
+    let (broker, file) = start("auth-demo", misbehave("p", &[]));
+    let good = |broker: &Broker| matches!(broker.ask("good", "alice"), AuthOutcome::Deny(_));
+    assert!(good(&broker));
+    replace(&file, &original("misbehave"));
+    broker.wait("the new build serves", |broker| broker.generation("p") == 2);
+    let begun = Instant::now();
+    let mut client = 0;
+    while broker.generation("p") == 2 {
+        client += 1;
+        broker.ask(&format!("c{client}"), "trap");
+        assert!(begun.elapsed() < Duration::from_secs(2), "still the build that traps");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!((broker.generation("p"), broker.status("p").expect("serves").rolled_back), (1, 1));
+    assert!(good(&broker));
+    broker.host.rescan();
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(broker.generation("p"), 1, "the same file is not tried again");
+    replace(&file, &another_build("misbehave"));
+    broker.wait("another file is", |broker| broker.generation("p") == 3);
+}
+
+#[test]
+fn a_build_that_does_well_stays_and_the_old_one_is_let_go() {
+    let probation = Duration::from_millis(300);
+    let (broker, file) = start("misbehave", PluginConfig { probation, ..misbehave("p", &[]) });
+    replace(&file, &another_build("misbehave"));
+    broker.wait("the new build serves", |broker| broker.generation("p") == 2);
+    broker.wait("the old one is gone", |broker| broker.status("p").expect("serves").instances == 1);
+    assert_eq!(broker.ask("c", ""), allowed("allow"));
+}
+
+#[test]
+fn a_canary_serves_its_share_and_then_everybody() {
+    let rollout = Rollout::Canary { percent: 30, time: Duration::from_secs(3) };
+    let (broker, file) = start("misbehave", PluginConfig { rollout, ..misbehave("p", &[]) });
+    replace(&file, &original("auth-demo"));
+    broker.wait("the canary is there", |broker| broker.status("p").expect("serves").candidate.is_some());
+    // The canary denies everybody.
+    let denied = |broker: &Broker| {
+        (0..200).filter(|n| matches!(broker.ask(&format!("c{n}"), "x"), AuthOutcome::Deny(_))).count()
+    };
+    let first = denied(&broker);
+    assert!((30..=90).contains(&first), "{first} of 200");
+    assert_eq!(denied(&broker), first, "always the same clients");
+    broker.wait("it serves everybody", |broker| broker.generation("p") == 2);
+    assert_eq!(denied(&broker), 200);
+}
+
+#[test]
+fn a_canary_that_fails_goes() {
+    let rollout = Rollout::Canary { percent: 50, time: Duration::from_mins(10) };
+    let (broker, file) = start("auth-demo", PluginConfig { rollout, ..misbehave("p", &[]) });
+    replace(&file, &original("misbehave"));
+    broker.wait("the canary is there", |broker| broker.status("p").expect("serves").candidate.is_some());
+    for n in 0..40 {
+        broker.ask(&format!("c{n}"), "trap");
+    }
+    broker.wait("it is gone", |broker| broker.status("p").expect("serves").candidate.is_none());
+    assert_eq!(broker.generation("p"), 1);
+}
+
+#[test]
+fn a_shadow_is_compared_and_changes_nothing_until_it_is_promoted() {
+    let (broker, file) = start("misbehave", PluginConfig { rollout: Rollout::Shadow, ..misbehave("p", &[]) });
+    assert!(broker.host.promote("p").is_err(), "nothing is on trial");
+    replace(&file, &original("auth-demo"));
+    broker.wait("the shadow is there", |broker| broker.status("p").expect("serves").candidate.is_some());
+    for n in 0..10 {
+        assert_eq!(broker.ask(&format!("c{n}"), "x"), allowed("allow"));
+    }
+    let tried = broker.status("p").expect("serves").candidate.expect("on trial");
+    assert_eq!((tried.compared, tried.differs, tried.percent), (10, 10, None));
+    broker.host.promote("p").expect("is promoted");
+    assert!(matches!(broker.ask("c", "x"), AuthOutcome::Deny(_)));
+}
+
+fn with_two(folder: &Path) -> Vec<PluginConfig> {
+    ["a", "b"]
+        .map(|name| {
+            let path = folder.join(format!("{name}.wasm"));
+            std::fs::write(&path, original("misbehave")).expect("can write");
+            plugin(name, path, &[("answer", "next")])
+        })
+        .to_vec()
+}
+
+#[test]
+fn several_are_deployed_in_one_step_or_none() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let plugins = with_two(folder.path());
+    let files: Vec<PathBuf> = plugins.iter().map(|plugin| plugin.path.clone()).collect();
+    let broker = Broker::try_start(folder, plugins).expect("loads");
+    let deploy = |a: Vec<u8>, b: Vec<u8>| broker.host.deploy(vec![("a".into(), a), ("b".into(), b)]);
+    let refused = deploy(another_build("misbehave"), b"rubbish".to_vec()).expect_err("is refused");
+    assert!(refused.to_string().contains("\"b\"") && refused.to_string().contains("nothing was changed"), "{refused}");
+    assert_eq!((broker.generation("a"), broker.generation("b")), (1, 1));
+    assert_eq!(std::fs::read(&files[0]).expect("readable"), original("misbehave"));
+    deploy(another_build("misbehave"), another_build("misbehave")).expect("both are good");
+    assert_eq!(std::fs::read(&files[1]).expect("readable"), another_build("misbehave"));
+    let status = |name| broker.status(name).expect("serves").digest;
+    assert_eq!(status("a"), status("b"));
+    assert!(broker.host.deploy(vec![("nobody".into(), original("misbehave"))]).is_err(), "there is no folder");
+}
+
+#[test]
+fn an_operator_goes_back_to_an_earlier_version() {
+    let (broker, file) = start("misbehave", misbehave("p", &[]));
+    assert!(broker.host.roll_back("p", None).is_err(), "there is no earlier one");
+    let first = broker.status("p").expect("serves").digest;
+    replace(&file, &another_build("misbehave"));
+    broker.wait("the new build serves", |broker| broker.generation("p") == 2);
+    let second = broker.status("p").expect("serves").digest;
+    assert_eq!(broker.host.versions("p"), [second.clone(), first.clone()]);
+    broker.host.roll_back("p", None).expect("there is one");
+    assert_eq!(broker.status("p").expect("serves").digest, first);
+    assert_eq!(std::fs::read(&file).expect("readable"), original("misbehave"));
+    broker.host.roll_back("p", Some(&second[..8])).expect("by its digest");
+    assert_eq!(broker.status("p").expect("serves").digest, second);
+    let unknown = broker.host.roll_back("p", Some("ffffffff")).expect_err("there is none");
+    assert!(unknown.to_string().contains(&first[..12]), "{unknown}");
+}
