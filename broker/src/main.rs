@@ -1,6 +1,8 @@
 //! The `wasmqtt` binary: command line, configuration, and the wiring of server and plugin host.
 #![forbid(unsafe_code)]
 
+mod control; // commands to a running broker
+mod operate; // `plugin list`, `deploy`, `rollback`, `promote`, `explain`
 mod passwd; // entries for password files
 mod plugins; // settings → plugin host
 mod serve; // from settings to a running broker and back
@@ -13,6 +15,8 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use wasmqtt_server::Listener;
+
+use crate::operate::{Access, Which};
 
 // Each shard allocates and frees small things all day; this allocator keeps a heap per thread for that.
 #[global_allocator]
@@ -121,6 +125,72 @@ enum PluginCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Show the plugins of a running broker.
+    #[command(after_help = "\
+Examples:
+  wasmqtt plugin list
+  wasmqtt plugin list --config /etc/wasmqtt.toml --json")]
+    List {
+        #[command(flatten)]
+        which: Which,
+        /// For machines.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Replace plugins of a running broker, all in one step or none.
+    #[command(after_help = "\
+A component is for the plugin whose name is that of its file; `acl_rules.wasm` is for `acl-rules`.
+
+Examples:
+  wasmqtt plugin deploy target/wasm32-wasip2/release/acl.wasm
+  wasmqtt plugin deploy --name acl build/new.wasm
+  wasmqtt plugin deploy --config /etc/wasmqtt.toml auth.wasm acl.wasm")]
+    Deploy {
+        #[command(flatten)]
+        which: Which,
+        /// Name of the plugin, if the file has another one.
+        #[arg(long)]
+        name: Option<String>,
+        /// Components.
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+    },
+    /// Let an earlier version of a plugin serve again, or drop the one on trial.
+    #[command(after_help = "\
+Examples:
+  wasmqtt plugin rollback acl                     the version before
+  wasmqtt plugin rollback acl --to 3f9a2c         one of those that `plugin list` shows")]
+    Rollback {
+        #[command(flatten)]
+        which: Which,
+        /// Name of the plugin.
+        name: String,
+        /// Beginning of the version.
+        #[arg(long, value_name = "VERSION")]
+        to: Option<String>,
+    },
+    /// Let the version on trial, a canary or a shadow, serve everybody.
+    #[command(after_help = "Example:\n  wasmqtt plugin promote acl")]
+    Promote {
+        #[command(flatten)]
+        which: Which,
+        /// Name of the plugin.
+        name: String,
+    },
+    /// Show who would decide what about an access, and why.
+    #[command(after_help = "\
+Examples:
+  wasmqtt plugin explain --client sensor-7 --publish plant/7/temperature
+  wasmqtt plugin explain --client ann --principal ann --subscribe 'plant/#' --json")]
+    Explain {
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        access: Access,
+        /// For machines.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 fn main() -> ExitCode {
@@ -163,7 +233,18 @@ fn run(command: Command) -> anyhow::Result<()> {
             let cost = passwd::Cost { memory_kib: args.memory_kib, iterations: args.iterations };
             passwd::set(&args.file, &args.user, cost)
         }
-        Command::Plugin(PluginCommand::Inspect { file, json }) => print(&plugins::inspect(&file, json)?),
+        Command::Plugin(command) => print(&run_plugin(command)?),
+    }
+}
+
+fn run_plugin(command: PluginCommand) -> anyhow::Result<String> {
+    match command {
+        PluginCommand::Inspect { file, json } => plugins::inspect(&file, json),
+        PluginCommand::List { which, json } => operate::list(&which, json),
+        PluginCommand::Deploy { which, name, files } => operate::deploy(&which, name.as_deref(), &files),
+        PluginCommand::Rollback { which, name, to } => operate::roll_back(&which, &name, to.as_deref()),
+        PluginCommand::Promote { which, name } => operate::promote(&which, &name),
+        PluginCommand::Explain { which, access, json } => operate::explain(&which, &access, json),
     }
 }
 

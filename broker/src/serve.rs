@@ -17,6 +17,7 @@ use tracing_subscriber::{Layer, fmt};
 use wasmqtt_protocol::ports;
 use wasmqtt_server::{Anonymous, Bind, Server};
 
+use crate::control;
 use crate::plugins;
 use crate::settings::{Log, Settings};
 
@@ -45,6 +46,7 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
     };
     check_exposure(&settings, plugins.as_ref().is_some_and(|plugins| plugins.has_auth()))?;
 
+    let data_dir = settings.data_dir.clone();
     let config = wasmqtt_server::Config {
         listeners: settings.listeners,
         anonymous: settings.anonymous,
@@ -54,6 +56,9 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
     };
     let store = Arc::new(ports::Memory);
     let server = Server::start(config, plugins::port(plugins.as_ref()), store, runtime.handle().clone())?;
+    if let Some(plugins) = &plugins {
+        control::start(&data_dir, Arc::clone(plugins), server.inspector());
+    }
     // Scripts wait for these lines.
     for listener in server.listeners() {
         crate::print(&format!("listening on {listener}\n"))?;

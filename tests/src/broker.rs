@@ -199,6 +199,11 @@ fn stand_in_command(name: &str, folder: &Path) -> (Command, Option<SocketAddr>) 
     (command, Some(address))
 }
 
+/// The binary of the same build as the running test, for its other commands.
+pub fn wasmqtt() -> Command {
+    Command::new(binary())
+}
+
 /// The broker of the same build as the running test; built first if only this package was, and sources are newer.
 fn binary() -> PathBuf {
     static BUILD: Once = Once::new();

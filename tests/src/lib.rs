@@ -10,7 +10,7 @@ mod packet; // packets that own their data
 pub mod raw; // packets by hand
 pub mod traffic; // load in the background
 
-pub use broker::Broker;
+pub use broker::{Broker, wasmqtt};
 pub use client::Client;
 pub use packet::{Connack, Got, Message, Options, Will};
 pub use wasmqtt_protocol::codec::{RetainHandling, SubscribeOptions, Version};

@@ -19,6 +19,9 @@ const LOG_PAUSE: Duration = Duration::from_secs(1);
 /// How long a client waits for a build whose answer does not count.
 const SHADOW_PATIENCE: Duration = Duration::from_millis(20);
 
+/// Bytes of an answer, and of what is handed to one function of the broker.
+pub(crate) const ANSWER_BYTES_MAX: usize = 4 << 20;
+
 /// What a plugin can be asked.
 pub(crate) trait Question {
     type Answer;
@@ -29,6 +32,11 @@ pub(crate) trait Question {
     /// `false`: about several clients at a time, none of whom is to blame for a failure.
     fn is_about_one(&self) -> bool {
         true
+    }
+
+    /// Bytes the answer may have; copying more would hold up the shard.
+    fn answer_bytes_max(&self) -> usize {
+        ANSWER_BYTES_MAX
     }
 
     /// How long the plugin may compute.
@@ -222,6 +230,7 @@ pub(crate) async fn put<Q: Question>(
     let meter = running.meter();
     running.store.set_epoch_deadline(1);
     running.store.data_mut().begin_call();
+    running.store.set_hostcall_fuel(question.answer_bytes_max());
     metered(&generation.clock, &meter, cpu, question.put(running, &generation.name)).await
 }
 

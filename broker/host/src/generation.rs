@@ -12,6 +12,7 @@ use wasmtime_wasi::WasiCtxBuilder;
 use crate::bindings::failure;
 use crate::bindings::handover::exports::wasmqtt::plugin::handover::State;
 use crate::bindings::types::Pair;
+use crate::call::ANSWER_BYTES_MAX;
 use crate::config::PluginConfig;
 use crate::engine::Clock;
 use crate::exports::Indices;
@@ -201,6 +202,7 @@ impl Generation {
         let meter = running.meter();
         let Some(handover) = &running.exports.handover else { return Ok(None) };
         running.store.set_epoch_deadline(1);
+        running.store.set_hostcall_fuel(STATE_BYTES_MAX + ANSWER_BYTES_MAX);
         let call = handover.wasmqtt_plugin_handover().call_snapshot(&mut running.store);
         let answer = metered(&self.clock, &meter, self.cpu(), call).await;
         let answer = answer.map_err(|error| format!("snapshot: {}", self.explained(running, error)))?;

@@ -9,12 +9,10 @@ use wasmqtt_protocol::router::Message;
 
 use crate::bindings::failure;
 use crate::bindings::storage_hook::exports::wasmqtt::plugin::storage_hook as wit;
-use crate::call::{Question, Said};
+use crate::call::{ANSWER_BYTES_MAX, Question, Said};
 use crate::config::{OnError, PluginLimits};
 use crate::instance::Running;
 
-/// Bytes a replaced payload may have.
-const PAYLOAD_BYTES_MAX: usize = 16 << 20;
 /// Bytes replaced properties may have.
 const PROPERTIES_BYTES_MAX: usize = 256 * 1024;
 
@@ -79,6 +77,10 @@ impl Question for Rewrite {
 
     fn is_about_one(&self) -> bool {
         self.messages.len() == 1
+    }
+
+    fn answer_bytes_max(&self) -> usize {
+        ANSWER_BYTES_MAX + 4 * self.messages.iter().map(|shown| shown.message.payload.len()).sum::<usize>()
     }
 
     fn cpu_ms(limits: &PluginLimits) -> u64 {
@@ -198,7 +200,6 @@ fn checked_change(change: wit::Change) -> Result<Change, String> {
         wit::Change::Discard(code) if code >= 0x80 => Ok(Change::Discard(ReasonCode(code))),
         wit::Change::Discard(code) => Err(format!("discarded with Reason Code 0x{code:02X}, which is no error")),
         wit::Change::Replace(wit::Replacement { payload, properties }) => {
-            within("a payload", payload.as_ref(), PAYLOAD_BYTES_MAX)?;
             within("properties", properties.as_ref(), PROPERTIES_BYTES_MAX)?;
             if let Some(properties) = &properties {
                 PublishProperties::check_forwardable(properties).map_err(|error| format!("properties: {error}"))?;

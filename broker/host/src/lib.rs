@@ -15,6 +15,7 @@ mod config;
 mod counters;
 mod engine;
 mod events;
+mod explain;
 mod exports;
 mod generation;
 mod grants;
@@ -38,9 +39,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use arc_swap::ArcSwap;
-use wasmqtt_protocol::ports::{Broker, Plugins, ShardPlugins};
+use wasmqtt_protocol::ports::{Access, Broker, Client, Plugins, ShardPlugins};
 
 pub use config::{FileGrant, Grants, HostConfig, Mode, OnError, PluginConfig, PluginLimits, Rollout};
+pub use explain::Opinion;
 pub use inspect::{Inspection, inspect};
 pub use metrics::Value;
 
@@ -69,6 +71,7 @@ pub struct PluginHost {
     chain: Arc<ArcSwap<Chain>>,
     door: Door,
     signal: Signal,
+    runtime: tokio::runtime::Handle,
     versions: Versions,
     loader: Mutex<Option<JoinHandle<()>>>,
 }
@@ -166,11 +169,11 @@ impl PluginHost {
         let debounce = config.debounce;
         let chain = Arc::new(ArcSwap::default());
         let door = Door::default();
-        let mut loader = Loader::new(config, Arc::clone(&chain), Arc::clone(&door), runtime)?;
+        let mut loader = Loader::new(config, Arc::clone(&chain), Arc::clone(&door), runtime.clone())?;
         let versions = loader.versions();
         loader.load_all(true)?;
         let (signal, thread) = watch::start(loader, debounce)?;
-        Ok(Arc::new(Self { chain, door, signal, versions, loader: Mutex::new(Some(thread)) }))
+        Ok(Arc::new(Self { chain, door, signal, runtime, versions, loader: Mutex::new(Some(thread)) }))
     }
 
     /// Some plugin decides who may connect.
@@ -206,6 +209,13 @@ impl PluginHost {
     /// None is on trial.
     pub fn promote(&self, name: &str) -> Result<(), HostError> {
         self.signal.order(Order::Promote(name.to_owned()))
+    }
+
+    /// What each `acl` plugin would say, in the order in which they are asked.
+    pub fn explain(&self, client: &Arc<Client>, access: &Access) -> Vec<Opinion> {
+        let chain = self.chain.load_full();
+        let asked = chain.serving().filter(|plugin| plugin.exports.acl.is_some());
+        asked.map(|plugin| self.runtime.block_on(explain::opinion(plugin, client, access))).collect()
     }
 
     /// SHA-256 of the versions of a plugin that are kept, the last to serve first.

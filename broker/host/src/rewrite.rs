@@ -13,6 +13,10 @@ use crate::config::OnError;
 use crate::hook::{Change, Moment, Rewrite, Shown};
 use crate::shard::Slot;
 
+/// Messages and bytes of payload that are shown at once; a larger message is shown alone.
+const PORTION_MAX: usize = 1024;
+const PORTION_BYTES_MAX: usize = 1 << 20;
+
 /// A message between two hooks.
 struct Work {
     plugins: u64,
@@ -100,30 +104,55 @@ fn groups<'a>(slot: &'a Slot, works: &[Work]) -> Vec<(&'a Slot, Vec<usize>)> {
     [(slot, serving), (canary_slot, canary)].into_iter().filter(|(_, places)| !places.is_empty()).collect()
 }
 
+/// Parts that are shown at once: what a guest must have room for.
+fn portions<'a>(places: &'a [usize], works: &'a [Work]) -> impl Iterator<Item = &'a [usize]> {
+    let mut rest = places;
+    std::iter::from_fn(move || {
+        let mut bytes = 0;
+        let fits = |place: &&usize| {
+            bytes += works[**place].delivered.payload.len();
+            bytes <= PORTION_BYTES_MAX
+        };
+        let count = rest.iter().take(PORTION_MAX).take_while(fits).count().max(1).min(rest.len());
+        let (portion, after) = rest.split_at(count);
+        rest = after;
+        (!portion.is_empty()).then_some(portion)
+    })
+}
+
 async fn show(slot: &Slot, works: &mut [Work], moment: Moment, at_rest: bool) {
-    let payload = slot.generation.registration().payload;
     for (slot, places) in groups(slot, works) {
-        let question = |messages| Rewrite { moment, messages, payload };
-        let all = places.iter().map(|place| works[*place].shown(at_rest)).collect();
-        if let Ok(changes) = ask(slot, &question(all)).await {
-            for (at, change) in changes {
-                works[places[at as usize]].apply(change, at_rest);
-            }
-            continue;
+        let portions: Vec<Vec<usize>> = portions(&places, works).map(<[usize]>::to_vec).collect();
+        for portion in portions {
+            show_portion(slot, works, &portion, moment, at_rest).await;
         }
-        // One of them did it: each alone, so that the others do not suffer.
-        for place in places {
-            let one = vec![works[place].shown(at_rest)];
-            match ask(slot, &question(one)).await {
-                Ok(changes) => {
-                    for (_, change) in changes {
-                        works[place].apply(change, at_rest);
-                    }
+    }
+}
+
+async fn show_portion(slot: &Slot, works: &mut [Work], places: &[usize], moment: Moment, at_rest: bool) {
+    let payload = slot.generation.registration().payload;
+    let question = |messages| Rewrite { moment, messages, payload };
+    let all = places.iter().map(|place| works[*place].shown(at_rest)).collect();
+    if places.len() > 1
+        && let Ok(changes) = ask(slot, &question(all)).await
+    {
+        for (at, change) in changes {
+            works[places[at as usize]].apply(change, at_rest);
+        }
+        return;
+    }
+    // There is one, or one of them did it: each alone, so that the others do not suffer.
+    for place in places {
+        let one = vec![works[*place].shown(at_rest)];
+        match ask(slot, &question(one)).await {
+            Ok(changes) => {
+                for (_, change) in changes {
+                    works[*place].apply(change, at_rest);
                 }
-                // What cannot be opened again must not go out as it is.
-                Err(OnError::Allow | OnError::Skip) if moment == Moment::BeforeStore => {}
-                Err(_) => works[place].discarded = Some(ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR),
             }
+            // What cannot be opened again must not go out as it is.
+            Err(OnError::Allow | OnError::Skip) if moment == Moment::BeforeStore => {}
+            Err(_) => works[*place].discarded = Some(ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR),
         }
     }
 }

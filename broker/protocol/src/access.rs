@@ -179,6 +179,23 @@ impl Permits {
         self.last = None;
     }
 
+    /// What decides without asking, in words, and what it says; `None`: nothing does.
+    pub fn explain(&self, now_ms: u64, action: Action, topic: &str) -> Option<(String, Verdict)> {
+        let applies_to = |rule: &&Rule| {
+            rule.action.is_none_or(|of| of == action)
+                && applies(action, rule.filter.topic_filter(), verdict_of(rule), topic)
+        };
+        if let Some(rule) = self.rules.iter().find(applies_to) {
+            return Some((format!("the rule for {} that authentication gave", rule.filter), verdict_of(rule)));
+        }
+        let (verdict, until_ms) = self.find(now_ms, action, topic)?;
+        if self.complete {
+            return Some(("no rule that authentication gave, and these are complete".into(), verdict));
+        }
+        let seconds = until_ms.saturating_sub(now_ms) / 1000;
+        Some((format!("a lease that holds for {seconds} s more"), verdict))
+    }
+
     /// The verdict and until when it holds; `u64::MAX`: as long as the connection.
     fn find(&self, now_ms: u64, action: Action, topic: &str) -> Option<(Verdict, u64)> {
         let rule = self.rules.iter().find(|rule| {

@@ -15,11 +15,13 @@ mod stream;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::sync_channel;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use mio::Waker;
-use wasmqtt_protocol::ports::{Plugins, Store};
+use wasmqtt_protocol::access::Verdict;
+use wasmqtt_protocol::ports::{Access, Client, Plugins, Store};
 
 pub use config::{Anonymous, Bind, Config, Limits, Listener};
 
@@ -44,6 +46,33 @@ pub enum StartError {
     /// The system refused a thread or an epoll.
     #[error("cannot start a shard: {0}")]
     Shard(io::Error),
+}
+
+/// How long a shard may take to answer a question of an operator.
+const EXPLAIN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What decides about an access, as far as the broker itself knows.
+#[derive(Debug, Clone)]
+pub struct Explained {
+    /// Who it is about.
+    pub client: Arc<Client>,
+    /// What decides, in words, and what it says; `None`: `acl` plugins are asked, and without any it is allowed.
+    pub known: Option<(String, Verdict)>,
+}
+
+/// Answers questions about a running broker.
+#[derive(Clone)]
+pub struct Inspector(Arc<Shared>);
+
+impl Inspector {
+    /// What is known about an access of a client without asking plugins; `None`: it has no Session here.
+    pub fn explain(&self, client_id: &str, access: Access) -> Option<Explained> {
+        let key = self.0.directory(client_id).get(client_id).copied()?;
+        let (reply, answer) = sync_channel(1);
+        let client_id = client_id.into();
+        self.0.mailboxes[usize::from(key.shard)].send(Mail::Explain { client_id, access, reply });
+        answer.recv_timeout(EXPLAIN_TIMEOUT).ok().flatten()
+    }
 }
 
 /// A running broker.
@@ -96,6 +125,11 @@ impl Server {
             .spawn(move || acceptor.run(&for_acceptor))
             .map_err(StartError::Shard)?;
         Ok(Self { shared, listeners, acceptor, acceptor_waker, shards })
+    }
+
+    /// For questions of operators; outlives the server, and then knows nobody.
+    pub fn inspector(&self) -> Inspector {
+        Inspector(Arc::clone(&self.shared))
     }
 
     /// The listeners with the ports they really have, such as `mqtt://127.0.0.1:1883`.

@@ -1,13 +1,15 @@
 //! How shards and the acceptor talk to a shard.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use mio::Waker;
 use wasmqtt_protocol::codec::ReasonCode;
-use wasmqtt_protocol::ports::Outgoing;
+use wasmqtt_protocol::ports::{Access, Outgoing};
 use wasmqtt_protocol::router::{Group, Message, Target};
 
+use crate::Explained;
 use crate::shard::{Adopted, Arrival};
 
 /// Bytes of messages waiting in one mailbox beyond which the senders stop reading from their clients.
@@ -31,6 +33,8 @@ pub(crate) enum Mail {
     Banned,
     /// Plugins changed, or decisions were revoked.
     Look,
+    /// Somebody wants to know what a client may do.
+    Explain { client_id: Arc<str>, access: Access, reply: SyncSender<Option<Explained>> },
     /// Say goodbye to everybody.
     Drain,
 }

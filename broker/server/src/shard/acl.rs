@@ -18,6 +18,7 @@ use super::routes::random;
 use super::sessions::Standing;
 use super::timers::Timer;
 use super::{Ending, Shard};
+use crate::Explained;
 
 /// After a change that concerns all Sessions, their subscriptions are checked within this time, not at once.
 const SPREAD_MS: u32 = 1000;
@@ -210,6 +211,14 @@ impl Shard {
         if let Some(key) = key.filter(|key| key.shard == self.index) {
             self.revoke(key, 0);
         }
+    }
+
+    /// What is known about an access without asking plugins; `None`: no such client here.
+    pub(super) fn explain(&mut self, client_id: &str, access: &Access) -> Option<Explained> {
+        let key = self.shared.directory(client_id).get(client_id).copied().filter(|key| key.shard == self.index)?;
+        let standing = self.sessions.standing(key.slot)?;
+        let known = standing.permits.explain(self.now_ms, access.action, &access.topic);
+        Some(Explained { client: Arc::clone(&standing.client), known })
     }
 
     fn revoke(&mut self, key: SessionKey, check_in_ms: u64) {

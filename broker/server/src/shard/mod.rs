@@ -221,6 +221,7 @@ impl Shard {
                 self.on_outgoing(*outgoing);
             }
             Mail::Disconnect(client_id, reason) => self.on_disconnect_wanted(&client_id, reason),
+            Mail::Explain { client_id, access, reply } => drop(reply.try_send(self.explain(&client_id, &access))),
             Mail::Banned => self.end_banned(),
             // Each turn looks.
             Mail::Look => {}

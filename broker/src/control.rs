@@ -1,0 +1,247 @@
+//! How commands reach a running broker: a Unix socket in its data folder, which only its user can open.
+//!
+//! One request, one answer, each a line of JSON; the bytes of components follow the request.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, anyhow, bail};
+use serde::{Deserialize, Serialize};
+use tracing::{info, warn};
+use wasmqtt_host::{Opinion, PluginHost};
+use wasmqtt_protocol::access::{Action, Verdict};
+use wasmqtt_protocol::codec::Qos;
+use wasmqtt_protocol::ports::{Access, Client};
+use wasmqtt_server::Inspector;
+
+/// Below `data_dir`.
+const SOCKET: &str = "control.sock";
+/// Bytes of a request without components, and of one component.
+const REQUEST_BYTES_MAX: u64 = 64 * 1024;
+const COMPONENT_BYTES_MAX: u64 = 64 << 20;
+/// How long a client may take to say something.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long deploying may take: compiling a large component takes a while.
+const ANSWER_PATIENCE: Duration = Duration::from_mins(5);
+
+/// What a command wants.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Request {
+    List,
+    /// Names, and how many bytes of each follow.
+    Deploy(Vec<(String, u64)>),
+    RollBack {
+        name: String,
+        digest: Option<String>,
+    },
+    Promote {
+        name: String,
+    },
+    Explain {
+        client_id: String,
+        principal: Option<String>,
+        publish: bool,
+        topic: String,
+    },
+}
+
+/// What comes back.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Answer {
+    Done,
+    Plugins(serde_json::Value),
+    Explanation(serde_json::Value),
+    Failed(String),
+}
+
+/// Why an access is allowed or denied.
+#[derive(Debug, Serialize)]
+struct Explanation {
+    client_id: String,
+    principal: String,
+    connected: bool,
+    /// What the broker itself knows: a rule or a lease.
+    known: Option<String>,
+    opinions: Vec<Opinion>,
+    verdict: String,
+}
+
+/// Serves commands on a thread of its own until the process ends. That it cannot is no reason not to serve clients.
+pub(crate) fn start(data_dir: &Path, plugins: Arc<PluginHost>, server: Inspector) {
+    if let Err(error) = try_start(data_dir, plugins, server) {
+        warn!(error = format!("{error:#}"), "commands such as `wasmqtt plugin list` do not reach this broker");
+    }
+}
+
+fn try_start(data_dir: &Path, plugins: Arc<PluginHost>, server: Inspector) -> anyhow::Result<()> {
+    let path = data_dir.join(SOCKET);
+    let failed = || format!("listen on {} for commands", path.display());
+    std::fs::create_dir_all(data_dir).with_context(failed)?;
+    if UnixStream::connect(&path).is_ok() {
+        bail!("another broker has {} as its data folder, commands reach that one", data_dir.display());
+    }
+    let _ = std::fs::remove_file(&path);
+    let listener = UnixListener::bind(&path).with_context(failed)?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).with_context(failed)?;
+    let serve = move || {
+        for stream in listener.incoming() {
+            let handled = stream.map_err(anyhow::Error::from).and_then(|stream| handle(&stream, &plugins, &server));
+            if let Err(error) = handled {
+                warn!(error = format!("{error:#}"), "command not answered");
+            }
+        }
+    };
+    std::thread::Builder::new().name("control".into()).spawn(serve).with_context(failed)?;
+    Ok(())
+}
+
+fn handle(stream: &UnixStream, plugins: &PluginHost, server: &Inspector) -> anyhow::Result<()> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let mut line = String::new();
+    (&mut reader).take(REQUEST_BYTES_MAX).read_line(&mut line)?;
+    let request: Request = serde_json::from_str(&line).context("read a request")?;
+    let answer = answer(request, &mut reader, plugins, server);
+    let answer = answer.unwrap_or_else(|error| Answer::Failed(format!("{error:#}")));
+    send(stream, &answer)
+}
+
+fn send(mut stream: &UnixStream, message: &impl Serialize) -> anyhow::Result<()> {
+    let mut line = serde_json::to_vec(message)?;
+    line.push(b'\n');
+    stream.write_all(&line)?;
+    Ok(())
+}
+
+fn answer(
+    request: Request,
+    reader: &mut impl Read,
+    plugins: &PluginHost,
+    server: &Inspector,
+) -> anyhow::Result<Answer> {
+    Ok(match request {
+        Request::List => Answer::Plugins(list(plugins)?),
+        Request::Deploy(files) => {
+            let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
+            info!(plugins = names.join(", "), "deploying");
+            let files = files.iter().map(|(name, bytes)| Ok((name.clone(), component(reader, *bytes)?)));
+            plugins.deploy(files.collect::<anyhow::Result<_>>()?)?;
+            Answer::Done
+        }
+        Request::RollBack { name, digest } => {
+            info!(plugin = name, "rolling back");
+            plugins.roll_back(&name, digest.as_deref())?;
+            Answer::Done
+        }
+        Request::Promote { name } => {
+            plugins.promote(&name)?;
+            Answer::Done
+        }
+        Request::Explain { client_id, principal, publish, topic } => {
+            let action = if publish { Action::Publish } else { Action::Subscribe };
+            let access = Access { action, topic: topic.into(), qos: Qos::AtMostOnce, retain: false };
+            let explanation = explain(&client_id, principal.as_deref(), &access, plugins, server);
+            Answer::Explanation(serde_json::to_value(explanation)?)
+        }
+    })
+}
+
+fn component(reader: &mut impl Read, bytes: u64) -> anyhow::Result<Vec<u8>> {
+    if bytes > COMPONENT_BYTES_MAX {
+        bail!("a component of {bytes} bytes; at most {COMPONENT_BYTES_MAX} are allowed");
+    }
+    let mut component = Vec::new();
+    reader.take(bytes).read_to_end(&mut component)?;
+    if component.len() as u64 != bytes {
+        bail!("the component ends after {} of {bytes} bytes", component.len());
+    }
+    Ok(component)
+}
+
+fn list(plugins: &PluginHost) -> anyhow::Result<serde_json::Value> {
+    let mut list = Vec::new();
+    for status in plugins.status() {
+        let versions = plugins.versions(&status.name);
+        let mut shown = serde_json::to_value(status)?;
+        shown["versions"] = serde_json::to_value(versions)?;
+        list.push(shown);
+    }
+    Ok(serde_json::Value::Array(list))
+}
+
+fn explain(
+    client_id: &str,
+    principal: Option<&str>,
+    access: &Access,
+    plugins: &PluginHost,
+    server: &Inspector,
+) -> Explanation {
+    let found = server.explain(client_id, access.clone());
+    let connected = found.is_some();
+    let (client, known) = match found {
+        Some(found) => (found.client, found.known),
+        None => {
+            let client = Client {
+                client_id: client_id.into(),
+                principal: principal.unwrap_or_default().into(),
+                listener: "".into(),
+            };
+            (Arc::new(client), None)
+        }
+    };
+    let opinions = plugins.explain(&client, access);
+    let verdict = match &known {
+        Some((why, verdict)) => format!("{}, by {why}", in_words(*verdict)),
+        None => match opinions.iter().find(|opinion| opinion.verdict != "next") {
+            Some(opinion) if opinion.verdict == "failed" => format!("as on_error of {} says", opinion.plugin),
+            Some(opinion) => format!("{}, by {}", opinion.verdict, opinion.plugin),
+            None if opinions.is_empty() => "allow: no plugin decides about permissions".into(),
+            None => "deny: no plugin granted it".into(),
+        },
+    };
+    let known = known.map(|(why, verdict)| format!("{why}: {}", in_words(verdict)));
+    Explanation {
+        client_id: client.client_id.to_string(),
+        principal: client.principal.to_string(),
+        connected,
+        known,
+        opinions,
+        verdict,
+    }
+}
+
+fn in_words(verdict: Verdict) -> String {
+    match verdict {
+        Verdict::Allow => "allow".into(),
+        Verdict::Deny(reason) => format!("deny 0x{:02X} {}", reason.0, reason.name()),
+    }
+}
+
+/// Asks the broker whose data folder this is; `components` follow the request.
+pub(crate) fn ask(data_dir: &Path, request: &Request, components: &[Vec<u8>]) -> anyhow::Result<Answer> {
+    let path = data_dir.join(SOCKET);
+    let mut stream = UnixStream::connect(&path).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+            anyhow!("no broker runs with {} ({}); name its configuration with --config", data_dir.display(), error)
+        }
+        _ => anyhow!("cannot reach the broker at {}: {error}", path.display()),
+    })?;
+    stream.set_read_timeout(Some(ANSWER_PATIENCE))?;
+    send(&stream, request)?;
+    for component in components {
+        stream.write_all(component)?;
+    }
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line).context("read the broker's answer")?;
+    match serde_json::from_str(&line).context("read the broker's answer")? {
+        Answer::Failed(error) => Err(anyhow!(error)),
+        answer => Ok(answer),
+    }
+}

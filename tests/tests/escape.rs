@@ -1,0 +1,164 @@
+//! Plugins that misbehave on purpose, in the middle of 20,000 messages per second of others: the broker stays up, others
+//! are not slowed down, memory stays within bounds, and the log and `$SYS` name what happened.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use wasmqtt_tests::traffic::{Report, Traffic};
+use wasmqtt_tests::{Broker, Got, Message, Options, Version};
+
+const V5: Version = Version::V5;
+/// What 99 of 100 messages of others may take while a plugin misbehaves.
+const P99_MAX: Duration = Duration::from_millis(20);
+/// Load before and after each attack.
+const AROUND: Duration = Duration::from_millis(1500);
+/// Bytes the broker may grow by: pooled instances and their memories are part of it.
+const GROWTH_MAX: usize = 256 << 20;
+
+/// The probe as a permission plugin for `evil/…` only, and as a storage hook for `hook/…`.
+fn start(limits: &str) -> Broker {
+    Broker::start(&format!(
+        "[[plugin]]\nname = \"probe\"\npath = \"{}\"\ntopics = [\"evil/#\", \"hook/#\"]\n\
+         config = {{ filters = \"hook/#\", before = \"true\" }}\nlimits = {{ {limits} }}\n\
+         grants = {{ publish = [\"storm/#\"], disconnect = true, ban = true, revoke = true }}\n",
+        wasmqtt_guests::component("probe").display()
+    ))
+}
+
+/// Runs `attack` under load, up to three times: somebody else may have the machine for a moment.
+fn under_load(broker: &Broker, attack: impl Fn(usize)) -> Report {
+    // The tests of this file one after another: each wants the machine for its load.
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut attempt = 0;
+    loop {
+        let before = broker.rss();
+        let traffic = Traffic::start(broker.address(), 4, 20_000, None);
+        std::thread::sleep(AROUND);
+        attack(attempt);
+        std::thread::sleep(AROUND);
+        let report = traffic.stop();
+        let growth = broker.rss().saturating_sub(before);
+        println!("{report:?}, {} MiB more", growth >> 20);
+        assert!(growth < GROWTH_MAX, "{growth} bytes more");
+        attempt += 1;
+        if report.p99 < P99_MAX {
+            return report;
+        }
+        assert!(attempt < 3, "{report:?}");
+    }
+}
+
+/// Counters of the plugin from `$SYS`.
+fn counters(broker: &Broker) -> HashMap<String, u64> {
+    let mut client = broker.connect(&Options::new(V5, "counters"));
+    assert_eq!(client.subscribe("$SYS/broker/plugins/probe/#", 0), 0);
+    std::iter::repeat_with(|| client.recv_publish())
+        .take(13)
+        .map(|message| {
+            let name = message.topic.trim_start_matches("$SYS/broker/plugins/probe/").to_owned();
+            (name, String::from_utf8_lossy(&message.payload).parse().expect("a number"))
+        })
+        .collect()
+}
+
+/// They are published every ten seconds.
+fn check_counted(broker: &Broker, what: &str) {
+    for _ in 0..100 {
+        if counters(broker).get(what).is_some_and(|count| *count > 0) {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    panic!("not counted: {what} in {:?}", counters(broker));
+}
+
+/// Publishes to `evil/WHAT` from several clients and expects the denial that `on_error` stands for.
+fn check_contained(what: &str, reason: &str) {
+    let broker = start("hook_cpu_ms = 50");
+    under_load(&broker, |attempt| {
+        for n in 0..4 {
+            let mut client = broker.connect(&Options::new(V5, &format!("evil-{attempt}-{n}")));
+            assert_eq!(client.publish(&Message::new(&format!("evil/{what}"), "x").qos(1)), 0x87, "{what}");
+        }
+    });
+    let log = broker.log();
+    assert!(log.contains("plugin call failed") && log.contains(reason), "{reason:?} is not in\n{log}");
+    check_counted(&broker, "failures");
+}
+
+#[test]
+fn a_trap_is_contained() {
+    check_contained("trap", "unreachable");
+}
+
+#[test]
+fn an_endless_loop_is_contained() {
+    check_contained("loop", "computed longer than cpu_ms = 50");
+}
+
+#[test]
+fn endless_recursion_is_contained() {
+    check_contained("recurse", "wasm trap");
+}
+
+#[test]
+fn a_memory_bomb_is_contained() {
+    check_contained("memory", "it wanted more memory than limits.memory_mib = 16");
+}
+
+/// Just under the deadline, again and again.
+#[test]
+fn slow_answers_hold_up_their_own_client_only() {
+    let broker = start("hook_cpu_ms = 2000");
+    under_load(&broker, |attempt| {
+        let mut client = broker.connect(&Options::new(V5, &format!("slow-{attempt}")));
+        for n in 0..5 {
+            assert_eq!(client.publish(&Message::new(&format!("evil/{n}/work"), "x").qos(1)), 0x10);
+        }
+    });
+}
+
+#[test]
+fn floods_are_cut_off() {
+    let broker = start("hook_cpu_ms = 2000");
+    for flood in ["calls", "metrics", "storm"] {
+        under_load(&broker, |attempt| {
+            let mut client = broker.connect(&Options::new(V5, &format!("{flood}-{attempt}")));
+            assert_eq!(client.publish(&Message::new(&format!("evil/{attempt}/{flood}"), "x").qos(1)), 0x10, "{flood}");
+        });
+    }
+    assert!(broker.log().contains("too many log lines") || broker.log().len() < 1 << 20, "the log is bounded");
+    check_counted(&broker, "metrics/lost");
+}
+
+/// 64 MiB from a plugin that is allowed the memory for it.
+#[test]
+fn a_huge_answer_is_refused() {
+    let broker = start("memory_mib = 256, hook_cpu_ms = 1000");
+    under_load(&broker, |attempt| {
+        let mut client = broker.connect(&Options::new(V5, &format!("huge-{attempt}")));
+        assert_eq!(client.publish(&Message::new("hook/big", "x").qos(1)), 0x83);
+    });
+    assert!(broker.log().contains("plugin call failed") && broker.log().contains("fuel"), "{}", broker.log());
+}
+
+/// A storage hook that breaks discards its message, and others of the same batch and later ones pass.
+#[test]
+fn a_storage_hook_that_breaks_costs_its_own_message() {
+    let broker = start("hook_cpu_ms = 50");
+    let mut watcher = broker.connect(&Options::new(V5, "watcher"));
+    assert_eq!(watcher.subscribe("hook/#", 0), 0);
+    under_load(&broker, |attempt| {
+        let mut good = broker.connect(&Options::new(V5, &format!("good-{attempt}")));
+        for what in ["trap", "loop", "memory"] {
+            // One that broke the plugin is not asked about for a while, so each comes alone.
+            let mut evil = broker.connect(&Options::new(V5, &format!("{what}-{attempt}")));
+            assert_eq!(evil.publish(&Message::new(&format!("hook/{what}"), "x").qos(1)), 0x83, "{what}");
+            assert_eq!(good.publish(&Message::new("hook/upper", "x").qos(1)), 0, "after {what}");
+        }
+    });
+    let Got::Publish(message) = watcher.recv() else { panic!("nothing passed") };
+    assert_eq!((message.topic.as_str(), &message.payload[..]), ("hook/upper", &b"X"[..]));
+}

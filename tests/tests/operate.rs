@@ -1,0 +1,85 @@
+//! Operators' commands against a running broker.
+
+use std::path::{Path, PathBuf};
+
+use tempfile::TempDir;
+use wasmqtt_tests::{Broker, Options, Version, wasmqtt};
+
+/// A folder with the probe in `plugins/acl.wasm`.
+fn folder() -> (TempDir, PathBuf) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("plugins/acl.wasm");
+    std::fs::create_dir(folder.path().join("plugins")).expect("make a folder");
+    std::fs::copy(wasmqtt_guests::component("probe"), &file).expect("the guest is built");
+    (folder, file)
+}
+
+const CONFIG: &str = "\
+[plugins]
+dir = \"plugins\"
+[[plugin]]
+name = \"acl\"
+grants = { publish = [\"#\"], disconnect = true, ban = true, revoke = true }
+";
+
+fn another_build(folder: &Path) -> PathBuf {
+    let mut bytes = std::fs::read(wasmqtt_guests::component("probe")).expect("the guest is built");
+    bytes.extend([0, 2, 1, b'x']);
+    let file = folder.join("acl.wasm");
+    std::fs::write(&file, bytes).expect("write");
+    file
+}
+
+/// Standard output of a command that succeeds, or what it says when it fails.
+fn run(broker: &Broker, arguments: &[&str]) -> Result<String, String> {
+    let config = broker.folder().join("wasmqtt.toml");
+    let output = wasmqtt().arg("plugin").args(arguments).arg("--config").arg(config).output().expect("runs");
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("UTF-8");
+    if output.status.success() { Ok(text(output.stdout)) } else { Err(text(output.stderr)) }
+}
+
+#[test]
+fn plugins_are_listed_deployed_and_rolled_back() {
+    let (folder, _) = folder();
+    let broker = Broker::start_in(folder, CONFIG);
+    let shown = run(&broker, &["list"]).expect("lists");
+    assert!(shown.contains("acl   1") && shown.contains("acl,storage-hook,cluster,events"), "{shown}");
+    let new = another_build(broker.folder());
+    let said = run(&broker, &["deploy", new.to_str().expect("UTF-8")]).expect("deploys");
+    assert_eq!(said, "deployed acl\n");
+    broker.await_log("plugin replaced", 1);
+    let rubbish = broker.folder().join("rubbish.wasm");
+    std::fs::write(&rubbish, "rubbish").expect("write");
+    let refused = run(&broker, &["deploy", "--name", "acl", rubbish.to_str().expect("UTF-8")]).expect_err("is refused");
+    assert!(refused.contains("not a component") && refused.contains("nothing was changed"), "{refused}");
+    assert_eq!(run(&broker, &["rollback", "acl"]).expect("rolls back"), "rolled acl back\n");
+    broker.await_log("plugin replaced", 2);
+    let refused = run(&broker, &["promote", "acl"]).expect_err("nothing is on trial");
+    assert!(refused.contains("on trial"), "{refused}");
+    let listed: String = run(&broker, &["list", "--json"]).expect("lists");
+    assert!(listed.contains("\"generation\": 3"), "{listed}");
+}
+
+#[test]
+fn an_explanation_names_who_decides_and_why() {
+    let (folder, _) = folder();
+    let broker = Broker::start_in(folder, CONFIG);
+    let explain =
+        |action: &str, topic: &str| run(&broker, &["explain", "--client", "c", action, topic]).expect("explains");
+    let shown = explain("--publish", "a/secret");
+    assert!(shown.contains("not connected") && shown.contains("acl (build 1): deny 0x87 Not authorized"), "{shown}");
+    assert!(shown.ends_with("=> deny 0x87 Not authorized, by acl\n"), "{shown}");
+    let mut client = broker.connect(&Options::new(Version::V5, "c"));
+    assert_eq!(client.subscribe("a/#", 0), 0);
+    let shown = explain("--subscribe", "a/x");
+    assert!(shown.contains("connected") && shown.contains("a lease that holds for"), "{shown}");
+    assert!(shown.contains("=> allow, by a lease"), "{shown}");
+}
+
+#[test]
+fn without_a_broker_the_command_says_so() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let output = wasmqtt().args(["plugin", "list"]).current_dir(folder.path()).output().expect("runs");
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("no broker runs with"), "{output:?}");
+}
