@@ -31,6 +31,7 @@ pub mod export;
 pub mod host;
 #[cfg(not(target_arch = "wasm32"))]
 pub mod testing;
+mod topic;
 
 pub use batch::{Batch, Changes, Message, add_user_property, user_properties};
 pub use bindings::acl::exports::wasmqtt::plugin::acl::{Access, Action, Verdict};
@@ -40,6 +41,7 @@ pub use bindings::events::exports::wasmqtt::plugin::events::Event;
 pub use bindings::handover::exports::wasmqtt::plugin::handover::State;
 pub use bindings::imports::wasmqtt::plugin::types::{Client, Pair};
 pub use host::{debug, error, info, warn};
+pub use topic::{filter_covers, filters_overlap, is_valid_filter, topic_matches};
 
 /// Reason Code 0x83, Implementation specific error.
 pub const IMPLEMENTATION_SPECIFIC_ERROR: u8 = 0x83;

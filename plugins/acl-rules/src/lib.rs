@@ -1,0 +1,270 @@
+//! Permissions from a file of rules, in a form of its own or that of mosquitto's `acl_file`.
+//!
+//! ```text
+//! # first rule that applies decides; %c is the Client Identifier, %u the principal
+//! allow publish   sensors/%c/#
+//! allow subscribe commands/%c/#
+//! deny  all       internal/#
+//! allow all       #            user=admin
+//! ```
+//!
+//! Settings: `file` (granted to it), `format` = `rules` or `mosquitto`, `default` = `deny`, `allow` or `next` for what no
+//! rule is about, `ttl` = seconds that a decision holds (300).
+
+mod mosquitto;
+mod rules;
+
+use wasmqtt_sdk::{Access, Acl, Action, Client, Decision, Plugin, Settings, export_plugin};
+use wasmqtt_sdk::{filter_covers, filters_overlap, topic_matches};
+
+/// Seconds that a decision holds unless the settings say otherwise.
+const TTL_DEFAULT: u32 = 300;
+
+/// What a rule is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum On {
+    Publish,
+    Subscribe,
+    All,
+}
+
+/// Whom a rule is about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Who {
+    Everybody,
+    /// Clients without a principal.
+    Anonymous,
+    User(String),
+    Client(String),
+    Listener(String),
+}
+
+/// One line of the file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Rule {
+    pub(crate) allow: bool,
+    pub(crate) on: On,
+    pub(crate) filter: String,
+    /// All must be so.
+    pub(crate) who: Vec<Who>,
+}
+
+impl Rule {
+    fn is_about(&self, client: &Client, action: Action) -> bool {
+        let is_on = match self.on {
+            On::All => true,
+            On::Publish => action == Action::Publish,
+            On::Subscribe => action == Action::Subscribe,
+        };
+        is_on
+            && self.who.iter().all(|who| match who {
+                Who::Everybody => true,
+                Who::Anonymous => client.principal.is_empty(),
+                Who::User(name) => client.principal == *name,
+                Who::Client(id) => client.client_id == *id,
+                Who::Listener(name) => client.listener == *name,
+            })
+    }
+
+    /// The filter for this client; `None`: its name would change what the filter matches.
+    fn filter_for(&self, client: &Client) -> Option<String> {
+        let mut filter = self.filter.clone();
+        for (mark, value) in [("%c", &client.client_id), ("%u", &client.principal)] {
+            if filter.contains(mark) {
+                if value.is_empty() || value.contains(['+', '#', '/']) {
+                    return None;
+                }
+                filter = filter.replace(mark, value);
+            }
+        }
+        Some(filter)
+    }
+}
+
+/// A permission to subscribe must reach as far as the wanted filter, a prohibition counts as soon as they overlap.
+fn applies(allow: bool, filter: &str, access: &Access) -> bool {
+    match (access.action, allow) {
+        (Action::Publish, _) => topic_matches(filter, &access.topic),
+        (Action::Subscribe, true) => filter_covers(filter, &access.topic),
+        (Action::Subscribe, false) => filters_overlap(filter, &access.topic),
+    }
+}
+
+/// Answers for what no rule is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Otherwise {
+    Deny,
+    Allow,
+    Next,
+}
+
+/// The rules of the file, in order.
+#[derive(Debug)]
+pub struct AclRules {
+    rules: Vec<Rule>,
+    /// As mosquitto has it, a prohibition is stronger than any permission; otherwise the first rule decides.
+    deny_wins: bool,
+    otherwise: Otherwise,
+    ttl: u32,
+}
+
+impl AclRules {
+    fn from_text(text: &str, settings: &Settings) -> Result<Self, String> {
+        let (rules, deny_wins) = match settings.get("format").unwrap_or("rules") {
+            "rules" => (rules::parse(text)?, false),
+            "mosquitto" => (mosquitto::parse(text)?, true),
+            other => return Err(format!("setting `format` = {other:?}: allowed are rules and mosquitto")),
+        };
+        let otherwise = match settings.get("default").unwrap_or("deny") {
+            "deny" => Otherwise::Deny,
+            "allow" => Otherwise::Allow,
+            "next" => Otherwise::Next,
+            other => return Err(format!("setting `default` = {other:?}: allowed are deny, allow and next")),
+        };
+        Ok(Self { rules, deny_wins, otherwise, ttl: settings.parse("ttl", TTL_DEFAULT)? })
+    }
+
+    /// The rules about this client and action, with their filters.
+    fn about(&self, client: &Client, action: Action) -> Vec<(bool, String)> {
+        let about = self.rules.iter().filter(|rule| rule.is_about(client, action));
+        let mut found: Vec<_> = about.filter_map(|rule| Some((rule.allow, rule.filter_for(client)?))).collect();
+        if self.deny_wins {
+            // Stable: within each kind the order of the file stays.
+            found.sort_by_key(|(allow, _)| *allow);
+        }
+        found
+    }
+
+    fn decide(&self, client: &Client, access: &Access) -> Decision {
+        let rules = self.about(client, access.action);
+        let found = rules.iter().position(|(allow, filter)| applies(*allow, filter, access));
+        let Some(place) = found else {
+            return match self.otherwise {
+                Otherwise::Deny => Decision::deny().lease(self.ttl),
+                Otherwise::Allow => Decision::allow().lease(self.ttl),
+                Otherwise::Next => Decision::next(),
+            };
+        };
+        let (allow, filter) = &rules[place];
+        let decision = if *allow { Decision::allow() } else { Decision::deny() }.lease(self.ttl);
+        // Within all of its filter, unless a rule before says otherwise about a part of that.
+        let is_whole = !rules[..place].iter().any(|(before, other)| before != allow && filters_overlap(other, filter));
+        if is_whole { decision.scope(filter) } else { decision }
+    }
+}
+
+impl Plugin for AclRules {
+    fn new(settings: &Settings) -> Result<Self, String> {
+        let file = settings.require("file")?;
+        let text = std::fs::read_to_string(file).map_err(|error| format!("cannot read {file}: {error}"))?;
+        Self::from_text(&text, settings).map_err(|error| format!("{file}: {error}"))
+    }
+}
+
+impl Acl for AclRules {
+    fn authorize(&self, client: &Client, access: &Access) -> Result<Decision, String> {
+        Ok(self.decide(client, access))
+    }
+}
+
+export_plugin!(AclRules: acl);
+
+#[cfg(test)]
+mod tests {
+    use wasmqtt_sdk::Verdict;
+    use wasmqtt_sdk::testing::client;
+
+    use super::*;
+
+    fn plugin(text: &str, settings: &[(&str, &str)]) -> AclRules {
+        AclRules::from_text(text, &Settings::from_pairs(settings)).expect("is right")
+    }
+
+    fn decide(rules: &AclRules, who: (&str, &str), action: Action, topic: &str) -> Decision {
+        let access = Access { action, topic: topic.into(), qos: 0, retain: false };
+        rules.decide(&client(who.0, who.1), &access)
+    }
+
+    fn may(rules: &AclRules, who: (&str, &str), action: Action, topic: &str) -> bool {
+        decide(rules, who, action, topic).verdict == Verdict::Allow
+    }
+
+    const RULES: &str = "\
+# sensors
+deny all sensors/secret/#
+allow publish sensors/%c/#
+allow subscribe commands/%c/+
+allow all # user=admin
+allow publish open/# listener=mqtt://127.0.0.1:1883 client=c
+";
+
+    #[test]
+    fn the_first_rule_decides() {
+        let rules = plugin(RULES, &[]);
+        let c = ("c", "");
+        assert!(may(&rules, c, Action::Publish, "sensors/c/temperature"));
+        assert!(!may(&rules, c, Action::Publish, "sensors/d/temperature"));
+        assert!(!may(&rules, c, Action::Subscribe, "sensors/c/temperature"));
+        assert!(may(&rules, c, Action::Subscribe, "commands/c/x"));
+        assert!(!may(&rules, c, Action::Subscribe, "commands/c/#"), "reaches further");
+        assert!(may(&rules, ("x", "admin"), Action::Subscribe, "commands/#"));
+        assert!(!may(&rules, ("x", "admin"), Action::Publish, "sensors/secret/x"));
+        assert!(!may(&rules, ("x", "admin"), Action::Subscribe, "#"), "would let secrets through");
+        assert!(may(&rules, c, Action::Publish, "open/x"));
+        assert!(!may(&rules, ("d", ""), Action::Publish, "open/x"), "another client");
+    }
+
+    /// A name must not widen a rule.
+    #[test]
+    fn names_with_wildcards_match_nothing() {
+        let rules = plugin("allow all sensors/%c/#\nallow all users/%u/#\n", &[]);
+        for id in ["+", "#", "a/b", ""] {
+            assert!(!may(&rules, (id, ""), Action::Publish, "sensors/x/y"), "{id}");
+            assert!(!may(&rules, ("c", id), Action::Publish, "users/x/y"), "{id}");
+        }
+    }
+
+    #[test]
+    fn decisions_are_leased_as_far_as_their_rule_reaches() {
+        let rules = plugin(RULES, &[("ttl", "60")]);
+        let allowed = decide(&rules, ("c", ""), Action::Subscribe, "commands/c/x");
+        assert_eq!((allowed.ttl, allowed.scope.as_str()), (60, "commands/c/+"));
+        let partly = decide(&rules, ("x", "admin"), Action::Publish, "plant");
+        assert_eq!((partly.ttl, partly.scope.as_str()), (60, ""), "a part of # is denied");
+        let denied = decide(&rules, ("c", ""), Action::Publish, "sensors/secret/x");
+        assert_eq!((denied.verdict, denied.scope.as_str()), (Verdict::Deny(0x87), "sensors/secret/#"));
+    }
+
+    #[test]
+    fn what_no_rule_is_about_is_up_to_the_default() {
+        for (default, expected) in [("deny", Verdict::Deny(0x87)), ("allow", Verdict::Allow), ("next", Verdict::Next)] {
+            let rules = plugin("", &[("default", default)]);
+            assert_eq!(decide(&rules, ("c", ""), Action::Publish, "a").verdict, expected);
+        }
+        let wrong = AclRules::from_text("", &Settings::from_pairs(&[("default", "maybe")]));
+        assert!(wrong.unwrap_err().contains("allowed are deny, allow and next"));
+    }
+
+    #[test]
+    fn a_file_of_mosquitto_is_read_as_mosquitto_reads_it() {
+        let text = "\
+topic read $SYS/#
+topic open/#
+user ann
+topic readwrite plant/#
+topic deny plant/secret/#
+topic write log/ann
+pattern read inbox/%u/#
+pattern write outbox/%c/#
+";
+        let rules = plugin(text, &[("format", "mosquitto")]);
+        let ann = ("c", "ann");
+        assert!(may(&rules, ("c", ""), Action::Publish, "open/x"), "anonymous");
+        assert!(!may(&rules, ann, Action::Publish, "open/x"), "rules before the first user are for anonymous clients");
+        assert!(may(&rules, ann, Action::Publish, "plant/x") && may(&rules, ann, Action::Subscribe, "plant/x/+"));
+        assert!(!may(&rules, ann, Action::Publish, "plant/secret/x"), "deny wins wherever it stands");
+        assert!(may(&rules, ann, Action::Publish, "log/ann") && !may(&rules, ann, Action::Subscribe, "log/ann"));
+        assert!(may(&rules, ("c", "bob"), Action::Subscribe, "inbox/bob/x"), "patterns are for all");
+        assert!(may(&rules, ("c", ""), Action::Publish, "outbox/c/x"));
+    }
+}

@@ -1,0 +1,63 @@
+//! The form of mosquitto's `acl_file`: `topic`, `user` and `pattern` lines.
+
+use wasmqtt_sdk::is_valid_filter;
+
+use crate::{On, Rule, Who};
+
+pub(crate) fn parse(text: &str) -> Result<Vec<Rule>, String> {
+    let mut who = Who::Anonymous;
+    let mut rules = Vec::new();
+    for (at, line) in text.lines().enumerate() {
+        let line = line.trim();
+        if line.is_empty() || line.starts_with('#') {
+            continue;
+        }
+        let (kind, rest) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
+        let rest = rest.trim();
+        let added = match kind {
+            "user" if !rest.is_empty() => {
+                who = Who::User(rest.to_owned());
+                continue;
+            }
+            "user" => Err("the user name is missing".to_owned()),
+            "topic" => rule(rest, who.clone()),
+            "pattern" => rule(rest, Who::Everybody),
+            other => Err(format!("{other:?}: allowed are topic, user and pattern")),
+        };
+        rules.push(added.map_err(|error| format!("line {}: {error}", at + 1))?);
+    }
+    Ok(rules)
+}
+
+/// `[read|write|readwrite|deny] FILTER`; a filter may have spaces.
+fn rule(text: &str, who: Who) -> Result<Rule, String> {
+    let (first, rest) = text.split_once(char::is_whitespace).unwrap_or(("", text));
+    let (allow, on, filter) = match first {
+        "read" => (true, On::Subscribe, rest.trim()),
+        "write" => (true, On::Publish, rest.trim()),
+        "readwrite" => (true, On::All, rest.trim()),
+        "deny" => (false, On::All, rest.trim()),
+        _ => (true, On::All, text),
+    };
+    if !is_valid_filter(filter) {
+        return Err(format!("{filter:?} is not a topic filter"));
+    }
+    Ok(Rule { allow, on, filter: filter.to_owned(), who: vec![who] })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wrong_lines_are_named() {
+        for (text, error) in [
+            ("topic a\nacl b", "line 2: \"acl\": allowed are topic, user and pattern"),
+            ("user", "line 1: the user name is missing"),
+            ("topic read a/#/b", "line 1: \"a/#/b\" is not a topic filter"),
+        ] {
+            assert_eq!(parse(text).unwrap_err(), error);
+        }
+        assert_eq!(parse("topic with space/a").unwrap()[0].filter, "with space/a");
+    }
+}
