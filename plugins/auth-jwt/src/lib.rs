@@ -1,1 +1,157 @@
-//! x
+//! Clients show a JSON Web Token instead of a password. HS256, RS256 and ES256.
+//!
+//! Settings, one of: `secret` or `secret_file` (HS256), `key_file` (a public key in PEM: RS256 or ES256), `jwks_file` (a
+//! JSON Web Key Set; the token's `kid` chooses). Then `from` = `password` or `username`; `issuer`, `audience` (several
+//! with spaces between them); `leeway` in seconds (30); `require_exp` = `true` or `false`; `principal_claim` (`sub`);
+//! `username_claim` and `client_id_claim`, which must equal what the client says; `acl_claim` (`acl`).
+//!
+//! A token with the ACL claim `{"pub": [FILTER…], "sub": [FILTER…], "all": [FILTER…]}` carries its permissions: nothing
+//! else is allowed, and no other plugin is asked. A client must have shown a new token when the old one expires.
+
+mod claims;
+mod keys;
+
+use jsonwebtoken::{Validation, decode, decode_header, get_current_timestamp};
+use serde_json::{Map, Value};
+use wasmqtt_sdk::{
+    Auth, BAD_USER_NAME_OR_PASSWORD, Grant, NOT_AUTHORIZED, Outcome, Plugin, Request, Settings, debug, export_plugin,
+};
+
+use crate::keys::Keys;
+
+/// Seconds by which clocks may differ.
+const LEEWAY_DEFAULT: u64 = 30;
+
+/// Where the token is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum From {
+    Password,
+    Username,
+}
+
+/// Its settings and keys.
+pub struct AuthJwt {
+    keys: Keys,
+    from: From,
+    issuer: Vec<String>,
+    audience: Vec<String>,
+    leeway: u64,
+    require_exp: bool,
+    principal_claim: String,
+    username_claim: Option<String>,
+    client_id_claim: Option<String>,
+    acl_claim: String,
+}
+
+fn words(settings: &Settings, name: &str) -> Vec<String> {
+    settings.get(name).unwrap_or_default().split_whitespace().map(str::to_owned).collect()
+}
+
+impl Plugin for AuthJwt {
+    fn new(settings: &Settings) -> Result<Self, String> {
+        let from = match settings.get("from").unwrap_or("password") {
+            "password" => From::Password,
+            "username" => From::Username,
+            other => return Err(format!("setting `from` = {other:?}: allowed are password and username")),
+        };
+        Ok(Self {
+            keys: Keys::from_settings(settings)?,
+            from,
+            issuer: words(settings, "issuer"),
+            audience: words(settings, "audience"),
+            leeway: settings.parse("leeway", LEEWAY_DEFAULT)?,
+            require_exp: settings.parse("require_exp", true)?,
+            principal_claim: settings.get("principal_claim").unwrap_or("sub").to_owned(),
+            username_claim: settings.get("username_claim").map(str::to_owned),
+            client_id_claim: settings.get("client_id_claim").map(str::to_owned),
+            acl_claim: settings.get("acl_claim").unwrap_or("acl").to_owned(),
+        })
+    }
+}
+
+impl AuthJwt {
+    /// The claims of a token that is good now.
+    fn verified(&self, token: &str) -> Result<Map<String, Value>, String> {
+        let header = decode_header(token).map_err(|error| format!("not a token: {error}"))?;
+        let key = self.keys.find(header.kid.as_deref(), header.alg)?;
+        let mut validation = Validation::new(header.alg);
+        validation.leeway = self.leeway;
+        validation.validate_nbf = true;
+        let mut required = Vec::new();
+        if self.require_exp {
+            required.push("exp");
+        }
+        if !self.issuer.is_empty() {
+            validation.set_issuer(&self.issuer);
+            required.push("iss");
+        }
+        if self.audience.is_empty() {
+            validation.validate_aud = false;
+        } else {
+            validation.set_audience(&self.audience);
+            required.push("aud");
+        }
+        validation.set_required_spec_claims(&required);
+        decode(token, key, &validation).map(|token| token.claims).map_err(|error| error.to_string())
+    }
+
+    /// A claim that must say what the client says.
+    fn check_claim(claims: &Map<String, Value>, name: Option<&String>, said: Option<&str>) -> Result<(), String> {
+        let Some(name) = name else { return Ok(()) };
+        match claims.get(name).and_then(Value::as_str) {
+            Some(value) if Some(value) == said => Ok(()),
+            _ => Err(format!("the claim {name} is not what the client says")),
+        }
+    }
+
+    fn grant(&self, claims: &Map<String, Value>, request: &Request) -> Result<Grant, String> {
+        // The user name is the token itself, then.
+        let username = request.username.as_deref().filter(|_| self.from == From::Password);
+        Self::check_claim(claims, self.username_claim.as_ref(), username)?;
+        Self::check_claim(claims, self.client_id_claim.as_ref(), Some(&request.client_id))?;
+        let principal = claims.get(&self.principal_claim).and_then(Value::as_str).or(username).unwrap_or_default();
+        let mut grant = Grant::new(principal);
+        if let Some(acl) = claims.get(&self.acl_claim) {
+            grant.rules = claims::rules(acl)?;
+            grant.complete = true;
+        }
+        if let Some(expires) = claims.get("exp").and_then(Value::as_u64) {
+            // Within the leeway it may be over already; 0 would mean never.
+            let left = (expires + self.leeway).saturating_sub(get_current_timestamp()).max(1);
+            grant.expires = u32::try_from(left).unwrap_or(u32::MAX);
+        }
+        Ok(grant)
+    }
+}
+
+impl Auth for AuthJwt {
+    fn authenticate(&self, request: &Request) -> Result<Outcome, String> {
+        if request.method.is_some() {
+            return Ok(Outcome::Next);
+        }
+        let token = match self.from {
+            From::Password => request.password.as_deref().and_then(|password| std::str::from_utf8(password).ok()),
+            From::Username => request.username.as_deref(),
+        };
+        let Some(token) = token else { return Ok(Outcome::Next) };
+        let claims = match self.verified(token) {
+            Ok(claims) => claims,
+            Err(why) => {
+                debug(&format!("token of {} refused: {why}", request.client_id));
+                return Ok(Outcome::Deny(BAD_USER_NAME_OR_PASSWORD));
+            }
+        };
+        Ok(match self.grant(&claims, request) {
+            Ok(grant) => Outcome::Allow(grant),
+            Err(why) => {
+                debug(&format!("token of {} is not for it: {why}", request.client_id));
+                Outcome::Deny(NOT_AUTHORIZED)
+            }
+        })
+    }
+}
+
+export_plugin!(AuthJwt: auth);
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,168 @@
+use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
+use serde_json::json;
+use wasmqtt_sdk::{Rule, testing};
+
+use super::*;
+
+const RSA: &[u8] = include_bytes!("../test-keys/rsa.pem");
+const RSA_PUBLIC: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/test-keys/rsa.pub.pem");
+const EC: &[u8] = include_bytes!("../test-keys/ec.pem");
+const EC_PUBLIC: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/test-keys/ec.pub.pem");
+
+fn plugin(settings: &[(&str, &str)]) -> AuthJwt {
+    AuthJwt::new(&Settings::from_pairs(settings)).expect("settings are good")
+}
+
+fn hs256() -> AuthJwt {
+    plugin(&[("secret", "s3cret")])
+}
+
+fn later() -> u64 {
+    get_current_timestamp() + 100
+}
+
+fn token(algorithm: Algorithm, kid: Option<&str>, claims: &Value) -> String {
+    let header = Header { kid: kid.map(str::to_owned), ..Header::new(algorithm) };
+    let key = match algorithm {
+        Algorithm::RS256 => EncodingKey::from_rsa_pem(RSA).expect("a key"),
+        Algorithm::ES256 => EncodingKey::from_ec_pem(EC).expect("a key"),
+        _ => EncodingKey::from_secret(b"s3cret"),
+    };
+    encode(&header, claims, &key).expect("a token")
+}
+
+fn ask(plugin: &AuthJwt, token: &str) -> Outcome {
+    plugin.authenticate(&testing::login("c", "ann", token)).expect("answers")
+}
+
+fn granted(outcome: Outcome) -> Grant {
+    let Outcome::Allow(grant) = outcome else { panic!("{outcome:?}") };
+    grant
+}
+
+const DENIED: Outcome = Outcome::Deny(BAD_USER_NAME_OR_PASSWORD);
+
+#[test]
+fn tokens_of_each_algorithm_are_checked_with_their_own_key() {
+    let claims = json!({ "sub": "ann", "exp": later() });
+    let plugins = [
+        (Algorithm::HS256, hs256()),
+        (Algorithm::RS256, plugin(&[("key_file", RSA_PUBLIC)])),
+        (Algorithm::ES256, plugin(&[("key_file", EC_PUBLIC)])),
+    ];
+    for (algorithm, plugin) in &plugins {
+        for other in [Algorithm::HS256, Algorithm::RS256, Algorithm::ES256] {
+            let outcome = ask(plugin, &token(other, None, &claims));
+            assert_eq!(outcome == DENIED, other != *algorithm, "{other:?} for {algorithm:?}: {outcome:?}");
+        }
+    }
+    // A public key is no secret: whoever takes it for one is refused.
+    let public = std::fs::read(RSA_PUBLIC).expect("readable");
+    let forged = encode(&Header::new(Algorithm::HS256), &claims, &EncodingKey::from_secret(&public)).expect("a token");
+    assert_eq!(ask(&plugins[1].1, &forged), DENIED);
+}
+
+#[test]
+fn time_issuer_and_audience_must_be_right() {
+    let plugin = plugin(&[("secret", "s3cret"), ("issuer", "idp"), ("audience", "mqtt other"), ("leeway", "5")]);
+    let now = get_current_timestamp();
+    let good = json!({ "sub": "ann", "exp": later(), "iss": "idp", "aud": ["mqtt"] });
+    assert!(matches!(ask(&plugin, &token(Algorithm::HS256, None, &good)), Outcome::Allow(_)));
+    for (name, value) in [
+        ("exp", json!(now - 10)),
+        ("exp", Value::Null),
+        ("nbf", json!(now + 60)),
+        ("iss", json!("somebody")),
+        ("iss", Value::Null),
+        ("aud", json!("http")),
+        ("aud", Value::Null),
+    ] {
+        let mut bad = good.clone();
+        bad[name] = value.clone();
+        if value.is_null() {
+            bad.as_object_mut().expect("an object").remove(name);
+        }
+        assert_eq!(ask(&plugin, &token(Algorithm::HS256, None, &bad)), DENIED, "{name} = {value}");
+    }
+}
+
+#[test]
+fn rubbish_and_unsigned_tokens_are_refused() {
+    let none = "eyJhbGciOiJub25lIn0.eyJzdWIiOiJhbm4iLCJleHAiOjk5OTk5OTk5OTl9.";
+    let good = token(Algorithm::HS256, None, &json!({ "sub": "ann", "exp": later() }));
+    for text in ["", "x", "a.b.c", none, &good[..good.len() - 2]] {
+        assert_eq!(ask(&hs256(), text), DENIED, "{text}");
+    }
+    let request = testing::request("c");
+    assert_eq!(hs256().authenticate(&request), Ok(Outcome::Next), "no password at all");
+}
+
+#[test]
+fn claims_become_identity_permissions_and_an_end() {
+    let acl = json!({ "pub": ["up/#"], "sub": ["down/+"], "all": ["both"] });
+    let grant =
+        granted(ask(&hs256(), &token(Algorithm::HS256, None, &json!({ "sub": "dev-1", "exp": later(), "acl": acl }))));
+    assert_eq!((grant.principal.as_str(), grant.complete), ("dev-1", true));
+    assert!((120..=131).contains(&grant.expires), "{}", grant.expires);
+    let rule = |filter: &str, publish, subscribe| Rule { filter: filter.into(), publish, subscribe, allow: true };
+    assert_eq!(grant.rules.len(), 3);
+    for expected in [rule("up/#", true, false), rule("down/+", false, true), rule("both", true, true)] {
+        assert!(grant.rules.contains(&expected), "{expected:?}");
+    }
+    let plain = granted(ask(&hs256(), &token(Algorithm::HS256, None, &json!({ "exp": later() }))));
+    assert_eq!((plain.principal.as_str(), plain.complete), ("ann", false), "the user name, and others decide");
+    for acl in [json!([]), json!({ "publish": [] }), json!({ "pub": ["a#"] }), json!({ "pub": "a" })] {
+        let bad = token(Algorithm::HS256, None, &json!({ "exp": later(), "acl": acl }));
+        assert_eq!(ask(&hs256(), &bad), Outcome::Deny(NOT_AUTHORIZED), "{acl}");
+    }
+}
+
+#[test]
+fn a_token_is_for_its_own_client() {
+    let settings = [("secret", "s3cret"), ("username_claim", "user"), ("client_id_claim", "client")];
+    let plugin = plugin(&settings);
+    let claims = |user: &str, client: &str| json!({ "exp": later(), "user": user, "client": client });
+    assert!(matches!(ask(&plugin, &token(Algorithm::HS256, None, &claims("ann", "c"))), Outcome::Allow(_)));
+    for (user, client) in [("bob", "c"), ("ann", "d")] {
+        let outcome = ask(&plugin, &token(Algorithm::HS256, None, &claims(user, client)));
+        assert_eq!(outcome, Outcome::Deny(NOT_AUTHORIZED));
+    }
+}
+
+#[test]
+fn the_user_name_can_be_the_token() {
+    let plugin = plugin(&[("secret", "s3cret"), ("from", "username")]);
+    let token = token(Algorithm::HS256, None, &json!({ "sub": "ann", "exp": later() }));
+    let outcome = plugin.authenticate(&testing::login("c", &token, "")).expect("answers");
+    assert_eq!(granted(outcome).principal, "ann");
+}
+
+#[test]
+fn a_key_set_is_searched_by_kid() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("jwks.json");
+    // {"kty":"oct"} keys: `s3cret` and another.
+    let set = json!({ "keys": [
+        { "kty": "oct", "kid": "old", "alg": "HS256", "k": "b3RoZXI" },
+        { "kty": "oct", "kid": "new", "alg": "HS256", "k": "czNjcmV0" },
+    ] });
+    std::fs::write(&file, set.to_string()).expect("write");
+    let plugin = plugin(&[("jwks_file", file.to_str().expect("UTF-8"))]);
+    let claims = json!({ "sub": "ann", "exp": later() });
+    assert!(matches!(ask(&plugin, &token(Algorithm::HS256, Some("new"), &claims)), Outcome::Allow(_)));
+    assert_eq!(ask(&plugin, &token(Algorithm::HS256, Some("old"), &claims)), DENIED, "signed with another key");
+    assert_eq!(ask(&plugin, &token(Algorithm::HS256, Some("gone"), &claims)), DENIED);
+    assert_eq!(ask(&plugin, &token(Algorithm::HS256, None, &claims)), DENIED, "it could be either");
+}
+
+#[test]
+fn wrong_settings_are_named() {
+    let wrong = |settings: &[(&str, &str)]| AuthJwt::new(&Settings::from_pairs(settings)).err().expect("is refused");
+    assert!(wrong(&[]).contains("secret, secret_file, key_file, jwks_file"));
+    assert!(wrong(&[("secret", "x"), ("key_file", RSA_PUBLIC)]).contains("and only one"));
+    assert!(wrong(&[("secret", "x"), ("from", "cookie")]).contains("allowed are password and username"));
+    assert!(wrong(&[("key_file", "/nowhere")]).contains("cannot read /nowhere"));
+    let here = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
+    assert!(wrong(&[("key_file", here)]).contains("not a public key"));
+    assert!(wrong(&[("jwks_file", here)]).contains("not a JSON Web Key Set"));
+}
