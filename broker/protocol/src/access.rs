@@ -89,8 +89,6 @@ pub struct Permits {
     once: Vec<Once>,
     /// Route → verdict about publishing, and until when.
     memo: HashMap<u64, (Verdict, u64), foldhash::fast::RandomState>,
-    /// The route published to last, if that was allowed, and until when.
-    last: Option<(u64, u64)>,
 }
 
 impl Permits {
@@ -104,34 +102,20 @@ impl Permits {
         self.complete || !self.rules.is_empty()
     }
 
-    /// May it publish to `topic`? `None`: nobody knows yet. `route` stands for the topic, and is never used for another.
-    #[inline]
-    pub fn publish(&mut self, now_ms: u64, route: u64, topic: &str) -> Option<Verdict> {
-        if let Some((last, until_ms)) = self.last
-            && last == route
-            && now_ms < until_ms
-        {
-            return Some(Verdict::Allow);
+    /// May it publish to `topic`, and until when is that so, in milliseconds? `None`: nobody knows yet. `route` stands
+    /// for the topic, and is never used for another.
+    pub fn publish(&mut self, now_ms: u64, route: u64, topic: &str) -> Option<(Verdict, u64)> {
+        if let Some(known) = self.memo.get(&route).copied().filter(|(_, until_ms)| now_ms < *until_ms) {
+            return Some(known);
         }
-        self.publish_elsewhere(now_ms, route, topic)
-    }
-
-    fn publish_elsewhere(&mut self, now_ms: u64, route: u64, topic: &str) -> Option<Verdict> {
-        let known = self.memo.get(&route).copied().filter(|(_, until_ms)| now_ms < *until_ms);
-        let (verdict, until_ms) = if let Some(known) = known {
-            known
-        } else {
-            let found = self.find(now_ms, Action::Publish, topic)?;
-            if found.1 > now_ms {
-                if self.memo.len() >= MEMO_MAX {
-                    self.memo.clear();
-                }
-                self.memo.insert(route, found);
+        let found = self.find(now_ms, Action::Publish, topic)?;
+        if found.1 > now_ms {
+            if self.memo.len() >= MEMO_MAX {
+                self.memo.clear();
             }
-            found
-        };
-        self.last = (verdict == Verdict::Allow).then_some((route, until_ms));
-        Some(verdict)
+            self.memo.insert(route, found);
+        }
+        Some(found)
     }
 
     /// May it subscribe to `filter` (without `$share/…/`)? Also: until when, in milliseconds; `None`: nobody knows yet.
@@ -176,7 +160,6 @@ impl Permits {
         self.held.clear();
         self.once.clear();
         self.memo.clear();
-        self.last = None;
     }
 
     /// What decides without asking, in words, and what it says; `None`: nothing does.
@@ -252,13 +235,17 @@ mod tests {
         Decision { verdict: Some(verdict), lease: Some(Lease { scope, seconds }), failed: false }
     }
 
+    fn publish(permits: &mut Permits, now_ms: u64, route: u64, topic: &str) -> Option<Verdict> {
+        permits.publish(now_ms, route, topic).map(|(verdict, _)| verdict)
+    }
+
     #[test]
     fn the_first_rule_that_applies_decides() {
         let rules =
             vec![rule(None, "secret/#", false), rule(Some(Action::Publish), "up/+", true), rule(None, "#", true)];
         let mut permits = Permits::new(rules, true);
-        assert_eq!(permits.publish(0, 1, "secret/x"), Some(NO));
-        assert_eq!(permits.publish(0, 2, "up/x"), Some(Verdict::Allow));
+        assert_eq!(publish(&mut permits, 0, 1, "secret/x"), Some(NO));
+        assert_eq!(publish(&mut permits, 0, 2, "up/x"), Some(Verdict::Allow));
         assert_eq!(permits.subscribe(0, "up/x"), Some((Verdict::Allow, u64::MAX)));
         assert_eq!(permits.subscribe(0, "#").unwrap().0, NO, "would let secrets through");
         assert_eq!(permits.subscribe(0, "up/#").unwrap().0, Verdict::Allow);
@@ -276,18 +263,18 @@ mod tests {
     #[test]
     fn a_lease_holds_in_its_scope_until_it_ends_or_is_revoked() {
         let mut permits = Permits::default();
-        assert_eq!(permits.publish(0, 1, "a/b"), None);
+        assert_eq!(publish(&mut permits, 0, 1, "a/b"), None);
         permits.learn(0, Action::Publish, "a/b".into(), decision(Verdict::Allow, Some("a/#"), 2));
-        assert_eq!(permits.publish(1, 1, "a/b"), Some(Verdict::Allow));
-        assert_eq!(permits.publish(1, 2, "a/c"), Some(Verdict::Allow));
-        assert_eq!(permits.publish(1, 3, "b"), None);
+        assert_eq!(publish(&mut permits, 1, 1, "a/b"), Some(Verdict::Allow));
+        assert_eq!(publish(&mut permits, 1, 2, "a/c"), Some(Verdict::Allow));
+        assert_eq!(publish(&mut permits, 1, 3, "b"), None);
         assert_eq!(permits.subscribe(1, "a/b"), None, "publishing and subscribing are two things");
-        assert_eq!(permits.publish(1999, 2, "a/c"), Some(Verdict::Allow));
-        assert_eq!(permits.publish(2000, 2, "a/c"), None);
+        assert_eq!(publish(&mut permits, 1999, 2, "a/c"), Some(Verdict::Allow));
+        assert_eq!(publish(&mut permits, 2000, 2, "a/c"), None);
         permits.learn(2000, Action::Publish, "a/b".into(), decision(Verdict::Allow, Some("a/#"), 2));
-        assert_eq!(permits.publish(2001, 1, "a/b"), Some(Verdict::Allow));
+        assert_eq!(publish(&mut permits, 2001, 1, "a/b"), Some(Verdict::Allow));
         permits.revoke();
-        assert_eq!(permits.publish(2001, 1, "a/b"), None);
+        assert_eq!(publish(&mut permits, 2001, 1, "a/b"), None);
     }
 
     #[test]
@@ -297,11 +284,11 @@ mod tests {
         permits.learn(0, Action::Publish, "b".into(), Decision::default());
         // A plugin that answers about something else has still answered.
         permits.learn(0, Action::Publish, "c".into(), decision(NO, Some("d"), 60));
-        assert_eq!(permits.publish(0, 1, "a"), Some(Verdict::Allow));
-        assert_eq!(permits.publish(0, 2, "b"), Some(NO));
-        assert_eq!(permits.publish(0, 3, "c"), Some(NO));
+        assert_eq!(publish(&mut permits, 0, 1, "a"), Some(Verdict::Allow));
+        assert_eq!(publish(&mut permits, 0, 2, "b"), Some(NO));
+        assert_eq!(publish(&mut permits, 0, 3, "c"), Some(NO));
         permits.packet_done();
-        assert_eq!(permits.publish(0, 1, "a"), None);
+        assert_eq!(publish(&mut permits, 0, 1, "a"), None);
     }
 
     #[test]
@@ -319,7 +306,7 @@ mod tests {
         for n in 0..10_000_u32 {
             let topic: Arc<str> = format!("t/{n}").into();
             permits.learn(0, Action::Publish, Arc::clone(&topic), decision(Verdict::Allow, None, 60));
-            assert_eq!(permits.publish(0, u64::from(n), &topic), Some(Verdict::Allow));
+            assert_eq!(publish(&mut permits, 0, u64::from(n), &topic), Some(Verdict::Allow));
         }
         assert_eq!(permits.held.len(), LEASES_MAX);
         assert!(permits.memo.len() <= MEMO_MAX);

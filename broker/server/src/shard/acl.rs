@@ -39,6 +39,7 @@ impl Shard {
             Client { client_id: Arc::clone(&request.client_id), principal, listener: Arc::clone(&request.listener) };
         let standing = Standing { client: Arc::new(client), permits, check_ms: None };
         self.sessions.set_standing(key.slot, Some(Box::new(standing)));
+        self.conns[id].permitted = (0, 0);
         self.check_in(key, 0);
         self.expire_grant(id, grant.expires);
     }
@@ -67,14 +68,34 @@ impl Shard {
         incoming: &Incoming<'_>,
         route: u64,
     ) -> Option<Verdict> {
-        let Some(standing) = self.sessions.standing(key.slot) else { return Some(Verdict::Allow) };
-        if !self.has_acl && !standing.permits.has_rules() {
+        let (permitted, until_ms) = self.conns[id].permitted;
+        if permitted == route && self.now_ms < until_ms {
             return Some(Verdict::Allow);
         }
-        if let Some(verdict) = standing.permits.publish(self.now_ms, route, incoming.topic) {
-            return Some(verdict);
+        self.may_publish_elsewhere(id, key, incoming, route)
+    }
+
+    fn may_publish_elsewhere(
+        &mut self,
+        id: usize,
+        key: SessionKey,
+        incoming: &Incoming<'_>,
+        route: u64,
+    ) -> Option<Verdict> {
+        let Some(standing) = self.sessions.standing(key.slot) else { return Some(Verdict::Allow) };
+        if !self.has_acl && !standing.permits.has_rules() {
+            self.conns[id].permitted = (route, u64::MAX);
+            return Some(Verdict::Allow);
         }
-        self.ask_to_publish(id, key, incoming, route)
+        match standing.permits.publish(self.now_ms, route, incoming.topic) {
+            Some((verdict, until_ms)) => {
+                if verdict == Verdict::Allow {
+                    self.conns[id].permitted = (route, until_ms);
+                }
+                Some(verdict)
+            }
+            None => self.ask_to_publish(id, key, incoming, route),
+        }
     }
 
     #[cold]
@@ -89,7 +110,8 @@ impl Shard {
             return None;
         }
         let permits = &mut self.sessions.standing(key.slot)?.permits;
-        let verdict = permits.publish(self.now_ms, route, incoming.topic).unwrap_or(NOT_AUTHORIZED);
+        let verdict =
+            permits.publish(self.now_ms, route, incoming.topic).map_or(NOT_AUTHORIZED, |(verdict, _)| verdict);
         permits.packet_done();
         if verdict != Verdict::Allow {
             debug!(client_id = %self.sessions.get(key.slot)?.client_id, topic = incoming.topic, "publishing denied");
@@ -224,7 +246,14 @@ impl Shard {
     fn revoke(&mut self, key: SessionKey, check_in_ms: u64) {
         if let Some(standing) = self.sessions.standing(key.slot) {
             standing.permits.revoke();
+            self.forget_permitted(key);
             self.check_in(key, check_in_ms);
+        }
+    }
+
+    fn forget_permitted(&mut self, key: SessionKey) {
+        if let Some(conn) = self.sessions.conn(key.slot).and_then(|id| self.conns.get_mut(id)) {
+            conn.permitted = (0, 0);
         }
     }
 
@@ -329,9 +358,9 @@ impl Shard {
             return true;
         }
         match standing.permits.publish(self.now_ms, route, &message.topic) {
-            Some(Verdict::Allow) => return true,
+            Some((Verdict::Allow, _)) => return true,
             None if self.has_acl => {}
-            Some(Verdict::Deny(_)) | None => {
+            Some((Verdict::Deny(_), _)) | None => {
                 info!(client_id = %standing.client.client_id, topic = %message.topic, "Will Message denied");
                 return false;
             }

@@ -81,6 +81,8 @@ pub(crate) struct Conn {
     pub(super) asking: bool,
     /// Messages of it that wait for storage hooks; meanwhile nothing more is read.
     pub(super) submitted: u32,
+    /// The route it may publish to without another look, and until when; here, where each packet comes by anyway.
+    pub(super) permitted: (u64, u64),
     /// When what authentication granted ends.
     pub(super) granted_until_ms: Option<u64>,
     /// Nothing is written before the store has committed this batch.
@@ -117,6 +119,7 @@ impl Shard {
             read_closed: false,
             asking: false,
             submitted: 0,
+            permitted: (0, 0),
             granted_until_ms: None,
             barrier: 0,
             backlog: None,

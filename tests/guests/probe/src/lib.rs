@@ -114,6 +114,8 @@ impl StorageHook for Probe {
                 "upper" => changes.replace_payload(&message, message.payload.to_ascii_uppercase()),
                 "big" => changes.replace_payload(&message, vec![0; 64 << 20]),
                 "fail" => return Err("as told".into()),
+                // For measuring: another payload of the same bytes.
+                _ if self.is("rewrite", "same") => changes.replace_payload(&message, message.payload.to_vec()),
                 _ if self.is("rewrite", "true") => {
                     changes.replace_payload(&message, message.payload.iter().rev().copied().collect());
                 }
