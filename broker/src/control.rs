@@ -185,17 +185,13 @@ fn explain(
 ) -> Explanation {
     let found = server.explain(client_id, access.clone());
     let connected = found.is_some();
-    let (client, known) = match found {
-        Some(found) => (found.client, found.known),
-        None => {
-            let client = Client {
-                client_id: client_id.into(),
-                principal: principal.unwrap_or_default().into(),
-                listener: "".into(),
-            };
-            (Arc::new(client), None)
-        }
-    };
+    let (client, known) = found.map_or_else(
+        || {
+            let principal = principal.unwrap_or_default().into();
+            (Arc::new(Client { client_id: client_id.into(), principal, listener: "".into() }), None)
+        },
+        |found| (found.client, found.known),
+    );
     let opinions = plugins.explain(&client, access);
     let verdict = match &known {
         Some((why, verdict)) => format!("{}, by {why}", in_words(*verdict)),

@@ -84,12 +84,10 @@ fn a_published_interface_does_not_change_without_a_new_version() {
     let now = items(&wit);
     let folder = root().join("tests/contract");
     let file = folder.join(format!("{version}.txt"));
-    let text: String = now
-        .iter()
-        .map(|(name, lines)| {
-            format!("{name} {{\n{}}}\n", lines.iter().map(|line| format!("  {line}\n")).collect::<String>())
-        })
-        .collect();
+    let item = |(name, lines): (&String, &Vec<String>)| {
+        [&[format!("{name} {{")], &indented(lines)[..], &["}".to_owned()]].concat()
+    };
+    let text = now.iter().flat_map(item).collect::<Vec<_>>().join("\n") + "\n";
     if !file.exists() && std::env::var_os("WASMQTT_BLESS").is_some() {
         std::fs::create_dir_all(&folder).expect("make a folder");
         std::fs::write(&file, &text).expect("write");
@@ -101,6 +99,10 @@ fn a_published_interface_does_not_change_without_a_new_version() {
         let Some(present) = now.get(name) else { panic!("{name} is gone: {version} has it") };
         assert!(is_kept(name, lines, present), "{name} is another than in {version}:\n{lines:#?}\n{present:#?}");
     }
+}
+
+fn indented(lines: &[String]) -> Vec<String> {
+    lines.iter().map(|line| format!("  {line}")).collect()
 }
 
 fn parse(text: &str) -> BTreeMap<String, Vec<String>> {

@@ -393,19 +393,13 @@ impl Loader {
             known.refused = built.is_err().then_some(source.made_from);
         }
         let new = built?;
-        Ok(Some(match running {
-            None => Link { serving: new, candidate: None },
-            Some(link) => match config.trial() {
-                Some(trial) => {
-                    let candidate = Some(Candidate { generation: new, trial });
-                    Link { serving: Arc::clone(&link.serving), candidate }
-                }
-                None => {
-                    self.probations.push(Probation::new(&link.serving, &new));
-                    Link { serving: new, candidate: None }
-                }
-            },
-        }))
+        let Some(link) = running else { return Ok(Some(Link { serving: new, candidate: None })) };
+        if let Some(trial) = config.trial() {
+            let candidate = Some(Candidate { generation: new, trial });
+            return Ok(Some(Link { serving: Arc::clone(&link.serving), candidate }));
+        }
+        self.probations.push(Probation::new(&link.serving, &new));
+        Ok(Some(Link { serving: new, candidate: None }))
     }
 
     /// This state of files is not tried again.

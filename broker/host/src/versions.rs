@@ -52,7 +52,7 @@ impl Versions {
             Some((path, digest, at))
         };
         let mut found: Vec<_> = entries.into_iter().flatten().flatten().filter_map(version).collect();
-        found.sort_by(|a, b| b.2.cmp(&a.2));
+        found.sort_by_key(|(_, _, at)| std::cmp::Reverse(*at));
         found
     }
 

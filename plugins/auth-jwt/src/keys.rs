@@ -55,7 +55,7 @@ impl Keys {
                 AlgorithmFamily::Hmac => Algorithm::HS256,
                 AlgorithmFamily::Rsa => Algorithm::RS256,
                 AlgorithmFamily::Ec => Algorithm::ES256,
-                _ => continue,
+                AlgorithmFamily::Ed => continue,
             };
             keys.push(Known { id: jwk.common.key_id.clone(), algorithm, key });
         }

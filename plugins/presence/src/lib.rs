@@ -125,7 +125,7 @@ mod tests {
 
     #[test]
     fn wrong_settings_are_named() {
-        let wrong = Presence::new(&Settings::from_pairs(&[("topic", "presence/#")])).err().expect("is refused");
+        let wrong = Presence::new(&Settings::from_pairs(&[("topic", "presence/#")])).expect_err("is refused");
         assert!(wrong.contains("`topic`"), "{wrong}");
     }
 }
