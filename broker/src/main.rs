@@ -1,6 +1,7 @@
 //! The `wasmqtt` binary: command line, configuration, and the wiring of server and plugin host.
 #![forbid(unsafe_code)]
 
+mod authoring; // `plugin new`, `check`, `test`, `bench`
 mod control; // commands to a running broker
 mod operate; // `plugin list`, `deploy`, `rollback`, `promote`, `explain`
 mod passwd; // entries for password files
@@ -16,6 +17,7 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use wasmqtt_server::Listener;
 
+use crate::authoring::{Kind, Language};
 use crate::operate::{Access, Which};
 
 // Each shard allocates and frees small things all day; this allocator keeps a heap per thread for that.
@@ -121,6 +123,67 @@ enum PluginCommand {
     Inspect {
         /// The component.
         file: PathBuf,
+        /// For machines.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make a project for a plugin, which builds and passes its own tests at once.
+    #[command(after_help = "\
+Examples:
+  wasmqtt plugin new my-acl --lang rust --kind acl
+  wasmqtt plugin new meter --kind events --path plugins/meter")]
+    New {
+        /// Name of the plugin and its folder: small letters, digits and `-`.
+        name: String,
+        /// Language.
+        #[arg(long, value_enum, default_value = "rust")]
+        lang: Language,
+        /// What it is for.
+        #[arg(long, value_enum)]
+        kind: Kind,
+        /// Folder, if it is not to be called like the plugin.
+        #[arg(long, value_name = "DIR")]
+        path: Option<PathBuf>,
+    },
+    /// Load a component as the broker would, and show what it needs.
+    #[command(after_help = "\
+Examples:
+  wasmqtt plugin check acl.wasm
+  wasmqtt plugin check auth.wasm --set password=secret --json")]
+    Check {
+        /// The component.
+        file: PathBuf,
+        /// A setting; may be repeated.
+        #[arg(long, value_name = "NAME=VALUE", value_parser = authoring::parse_pair)]
+        set: Vec<(String, String)>,
+        /// For machines.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Run calls from a file against a component, without a broker.
+    #[command(after_help = "\
+A case has a name, a call (authenticate, authorize, before-store or observed), what goes in, and in `expect` what must
+come back; `plugin new` makes an example.
+
+Example:
+  wasmqtt plugin test acl.wasm cases.toml")]
+    Test {
+        /// The component.
+        file: PathBuf,
+        /// The cases.
+        cases: PathBuf,
+        /// For machines.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Measure what a component costs.
+    #[command(after_help = "Example:\n  wasmqtt plugin bench acl.wasm")]
+    Bench {
+        /// The component.
+        file: PathBuf,
+        /// A setting; may be repeated.
+        #[arg(long, value_name = "NAME=VALUE", value_parser = authoring::parse_pair)]
+        set: Vec<(String, String)>,
         /// For machines.
         #[arg(long)]
         json: bool,
@@ -240,6 +303,17 @@ fn run(command: Command) -> anyhow::Result<()> {
 fn run_plugin(command: PluginCommand) -> anyhow::Result<String> {
     match command {
         PluginCommand::Inspect { file, json } => plugins::inspect(&file, json),
+        PluginCommand::New { name, lang, kind, path } => authoring::new(&name, lang, kind, path.as_deref()),
+        PluginCommand::Check { file, set, json } => authoring::check(&file, &set, json),
+        PluginCommand::Test { file, cases, json } => {
+            let (text, ok) = authoring::test(&file, &cases, json)?;
+            if !ok {
+                print(&text)?;
+                anyhow::bail!("some cases failed");
+            }
+            Ok(text)
+        }
+        PluginCommand::Bench { file, set, json } => authoring::bench(&file, &set, json),
         PluginCommand::List { which, json } => operate::list(&which, json),
         PluginCommand::Deploy { which, name, files } => operate::deploy(&which, name.as_deref(), &files),
         PluginCommand::Rollback { which, name, to } => operate::roll_back(&which, &name, to.as_deref()),

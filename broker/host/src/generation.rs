@@ -1,6 +1,6 @@
 //! A loaded build of a plugin: compiled, checked, ready to be instantiated on any shard.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -65,6 +65,8 @@ pub(crate) struct Generation {
     /// All calls of this build.
     pub(crate) calls: AtomicU64,
     pub(crate) born: Instant,
+    /// Of the largest instance after `init`.
+    memory_bytes: AtomicUsize,
     /// SHA-256 of the component.
     pub(crate) digest: String,
     mounts: Arc<Mounts>,
@@ -115,6 +117,7 @@ impl Generation {
             failures: AtomicU64::new(0),
             calls: AtomicU64::new(0),
             born: Instant::now(),
+            memory_bytes: AtomicUsize::new(0),
             digest: digest.to_owned(),
             mounts: Arc::new(mounts),
             reaper: parts.reaper.clone(),
@@ -137,6 +140,8 @@ impl Generation {
             candidate: None,
             rolled_back: self.plugin.counters.rolled_back.load(Ordering::Relaxed),
             plug_points: self.exports.names(),
+            registered: self.registration().shown(),
+            memory_bytes: self.memory_bytes.load(Ordering::Relaxed),
             calls: self.plugin.counters.calls(),
             failures: self.plugin.counters.failures(),
             refused: self.plugin.counters.refused(),
@@ -301,6 +306,7 @@ impl Generation {
             let wanted = Registration::checked(wanted).map_err(|error| format!("init: registration: {error}"))?;
             let _ = self.registration.set(wanted);
         }
+        self.memory_bytes.fetch_max(running.store.data().limits.memory_bytes(), Ordering::Relaxed);
         pooled.finished();
         Ok(())
     }

@@ -95,12 +95,17 @@ impl Drop for Mounts {
     }
 }
 
+/// Functions of the broker that a component imports.
+pub(crate) fn host_functions(ty: &types::Component, engine: &Engine) -> Vec<String> {
+    let host = ty.imports(engine).find(|(name, _)| name.starts_with("wasmqtt:plugin/host@"));
+    let Some((_, ComponentExtern { ty: ComponentItem::ComponentInstance(host), .. })) = host else { return Vec::new() };
+    host.exports(engine).map(|(function, _)| function.to_owned()).collect()
+}
+
 /// Every function of the broker that a component imports must be granted, or it is not loaded.
 pub(crate) fn check_imports(ty: &types::Component, engine: &Engine, grants: &Grants) -> Result<(), HostError> {
-    let host = ty.imports(engine).find(|(name, _)| name.starts_with("wasmqtt:plugin/host@"));
-    let Some((_, ComponentExtern { ty: ComponentItem::ComponentInstance(host), .. })) = host else { return Ok(()) };
-    for (function, _) in host.exports(engine) {
-        let (is_granted, example) = match function {
+    for function in host_functions(ty, engine) {
+        let (is_granted, example) = match function.as_str() {
             "publish" => (!grants.publish.is_empty(), "publish = [\"some/topic/#\"]"),
             "disconnect" => (grants.disconnect, "disconnect = true"),
             "ban" => (grants.ban, "ban = true"),

@@ -6,6 +6,7 @@ use serde::Serialize;
 use wasmtime::component::Component;
 
 use crate::HostError;
+use crate::grants;
 use crate::instance::one_line;
 use crate::loader::{COMPONENT_BYTES_MAX, read};
 
@@ -20,6 +21,8 @@ pub struct Inspection {
     pub exports: Vec<String>,
     /// Names of its imports.
     pub imports: Vec<String>,
+    /// Functions of the broker that it imports.
+    pub host_functions: Vec<String>,
 }
 
 /// Reads and compiles a component, and lists what it exports and imports.
@@ -37,6 +40,7 @@ pub fn inspect(path: &Path) -> Result<Inspection, HostError> {
     Ok(Inspection {
         size: bytes.len() as u64,
         plug_points: exports.iter().filter_map(point).filter(|name| !name.starts_with("lifecycle@")).collect(),
+        host_functions: grants::host_functions(&ty, &engine),
         imports: ty.imports(&engine).map(|(name, _)| name.to_owned()).collect(),
         exports,
     })

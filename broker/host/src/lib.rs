@@ -45,6 +45,7 @@ pub use config::{FileGrant, Grants, HostConfig, Mode, OnError, PluginConfig, Plu
 pub use explain::Opinion;
 pub use inspect::{Inspection, inspect};
 pub use metrics::Value;
+pub use registration::Registered;
 
 use chain::Chain;
 use loader::Loader;
@@ -91,6 +92,10 @@ pub struct Status {
     pub rolled_back: u64,
     /// Interfaces it exports.
     pub plug_points: Vec<&'static str>,
+    /// What it wants to be shown.
+    pub registered: Registered,
+    /// Bytes of linear memory of its largest instance after `init`.
+    pub memory_bytes: usize,
     /// Calls since the broker started.
     pub calls: u64,
     /// Calls without an answer among them: traps, deadlines, failures, full queues.

@@ -8,6 +8,18 @@ use crate::bindings::lifecycle::exports::wasmqtt::plugin::lifecycle as wit;
 /// Topic Filters one plugin may register.
 const FILTERS_MAX: usize = 1000;
 
+/// What a plugin wants to be shown, see `registration` in `wit/plugin.wit`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
+#[allow(missing_docs, reason = "named as in the contract")]
+pub struct Registered {
+    pub filters: Vec<String>,
+    pub before_store: bool,
+    pub at_rest: bool,
+    pub committed: bool,
+    pub payload: bool,
+    pub events: Vec<&'static str>,
+}
+
 #[derive(Debug, Default)]
 pub(crate) struct Registration {
     pub(crate) filters: Vec<Filter>,
@@ -38,6 +50,19 @@ impl Registration {
             payload: from.payload,
             events: from.events.iter().filter_map(kind).fold(0, |set, kind| set | kind.bit()),
         })
+    }
+
+    /// For displays.
+    pub(crate) fn shown(&self) -> Registered {
+        let kinds = EventKind::ALL.iter().filter(|kind| self.events & kind.bit() != 0);
+        Registered {
+            filters: self.filters.iter().map(ToString::to_string).collect(),
+            before_store: self.before_store,
+            at_rest: self.at_rest,
+            committed: self.committed,
+            payload: self.payload,
+            events: kinds.map(|kind| kind.name()).collect(),
+        }
     }
 
     pub(crate) fn wants_topic(&self, topic: &str) -> bool {
