@@ -67,7 +67,7 @@ impl Bench {
         let start = begun.elapsed();
         let shard = host.shard(0);
         drop(entered);
-        Ok(Self { host, shard, runtime, start, cache: cache })
+        Ok(Self { host, shard, runtime, start, cache })
     }
 
     fn run<T>(&self, call: impl Future<Output = T>) -> T {
