@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const TARGET: &str = "wasm32-wasip2";
-const PACKAGES: [&str; 4] = ["auth-demo", "auth-file", "misbehave", "probe"];
+const PACKAGES: [&str; 6] = ["auth-demo", "auth-file", "auth-http", "topic-tap", "misbehave", "probe"];
 
 fn main() {
     let here = PathBuf::from(std::env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));

@@ -6,6 +6,7 @@ use std::time::Duration;
 use wasmqtt_protocol::topic::Filter;
 
 use crate::chain::Trial;
+use crate::network::{HttpGrant, SocketGrant};
 
 /// Everything [`crate::PluginHost::start`] needs.
 #[derive(Debug, Clone)]
@@ -132,6 +133,10 @@ pub struct Grants {
     pub revoke: bool,
     /// Environment variables it sees.
     pub environment: Vec<(String, String)>,
+    /// HTTP servers it may ask.
+    pub http: Vec<HttpGrant>,
+    /// Addresses it may connect to.
+    pub sockets: Vec<SocketGrant>,
 }
 
 /// When a plugin traps, takes too long or fails.

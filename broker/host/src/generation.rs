@@ -101,6 +101,8 @@ impl Generation {
             grants: config.grants.clone(),
             calls_per_sec: config.limits.host_calls_per_sec,
             door: Arc::clone(&parts.door),
+            settings: config.config.iter().cloned().collect(),
+            http: config.grants.http.as_slice().into(),
         };
         Ok(Self {
             name: Arc::clone(&plugin.name),
@@ -279,6 +281,14 @@ impl Generation {
         let mut wasi = WasiCtxBuilder::new();
         self.mounts.open(&mut wasi)?;
         wasi.envs(&self.config.grants.environment);
+        let sockets = self.config.grants.sockets.clone();
+        if !sockets.is_empty() {
+            wasi.allow_ip_name_lookup(true);
+            wasi.socket_addr_check(move |address, _use| {
+                let is_granted = sockets.iter().any(|grant| grant.covers(address));
+                Box::pin(std::future::ready(is_granted))
+            });
+        }
         let memory_bytes_max = self.config.limits.memory_mib as usize * 1024 * 1024;
         let (mut store, meter) = Running::store(&self.engine, Guest::new(&self.services, wasi, memory_bytes_max));
         store.set_epoch_deadline(1);

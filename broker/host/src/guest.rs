@@ -9,12 +9,15 @@ use wasmtime::{Engine, ResourceLimiter};
 use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
 use wasmtime_wasi::p2::{OutputStream, Pollable, StreamResult};
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
+use wasmtime_wasi_config::WasiConfig;
+use wasmtime_wasi_http::{WasiHttpCtx, WasiHttpCtxView, WasiHttpView};
 
 use crate::HostError;
 use crate::bindings::imports;
 use crate::bindings::imports::wasmqtt::plugin::host::{self as wit, Level};
 use crate::bindings::types::Pair;
 use crate::metrics::Kind;
+use crate::network::Http;
 use crate::services::Services;
 
 /// Table elements an instance may have, over all its tables.
@@ -41,6 +44,8 @@ pub(crate) struct Guest {
     pub(crate) limits: Limits,
     log: Log,
     services: Arc<Services>,
+    http: WasiHttpCtx,
+    hooks: Http,
     calls: Allowance,
 }
 
@@ -59,7 +64,9 @@ impl Guest {
         table.set_max_capacity(RESOURCES_MAX);
         let limits = Limits { memory_bytes: 0, memory_bytes_max, memory_refused: false, table_elements: 0 };
         let calls = Allowance::new(services.calls_per_sec);
-        Self { wasi: wasi.build(), table, limits, log, services: Arc::clone(services), calls }
+        let hooks = Http { grants: Arc::clone(&services.http) };
+        let (http, services) = (WasiHttpCtx::new(), Arc::clone(services));
+        Self { wasi: wasi.build(), table, limits, log, services, http, hooks, calls }
     }
 
     /// A call into the guest begins.
@@ -71,6 +78,12 @@ impl Guest {
 impl WasiView for Guest {
     fn ctx(&mut self) -> WasiCtxView<'_> {
         WasiCtxView { ctx: &mut self.wasi, table: &mut self.table }
+    }
+}
+
+impl WasiHttpView for Guest {
+    fn http(&mut self) -> WasiHttpCtxView<'_> {
+        WasiHttpCtxView { hooks: &mut self.hooks, table: &mut self.table, ctx: &mut self.http }
     }
 }
 
@@ -317,6 +330,12 @@ pub(crate) fn linker(engine: &Engine) -> Result<Linker<Guest>, HostError> {
     imports::wasmqtt::plugin::host::add_to_linker::<Guest, HasSelf<Guest>>(&mut linker, |guest| guest)
         .and_then(|()| {
             imports::wasmqtt::plugin::metrics::add_to_linker::<Guest, HasSelf<Guest>>(&mut linker, |guest| guest)
+        })
+        .and_then(|()| wasmtime_wasi_http::p2::add_only_http_to_linker_async(&mut linker))
+        .and_then(|()| {
+            wasmtime_wasi_config::add_to_linker(&mut linker, |guest: &mut Guest| {
+                WasiConfig::from(&guest.services.settings)
+            })
         })
         .map_err(|error| HostError::new(format!("{error:#}")))?;
     Ok(linker)

@@ -25,6 +25,7 @@ mod inspect;
 mod instance;
 mod loader;
 mod metrics;
+mod network;
 mod plugin;
 mod probation;
 mod registration;
@@ -45,6 +46,7 @@ pub use config::{FileGrant, Grants, HostConfig, Mode, OnError, PluginConfig, Plu
 pub use explain::Opinion;
 pub use inspect::{Inspection, inspect};
 pub use metrics::Value;
+pub use network::{HttpGrant, SocketGrant};
 pub use registration::Registered;
 
 use chain::Chain;

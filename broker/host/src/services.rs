@@ -6,11 +6,13 @@ use std::sync::{Arc, OnceLock};
 use bytes::Bytes;
 use wasmqtt_protocol::codec::{PublishPropertiesBuilder, Qos, ReasonCode};
 use wasmqtt_protocol::ports::{BanPattern, Broker, Outgoing, Refusal};
+use wasmtime_wasi_config::WasiConfigVariables;
 
 use crate::bindings::imports::wasmqtt::plugin::host as wit;
 use crate::bindings::types::Pair;
 use crate::config::Grants;
 use crate::metrics::{Kind, series_name};
+use crate::network::HttpGrant;
 use crate::plugin::Plugin;
 
 /// The broker, once it is there: plugins are loaded before it.
@@ -27,6 +29,9 @@ pub(crate) struct Services {
     pub(crate) grants: Grants,
     pub(crate) calls_per_sec: u32,
     pub(crate) door: Door,
+    /// For `wasi:config/store`.
+    pub(crate) settings: WasiConfigVariables,
+    pub(crate) http: Arc<[HttpGrant]>,
 }
 
 fn refused(from: Refusal) -> wit::Refusal {

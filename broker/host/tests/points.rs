@@ -24,7 +24,7 @@ fn everything_granted() -> Grants {
         disconnect: true,
         ban: true,
         revoke: true,
-        environment: Vec::new(),
+        ..Grants::default()
     }
 }
 

@@ -32,7 +32,7 @@ fn probe(settings: &[(&str, &str)]) -> PluginConfig {
         disconnect: true,
         ban: true,
         revoke: true,
-        environment: Vec::new(),
+        ..Grants::default()
     };
     PluginConfig { grants, ..plugin("p", "", settings) }
 }

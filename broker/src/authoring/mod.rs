@@ -49,7 +49,7 @@ impl Bench {
             disconnect: true,
             ban: true,
             revoke: true,
-            environment: Vec::new(),
+            ..Grants::default()
         };
         let limits = PluginLimits { hook_cpu_ms: 1000, ..PluginLimits::default() };
         let plugin = PluginConfig {

@@ -29,7 +29,7 @@ macro_rules! embedded {
 }
 
 /// The contract and the SDK, as this broker was built with them.
-const SHARED: [(&str, &str); 11] = embedded! {
+const SHARED: [(&str, &str); 12] = embedded! {
     "wit/types.wit" = "wit/types.wit",
     "wit/host.wit" = "wit/host.wit",
     "wit/plugin.wit" = "wit/plugin.wit",
@@ -39,6 +39,7 @@ const SHARED: [(&str, &str); 11] = embedded! {
     "sdk/rust/src/bindings.rs" = "sdk/rust/src/bindings.rs",
     "sdk/rust/src/export.rs" = "sdk/rust/src/export.rs",
     "sdk/rust/src/host.rs" = "sdk/rust/src/host.rs",
+    "sdk/rust/src/http.rs" = "sdk/rust/src/http.rs",
     "sdk/rust/src/testing.rs" = "sdk/rust/src/testing.rs",
     "sdk/rust/src/topic.rs" = "sdk/rust/src/topic.rs",
 };
@@ -52,6 +53,10 @@ publish = false
 
 [dependencies]
 wit-bindgen = { version = "0.61.1", default-features = false, features = ["macros", "realloc"] }
+wasip2 = { version = "2.0.1", optional = true }
+
+[features]
+http = ["dep:wasip2"]
 "#;
 
 const MANIFEST: &str = r#"[package]

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::Duration;
 
 use wasmqtt_host::{FileGrant, Grants, Mode, PluginConfig, PluginLimits, Rollout};
@@ -78,6 +79,8 @@ fn meant_grants(mut grants: Section<'_>, base: &Path) -> (Vec<FileGrant>, Grants
         ban: grants.flag("ban").unwrap_or(false),
         revoke: grants.flag("revoke").unwrap_or(false),
         environment: flatten(grants.table("environment")),
+        http: parsed(&mut grants, "http"),
+        sockets: parsed(&mut grants, "sockets"),
     };
     grants.finish();
     (files, meant)
@@ -96,6 +99,12 @@ fn meant_limits(mut limits: Section<'_>) -> PluginLimits {
     };
     limits.finish();
     meant
+}
+
+/// A list of texts that mean something else; empty if absent.
+fn parsed<T: FromStr<Err = String>>(section: &mut Section<'_>, key: &'static str) -> Vec<T> {
+    let texts = section.texts(key);
+    texts.iter().filter_map(|text| text.value.parse().map_err(|why: String| section.problem(text, &why)).ok()).collect()
 }
 
 /// A list of Topic Filters; empty if absent.

@@ -90,6 +90,8 @@ struct Grants<'a> {
     ban: bool,
     revoke: bool,
     environment: BTreeMap<&'a str, &'a str>,
+    http: Vec<String>,
+    sockets: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -202,6 +204,8 @@ fn shown_plugin(plugin: &PluginConfig) -> Plugin<'_> {
             ban: plugin.grants.ban,
             revoke: plugin.grants.revoke,
             environment: pairs(&plugin.grants.environment),
+            http: plugin.grants.http.iter().map(ToString::to_string).collect(),
+            sockets: plugin.grants.sockets.iter().map(ToString::to_string).collect(),
         },
         limits: ShownLimits {
             memory_mib: limits.memory_mib,

@@ -29,6 +29,8 @@ mod batch;
 #[doc(hidden)]
 pub mod export;
 pub mod host;
+#[cfg(feature = "http")]
+mod http;
 #[cfg(not(target_arch = "wasm32"))]
 pub mod testing;
 mod topic;
@@ -41,6 +43,8 @@ pub use bindings::events::exports::wasmqtt::plugin::events::Event;
 pub use bindings::handover::exports::wasmqtt::plugin::handover::State;
 pub use bindings::imports::wasmqtt::plugin::types::{Client, Pair};
 pub use host::{debug, error, info, warn};
+#[cfg(feature = "http")]
+pub use http::{HttpRequest, HttpResponse};
 pub use topic::{filter_covers, filters_overlap, is_valid_filter, topic_matches};
 
 /// Reason Code 0x83, Implementation specific error.

@@ -83,6 +83,30 @@ pub fn refuse(refusal: Option<Refusal>) {
     HOST.with_borrow_mut(|host| host.refusal = refusal);
 }
 
+#[cfg(feature = "http")]
+thread_local! {
+    static REQUESTS: RefCell<Vec<crate::HttpRequest>> = RefCell::default();
+    static ANSWERS: RefCell<std::collections::VecDeque<Result<crate::HttpResponse, String>>> = RefCell::default();
+}
+
+/// The next HTTP request gets this answer.
+#[cfg(feature = "http")]
+pub fn respond(answer: Result<crate::HttpResponse, String>) {
+    ANSWERS.with_borrow_mut(|answers| answers.push_back(answer));
+}
+
+/// HTTP requests since the last time.
+#[cfg(feature = "http")]
+pub fn take_requests() -> Vec<crate::HttpRequest> {
+    REQUESTS.take()
+}
+
+#[cfg(feature = "http")]
+pub(crate) fn answer_http(request: &crate::HttpRequest) -> Result<crate::HttpResponse, String> {
+    REQUESTS.with_borrow_mut(|requests| requests.push(request.clone()));
+    ANSWERS.with_borrow_mut(|answers| answers.pop_front().unwrap_or_else(|| Err("nobody answers".into())))
+}
+
 /// A CONNECT of MQTT 5.0 from 127.0.0.1 without a user name.
 pub fn request(client_id: &str) -> Request {
     Request {

@@ -69,6 +69,35 @@ impl ReasonCode {
         matches!(self.0, 0x00 | 0x04 | 0x80..=0x83 | 0x90 | 0x93..=0x99)
     }
 
+    /// This code if CONNACK may carry it, and Not authorized otherwise. MQTT 5.0 §3.2.2.2, table 3-1.
+    #[must_use]
+    pub const fn for_connack(self) -> Self {
+        let fits = matches!(self.0, 0x00 | 0x80..=0x8A | 0x8C | 0x90 | 0x95 | 0x97 | 0x99..=0x9D | 0x9F);
+        if fits { self } else { Self::NOT_AUTHORIZED }
+    }
+
+    /// This code if PUBACK and PUBREC may carry it, and Not authorized otherwise. MQTT 5.0 §3.4.2.1 and §3.5.2.1.
+    #[must_use]
+    pub const fn for_puback(self) -> Self {
+        let fits = matches!(self.0, 0x00 | 0x10 | 0x80 | 0x83 | 0x87 | 0x90 | 0x91 | 0x97 | 0x99);
+        if fits { self } else { Self::NOT_AUTHORIZED }
+    }
+
+    /// This code if SUBACK may carry it, and Not authorized otherwise. MQTT 5.0 §3.9.3, table 3-8.
+    #[must_use]
+    pub const fn for_suback(self) -> Self {
+        let fits = matches!(self.0, 0x00..=0x02 | 0x80 | 0x83 | 0x87 | 0x8F | 0x91 | 0x97 | 0x9E | 0xA1 | 0xA2);
+        if fits { self } else { Self::NOT_AUTHORIZED }
+    }
+
+    /// This code if a server may send it in DISCONNECT, and Administrative action otherwise. MQTT 5.0 §3.14.2.1, table
+    /// 3-10.
+    #[must_use]
+    pub const fn for_disconnect(self) -> Self {
+        let fits = matches!(self.0, 0x80..=0x83 | 0x87 | 0x89 | 0x8B | 0x8D..=0x90 | 0x93..=0xA2);
+        if fits { self } else { Self::ADMINISTRATIVE_ACTION }
+    }
+
     /// 0x80 and above.
     pub const fn is_error(self) -> bool {
         self.0 >= 0x80

@@ -186,7 +186,7 @@ impl Shard {
                 self.send_auth(id, &request, ReasonCode::CONTINUE_AUTHENTICATION, Some(&data));
             }
             AuthOutcome::Deny(reason) if reason.is_error() => {
-                self.end(id, Ending::Server(reason, "re-authentication failed"));
+                self.end(id, Ending::Server(reason.for_disconnect(), "re-authentication failed"));
             }
             AuthOutcome::Unavailable => {
                 self.end(id, Ending::Server(ReasonCode::SERVER_BUSY, "re-authentication is not possible now"));

@@ -103,7 +103,7 @@ impl Shard {
     pub(super) fn refuse(&mut self, id: usize, reason: ReasonCode) {
         let Some(conn) = self.conns.get_mut(id) else { return };
         let reason = match (conn.version, reason.connect_return_code()) {
-            (Version::V5, _) => Some(reason),
+            (Version::V5, _) => Some(reason.for_connack()),
             (_, code) => code.map(ReasonCode),
         };
         if let Some(reason) = reason {
@@ -251,7 +251,7 @@ impl Shard {
     pub(super) fn on_disconnect_wanted(&mut self, client_id: &str, reason: ReasonCode) {
         let key = self.shared.directory(client_id).get(client_id).copied();
         if let Some(id) = key.filter(|key| key.shard == self.index).and_then(|key| self.sessions.conn(key.slot)) {
-            self.end(id, Ending::Server(reason, "disconnected by a plugin"));
+            self.end(id, Ending::Server(reason.for_disconnect(), "disconnected by a plugin"));
         }
     }
 
@@ -269,7 +269,8 @@ impl Shard {
                 bans.find(self.now_ms, &client.client_id, Some(&client.principal), address).is_some()
             };
             if is_banned {
-                self.end(id, Ending::Server(ReasonCode::BANNED, "banned"));
+                // Banned is for CONNACK alone.
+                self.end(id, Ending::Server(ReasonCode::ADMINISTRATIVE_ACTION, "banned"));
             }
         }
     }

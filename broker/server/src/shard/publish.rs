@@ -67,7 +67,7 @@ impl Shard {
         let Some(conn) = self.conns.get_mut(id) else { return };
         let Some(session) = self.sessions.get_mut(slot) else { return };
         // 3.x has no reasons: what was refused is acknowledged and dropped. MQTT 3.1.1 §3.3.5
-        let reason = if conn.version == Version::V5 { reason } else { ReasonCode::SUCCESS };
+        let reason = if conn.version == Version::V5 { reason.for_puback() } else { ReasonCode::SUCCESS };
         conn.outbox.lend(&mut self.pool);
         self.durable.promise(&mut conn.barrier);
         session.published(qos, packet_id, reason, &mut conn.outbox);

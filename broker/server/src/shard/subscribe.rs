@@ -268,5 +268,5 @@ impl Shard {
 
 /// 3.1.1 has one failure code.
 fn refusal(version: Version, reason: ReasonCode) -> ReasonCode {
-    if version == Version::V5 { reason } else { ReasonCode::UNSPECIFIED_ERROR }
+    if version == Version::V5 { reason.for_suback() } else { ReasonCode::UNSPECIFIED_ERROR }
 }
