@@ -4,7 +4,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use notify::{RecommendedWatcher, RecursiveMode};
 use notify_debouncer_full::{DebounceEventResult, Debouncer, RecommendedCache, new_debouncer};
@@ -132,12 +132,13 @@ fn obey(loader: &mut Loader, order: Order) -> Result<(), HostError> {
 struct Watched(Vec<(PathBuf, Option<Real>)>);
 
 /// A folder without links in its path, and what tells it from others that had the same path.
-type Real = (PathBuf, u64, u64);
+type Real = (PathBuf, u64, u64, Option<SystemTime>);
 
 fn real(folder: &Path) -> Option<Real> {
     let path = folder.canonicalize().ok()?;
     let found = std::fs::metadata(&path).ok()?;
-    Some((path, found.dev(), found.ino()))
+    // A folder that was made again may have the number of the old one.
+    Some((path, found.dev(), found.ino(), found.created().ok()))
 }
 
 impl Watched {

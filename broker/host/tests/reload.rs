@@ -203,4 +203,10 @@ fn a_folder_that_is_another_one_by_now_is_watched_again() {
     // And that folder is watched: this is noticed at once.
     replace(&two.join("m.wasm"), &good);
     broker.wait("the next build serves", |broker| broker.generation("m") == 3);
+    // Deleted and made again at once.
+    std::fs::remove_dir_all(&two).expect("can remove");
+    std::fs::create_dir(&two).expect("can make a folder");
+    std::thread::sleep(Duration::from_secs(4));
+    std::fs::write(two.join("m.wasm"), another_build("misbehave")).expect("can write");
+    broker.wait("what lies in the new folder serves", |broker| broker.generation("m") > 0);
 }
