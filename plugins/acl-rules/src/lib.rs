@@ -45,6 +45,8 @@ pub(crate) struct Rule {
     pub(crate) allow: bool,
     pub(crate) on: On,
     pub(crate) filter: String,
+    /// `%c` and `%u` stand for themselves.
+    pub(crate) is_literal: bool,
     /// All must be so.
     pub(crate) who: Vec<Who>,
 }
@@ -68,16 +70,33 @@ impl Rule {
 
     /// The filter for this client; `None`: its name would change what the filter matches.
     fn filter_for(&self, client: &Client) -> Option<String> {
-        let mut filter = self.filter.clone();
-        for (mark, value) in [("%c", &client.client_id), ("%u", &client.principal)] {
-            if filter.contains(mark) {
-                if value.is_empty() || value.contains(['+', '#', '/']) {
-                    return None;
-                }
-                filter = filter.replace(mark, value);
-            }
+        if self.is_literal {
+            return Some(self.filter.clone());
         }
-        Some(filter)
+        let mut filter = String::with_capacity(self.filter.len());
+        let mut rest = self.filter.as_str();
+        // From left to right and once: a mark within a name is a part of that name.
+        while let Some(at) = rest.find('%') {
+            let (before, mark) = rest.split_at(at);
+            filter.push_str(before);
+            let name = match mark.as_bytes().get(1) {
+                Some(b'c') => &client.client_id,
+                Some(b'u') => &client.principal,
+                _ => {
+                    filter.push('%');
+                    rest = &mark[1..];
+                    continue;
+                }
+            };
+            if name.is_empty() || name.contains(['+', '#', '/']) {
+                return None;
+            }
+            filter.push_str(name);
+            rest = &mark[2..];
+        }
+        filter.push_str(rest);
+        // A client that calls itself `$SYS` does not get the broker's topics.
+        (filter.starts_with('$') == self.filter.starts_with('$')).then_some(filter)
     }
 }
 
@@ -147,8 +166,10 @@ impl AclRules {
         };
         let (allow, filter) = &rules[place];
         let decision = if *allow { Decision::allow() } else { Decision::deny() }.lease(self.ttl);
-        // Within all of its filter, unless a rule before says otherwise about a part of that.
-        let is_whole = !rules[..place].iter().any(|(before, other)| before != allow && filters_overlap(other, filter));
+        // Within all of its filter, unless a rule before says otherwise about a part of that. A prohibition may reach
+        // less far than what was asked; such a scope would not be kept, and with it the lease.
+        let is_whole = filter_covers(filter, &access.topic)
+            && !rules[..place].iter().any(|(before, other)| before != allow && filters_overlap(other, filter));
         if is_whole { decision.scope(filter) } else { decision }
     }
 }
@@ -224,6 +245,16 @@ allow publish open/# listener=mqtt://127.0.0.1:1883 client=c
         }
     }
 
+    /// Nor may a name be taken for a mark or for the beginning of the broker's own topics.
+    #[test]
+    fn names_are_put_in_once_and_as_they_are() {
+        let rules = plugin("allow all sensors/%c/#\nallow all %c/#\n", &[]);
+        assert!(!may(&rules, ("%u", "ann"), Action::Publish, "sensors/ann/x"), "the topics of client ann");
+        assert!(may(&rules, ("%u", "ann"), Action::Publish, "sensors/%u/x"), "its own");
+        assert!(!may(&rules, ("$SYS", ""), Action::Subscribe, "$SYS/#"));
+        assert!(may(&rules, ("c", ""), Action::Subscribe, "c/#"));
+    }
+
     #[test]
     fn decisions_are_leased_as_far_as_their_rule_reaches() {
         let rules = plugin(RULES, &[("ttl", "60")]);
@@ -233,6 +264,12 @@ allow publish open/# listener=mqtt://127.0.0.1:1883 client=c
         assert_eq!((partly.ttl, partly.scope.as_str()), (60, ""), "a part of # is denied");
         let denied = decide(&rules, ("c", ""), Action::Publish, "sensors/secret/x");
         assert_eq!((denied.verdict, denied.scope.as_str()), (Verdict::Deny(0x87), "sensors/secret/#"));
+        let wider = decide(&rules, ("x", "admin"), Action::Subscribe, "sensors/#");
+        assert_eq!(
+            (wider.verdict, wider.scope.as_str()),
+            (Verdict::Deny(0x87), ""),
+            "a scope that covers no more than a part"
+        );
     }
 
     #[test]
@@ -256,6 +293,7 @@ topic deny plant/secret/#
 topic write log/ann
 pattern read inbox/%u/#
 pattern write outbox/%c/#
+topic as-it-is/%c
 ";
         let rules = plugin(text, &[("format", "mosquitto")]);
         let ann = ("c", "ann");
@@ -266,5 +304,6 @@ pattern write outbox/%c/#
         assert!(may(&rules, ann, Action::Publish, "log/ann") && !may(&rules, ann, Action::Subscribe, "log/ann"));
         assert!(may(&rules, ("c", "bob"), Action::Subscribe, "inbox/bob/x"), "patterns are for all");
         assert!(may(&rules, ("c", ""), Action::Publish, "outbox/c/x"));
+        assert!(!may(&rules, ann, Action::Publish, "as-it-is/c"), "only patterns have marks");
     }
 }

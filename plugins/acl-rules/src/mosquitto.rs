@@ -20,8 +20,8 @@ pub(crate) fn parse(text: &str) -> Result<Vec<Rule>, String> {
                 continue;
             }
             "user" => Err("the user name is missing".to_owned()),
-            "topic" => rule(rest, who.clone()),
-            "pattern" => rule(rest, Who::Everybody),
+            "topic" => rule(rest, who.clone(), true),
+            "pattern" => rule(rest, Who::Everybody, false),
             other => Err(format!("{other:?}: allowed are topic, user and pattern")),
         };
         rules.push(added.map_err(|error| format!("line {}: {error}", at + 1))?);
@@ -29,20 +29,21 @@ pub(crate) fn parse(text: &str) -> Result<Vec<Rule>, String> {
     Ok(rules)
 }
 
-/// `[read|write|readwrite|deny] FILTER`; a filter may have spaces.
-fn rule(text: &str, who: Who) -> Result<Rule, String> {
-    let (first, rest) = text.split_once(char::is_whitespace).unwrap_or(("", text));
-    let (allow, on, filter) = match first {
-        "read" => (true, On::Subscribe, rest.trim()),
-        "write" => (true, On::Publish, rest.trim()),
-        "readwrite" => (true, On::All, rest.trim()),
-        "deny" => (false, On::All, rest.trim()),
-        _ => (true, On::All, text),
+/// `[read|write|readwrite|deny] FILTER`; a filter with spaces needs the word before it.
+fn rule(text: &str, who: Who, is_literal: bool) -> Result<Rule, String> {
+    let (first, filter) = text.split_once(char::is_whitespace).unwrap_or(("readwrite", text));
+    let (allow, on) = match first {
+        "read" => (true, On::Subscribe),
+        "write" => (true, On::Publish),
+        "readwrite" => (true, On::All),
+        "deny" => (false, On::All),
+        other => return Err(format!("{other:?}: allowed are read, write, readwrite and deny")),
     };
+    let filter = filter.trim();
     if !is_valid_filter(filter) {
         return Err(format!("{filter:?} is not a topic filter"));
     }
-    Ok(Rule { allow, on, filter: filter.to_owned(), who: vec![who] })
+    Ok(Rule { allow, on, filter: filter.to_owned(), is_literal, who: vec![who] })
 }
 
 #[cfg(test)]
@@ -54,10 +55,11 @@ mod tests {
         for (text, error) in [
             ("topic a\nacl b", "line 2: \"acl\": allowed are topic, user and pattern"),
             ("user", "line 1: the user name is missing"),
+            ("topic dney a", "line 1: \"dney\": allowed are read, write, readwrite and deny"),
             ("topic read a/#/b", "line 1: \"a/#/b\" is not a topic filter"),
         ] {
             assert_eq!(parse(text).unwrap_err(), error);
         }
-        assert_eq!(parse("topic with space/a").unwrap()[0].filter, "with space/a");
+        assert_eq!(parse("topic read with space/a").unwrap()[0].filter, "with space/a");
     }
 }

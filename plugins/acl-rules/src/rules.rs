@@ -33,7 +33,7 @@ fn rule(line: &str) -> Result<Rule, String> {
         Some(("listener", name)) => Ok(Who::Listener(name.to_owned())),
         _ => Err(format!("{word:?}: allowed are user=NAME, client=ID and listener=NAME")),
     });
-    Ok(Rule { allow, on, filter: filter.to_owned(), who: who.collect::<Result<_, _>>()? })
+    Ok(Rule { allow, on, filter: filter.to_owned(), is_literal: false, who: who.collect::<Result<_, _>>()? })
 }
 
 #[cfg(test)]
