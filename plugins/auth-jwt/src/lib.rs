@@ -5,11 +5,15 @@
 //! with spaces between them); `leeway` in seconds (30); `require_exp` = `true` or `false`; `principal_claim` (`sub`);
 //! `username_claim` and `client_id_claim`, which must equal what the client says; `acl_claim` (`acl`).
 //!
+//! A token without the principal's claim is refused, unless `username_claim` confirms the user name, which it then is.
+//!
 //! A token with the ACL claim `{"pub": [FILTER…], "sub": [FILTER…], "all": [FILTER…]}` carries its permissions: nothing
 //! else is allowed, and no other plugin is asked. A client must have shown a new token when the old one expires.
 
 mod claims;
 mod keys;
+
+use std::time::Duration;
 
 use jsonwebtoken::{Validation, decode, decode_header, get_current_timestamp};
 use serde_json::{Map, Value};
@@ -17,7 +21,7 @@ use wasmqtt_sdk::{
     Auth, BAD_USER_NAME_OR_PASSWORD, Grant, NOT_AUTHORIZED, Outcome, Plugin, Request, Settings, debug, export_plugin,
 };
 
-use crate::keys::Keys;
+use crate::keys::{KeySource, Keys};
 
 /// Seconds by which clocks may differ.
 const LEEWAY_DEFAULT: u64 = 30;
@@ -31,7 +35,7 @@ enum From {
 
 /// Its settings and keys.
 pub struct AuthJwt {
-    keys: Keys,
+    keys: Box<dyn KeySource>,
     from: From,
     issuer: Vec<String>,
     audience: Vec<String>,
@@ -54,8 +58,11 @@ impl Plugin for AuthJwt {
             "username" => From::Username,
             other => return Err(format!("setting `from` = {other:?}: allowed are password and username")),
         };
+        if from == From::Username && settings.get("username_claim").is_some() {
+            return Err("setting `username_claim`: with `from` = \"username\" the user name is the token".into());
+        }
         Ok(Self {
-            keys: Keys::from_settings(settings)?,
+            keys: Box::new(Keys::from_settings(settings)?),
             from,
             issuer: words(settings, "issuer"),
             audience: words(settings, "audience"),
@@ -92,7 +99,7 @@ impl AuthJwt {
             required.push("aud");
         }
         validation.set_required_spec_claims(&required);
-        decode(token, key, &validation).map(|token| token.claims).map_err(|error| error.to_string())
+        decode(token, &key, &validation).map(|token| token.claims).map_err(|error| error.to_string())
     }
 
     /// A claim that must say what the client says.
@@ -104,21 +111,35 @@ impl AuthJwt {
         }
     }
 
+    /// Whom the token is about. What the client says of itself counts only if a claim has confirmed it.
+    fn principal<'a>(&self, claims: &'a Map<String, Value>, username: Option<&'a str>) -> Result<&'a str, String> {
+        let claimed = claims.get(&self.principal_claim).and_then(Value::as_str);
+        let confirmed = username.filter(|_| self.username_claim.is_some());
+        let mut names = claimed.into_iter().chain(confirmed).filter(|name| !name.is_empty());
+        names.next().ok_or_else(|| format!("the claim {} does not say who it is", self.principal_claim))
+    }
+
+    /// Until the token is over. RFC 7519 section 2: the time may have a fraction.
+    fn seconds_left(&self, expires: &Value) -> Result<u32, String> {
+        let rounded = || Some(Duration::try_from_secs_f64(expires.as_f64()?).ok()?.as_secs());
+        let at = expires.as_u64().or_else(rounded).ok_or_else(|| format!("exp = {expires} is not a time"))?;
+        // Within the leeway it may be over already; 0 would mean never.
+        let left = at.saturating_add(self.leeway).saturating_sub(get_current_timestamp()).max(1);
+        Ok(u32::try_from(left).unwrap_or(u32::MAX))
+    }
+
     fn grant(&self, claims: &Map<String, Value>, request: &Request) -> Result<Grant, String> {
         // The user name is the token itself, then.
         let username = request.username.as_deref().filter(|_| self.from == From::Password);
         Self::check_claim(claims, self.username_claim.as_ref(), username)?;
         Self::check_claim(claims, self.client_id_claim.as_ref(), Some(&request.client_id))?;
-        let principal = claims.get(&self.principal_claim).and_then(Value::as_str).or(username).unwrap_or_default();
-        let mut grant = Grant::new(principal);
+        let mut grant = Grant::new(self.principal(claims, username)?);
         if let Some(acl) = claims.get(&self.acl_claim) {
             grant.rules = claims::rules(acl)?;
             grant.complete = true;
         }
-        if let Some(expires) = claims.get("exp").and_then(Value::as_u64) {
-            // Within the leeway it may be over already; 0 would mean never.
-            let left = (expires + self.leeway).saturating_sub(get_current_timestamp()).max(1);
-            grant.expires = u32::try_from(left).unwrap_or(u32::MAX);
+        if let Some(expires) = claims.get("exp") {
+            grant.expires = self.seconds_left(expires)?;
         }
         Ok(grant)
     }

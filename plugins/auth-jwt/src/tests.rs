@@ -1,3 +1,4 @@
+use jsonwebtoken::jwk::Jwk;
 use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
 use serde_json::json;
 use wasmqtt_sdk::{Rule, testing};
@@ -109,19 +110,41 @@ fn claims_become_identity_permissions_and_an_end() {
     for expected in [rule("up/#", true, false), rule("down/+", false, true), rule("both", true, true)] {
         assert!(grant.rules.contains(&expected), "{expected:?}");
     }
-    let plain = granted(ask(&hs256(), &token(Algorithm::HS256, None, &json!({ "exp": later() }))));
-    assert_eq!((plain.principal.as_str(), plain.complete), ("ann", false), "the user name, and others decide");
+    let plain = granted(ask(&hs256(), &token(Algorithm::HS256, None, &json!({ "sub": "dev-1", "exp": later() }))));
+    assert!(!plain.complete, "others decide");
     for acl in [json!([]), json!({ "publish": [] }), json!({ "pub": ["a#"] }), json!({ "pub": "a" })] {
-        let bad = token(Algorithm::HS256, None, &json!({ "exp": later(), "acl": acl }));
+        let bad = token(Algorithm::HS256, None, &json!({ "sub": "dev-1", "exp": later(), "acl": acl }));
         assert_eq!(ask(&hs256(), &bad), Outcome::Deny(NOT_AUTHORIZED), "{acl}");
     }
+}
+
+/// Whoever has any token must not become somebody else by saying so.
+#[test]
+fn a_token_that_names_nobody_does_not_take_the_client_at_its_word() {
+    for sub in [Value::Null, json!(""), json!(7)] {
+        let bad = token(Algorithm::HS256, None, &json!({ "sub": sub, "exp": later() }));
+        assert_eq!(ask(&hs256(), &bad), Outcome::Deny(NOT_AUTHORIZED), "{sub}");
+    }
+    let by_name = plugin(&[("secret", "s3cret"), ("username_claim", "user")]);
+    let confirmed = token(Algorithm::HS256, None, &json!({ "user": "ann", "exp": later() }));
+    assert_eq!(granted(ask(&by_name, &confirmed)).principal, "ann");
+}
+
+/// RFC 7519 §2: a `NumericDate` may have a fraction.
+#[test]
+fn every_time_of_expiry_ends_the_connection() {
+    let exp = json!(std::time::Duration::from_secs(later()).as_secs_f64() + 0.5);
+    let grant = granted(ask(&hs256(), &token(Algorithm::HS256, None, &json!({ "sub": "ann", "exp": exp }))));
+    assert!((120..=131).contains(&grant.expires), "{}", grant.expires);
+    let far = granted(ask(&hs256(), &token(Algorithm::HS256, None, &json!({ "sub": "ann", "exp": u64::MAX }))));
+    assert_eq!(far.expires, u32::MAX);
 }
 
 #[test]
 fn a_token_is_for_its_own_client() {
     let settings = [("secret", "s3cret"), ("username_claim", "user"), ("client_id_claim", "client")];
     let plugin = plugin(&settings);
-    let claims = |user: &str, client: &str| json!({ "exp": later(), "user": user, "client": client });
+    let claims = |user: &str, client: &str| json!({ "sub": "ann", "exp": later(), "user": user, "client": client });
     assert!(matches!(ask(&plugin, &token(Algorithm::HS256, None, &claims("ann", "c"))), Outcome::Allow(_)));
     for (user, client) in [("bob", "c"), ("ann", "d")] {
         let outcome = ask(&plugin, &token(Algorithm::HS256, None, &claims(user, client)));
@@ -156,10 +179,61 @@ fn a_key_set_is_searched_by_kid() {
 }
 
 #[test]
+fn a_key_set_may_have_keys_of_all_kinds() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("jwks.json");
+    let keys = [
+        (Algorithm::RS256, EncodingKey::from_rsa_pem(RSA).expect("a key")),
+        (Algorithm::ES256, EncodingKey::from_ec_pem(EC).expect("a key")),
+    ];
+    let public = keys.map(|(algorithm, key)| Jwk::from_encoding_key(&key, algorithm).expect("has a public key"));
+    std::fs::write(&file, json!({ "keys": public }).to_string()).expect("write");
+    let plugin = plugin(&[("jwks_file", file.to_str().expect("UTF-8"))]);
+    let claims = json!({ "sub": "ann", "exp": later() });
+    for (algorithm, good) in [(Algorithm::RS256, true), (Algorithm::ES256, true), (Algorithm::HS256, false)] {
+        let outcome = ask(&plugin, &token(algorithm, None, &claims));
+        assert_eq!(matches!(outcome, Outcome::Allow(_)), good, "{algorithm:?}: {outcome:?}");
+    }
+}
+
+/// Providers publish keys for other purposes in the same set. RFC 7517 §5: they are to be ignored.
+#[test]
+fn keys_for_other_purposes_are_left_out() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("jwks.json");
+    let secret = |kid: &str| json!({ "kty": "oct", "kid": kid, "k": "czNjcmV0" });
+    let with = |kid: &str, name: &str, value: &str| {
+        let mut key = secret(kid);
+        key[name] = value.into();
+        key
+    };
+    let set = json!({ "keys": [
+        { "kty": "quantum", "kid": "q" },
+        { "kty": "EC", "crv": "secp256k1", "kid": "k1", "x": "AQ", "y": "AQ" },
+        with("enc", "use", "enc"),
+        with("hs512", "alg", "HS512"),
+        { "kty": "oct", "kid": "empty", "k": "" },
+        secret("good"),
+    ] });
+    std::fs::write(&file, set.to_string()).expect("write");
+    let plugin = plugin(&[("jwks_file", file.to_str().expect("UTF-8"))]);
+    let claims = json!({ "sub": "ann", "exp": later() });
+    for kid in [Some("good"), None] {
+        assert!(matches!(ask(&plugin, &token(Algorithm::HS256, kid, &claims)), Outcome::Allow(_)), "{kid:?}");
+    }
+    for kid in ["enc", "hs512"] {
+        assert_eq!(ask(&plugin, &token(Algorithm::HS256, Some(kid), &claims)), DENIED, "{kid}");
+    }
+}
+
+#[test]
 fn wrong_settings_are_named() {
     let wrong = |settings: &[(&str, &str)]| AuthJwt::new(&Settings::from_pairs(settings)).err().expect("is refused");
     assert!(wrong(&[]).contains("secret, secret_file, key_file, jwks_file"));
     assert!(wrong(&[("secret", "x"), ("key_file", RSA_PUBLIC)]).contains("and only one"));
+    assert!(wrong(&[("secret", "")]).contains("the secret is empty"), "everybody could sign with that");
+    let contradiction = [("secret", "x"), ("from", "username"), ("username_claim", "user")];
+    assert!(wrong(&contradiction).contains("`username_claim`"), "the user name is the token");
     assert!(wrong(&[("secret", "x"), ("from", "cookie")]).contains("allowed are password and username"));
     assert!(wrong(&[("key_file", "/nowhere")]).contains("cannot read /nowhere"));
     let here = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
