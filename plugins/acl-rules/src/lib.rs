@@ -68,7 +68,8 @@ impl Rule {
             })
     }
 
-    /// The filter for this client; `None`: its name would change what the filter matches.
+    /// The filter for this client; `None`: its name would change what the filter matches, and so allow too much. A
+    /// prohibition reaches further then: no client gets around it by the name it takes.
     fn filter_for(&self, client: &Client) -> Option<String> {
         if self.is_literal {
             return Some(self.filter.clone());
@@ -88,15 +89,22 @@ impl Rule {
                     continue;
                 }
             };
-            if name.is_empty() || name.contains(['+', '#', '/']) {
-                return None;
+            if name.is_empty() || name.contains(['+', '#']) || (self.allow && name.contains('/')) {
+                return (!self.allow).then(|| self.filter_for_any_name());
             }
             filter.push_str(name);
             rest = &mark[2..];
         }
         filter.push_str(rest);
         // A client that calls itself `$SYS` does not get the broker's topics.
-        (filter.starts_with('$') == self.filter.starts_with('$')).then_some(filter)
+        (!self.allow || filter.starts_with('$') == self.filter.starts_with('$')).then_some(filter)
+    }
+
+    /// Levels with a mark may be anything.
+    fn filter_for_any_name(&self) -> String {
+        let has_mark = |level: &str| level.contains("%c") || level.contains("%u");
+        let levels = self.filter.split('/').map(|level| if has_mark(level) { "+" } else { level });
+        levels.collect::<Vec<_>>().join("/")
     }
 }
 
@@ -253,6 +261,24 @@ allow publish open/# listener=mqtt://127.0.0.1:1883 client=c
         assert!(may(&rules, ("%u", "ann"), Action::Publish, "sensors/%u/x"), "its own");
         assert!(!may(&rules, ("$SYS", ""), Action::Subscribe, "$SYS/#"));
         assert!(may(&rules, ("c", ""), Action::Subscribe, "c/#"));
+    }
+
+    #[test]
+    fn no_name_gets_around_a_prohibition() {
+        let rules =
+            plugin("deny publish state/%c/#\ndeny publish of-%u\ndeny publish exactly/%c/on\nallow publish #\n", &[]);
+        for (id, topic) in [
+            ("x", "state/x/on"),
+            ("a/b", "state/a/b/on"),
+            ("a/b", "exactly/a/b/on"),
+            ("+", "state/x/on"),
+            ("#", "state/x/on"),
+        ] {
+            assert!(!may(&rules, (id, "u"), Action::Publish, topic), "{id}");
+        }
+        assert!(may(&rules, ("x", "u"), Action::Publish, "state/y/on"), "somebody else's");
+        assert!(!may(&rules, ("x", "u"), Action::Publish, "of-u"));
+        assert!(!may(&rules, ("$SYS", "u"), Action::Publish, "state/$SYS/on"));
     }
 
     #[test]
