@@ -131,6 +131,8 @@ pub struct Grants {
     pub ban: bool,
     /// It may have leases forgotten.
     pub revoke: bool,
+    /// MiB that it may keep in buckets of `wasi:keyvalue`; 0, the default: none.
+    pub keyvalue_mib: u32,
     /// Environment variables it sees.
     pub environment: Vec<(String, String)>,
     /// HTTP servers it may ask.

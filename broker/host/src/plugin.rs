@@ -11,6 +11,7 @@ use wasmqtt_protocol::ports::Event;
 use crate::counters::Counters;
 use crate::generation::Generation;
 use crate::hook::Shown;
+use crate::keyvalue::Buckets;
 use crate::metrics::Metrics;
 
 /// Events that wait for one plugin.
@@ -27,6 +28,7 @@ pub(crate) struct Plugin {
     pub(crate) bit: u64,
     pub(crate) counters: Counters,
     pub(crate) metrics: Metrics,
+    pub(crate) buckets: Buckets,
     /// Messages for `committed`.
     pub(crate) feed: Queue<Shown>,
     /// For `observed`.
@@ -45,6 +47,7 @@ impl Plugin {
             bit,
             counters: Counters::new(shards),
             metrics: Metrics::default(),
+            buckets: Buckets::default(),
             feed: Queue::new(feed_messages_max, FEED_BYTES_MAX),
             events: Queue::new(EVENTS_MAX, usize::MAX),
             interest: Queue::new(INTEREST_MAX, usize::MAX),

@@ -26,11 +26,13 @@ fn grants(inspection: &Inspection) -> Vec<String> {
         "disconnect" | "ban" | "revoke" => Some(format!("{function} = true")),
         _ => None,
     });
-    let files = inspection.imports.iter().any(|name| name.starts_with("wasi:filesystem/"));
-    let hint = files.then(|| {
+    let imports = |package: &str| inspection.imports.iter().any(|name| name.starts_with(package));
+    let http = imports("wasi:http/").then(|| "http = [\"https://a.server\"]".to_owned());
+    let keyvalue = imports("wasi:keyvalue/").then(|| "keyvalue_mib = 16".to_owned());
+    let hint = imports("wasi:filesystem/").then(|| {
         "files = [{ host = \"…\", guest = \"…\" }]   if it reads files: its language may import this anyway".to_owned()
     });
-    of_host.chain(hint).collect()
+    of_host.chain(http).chain(keyvalue).chain(hint).collect()
 }
 
 /// Loads it as the broker would.

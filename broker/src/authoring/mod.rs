@@ -49,6 +49,7 @@ impl Bench {
             disconnect: true,
             ban: true,
             revoke: true,
+            keyvalue_mib: 64,
             ..Grants::default()
         };
         let limits = PluginLimits { hook_cpu_ms: 1000, ..PluginLimits::default() };

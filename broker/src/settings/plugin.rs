@@ -78,6 +78,7 @@ fn meant_grants(mut grants: Section<'_>, base: &Path) -> (Vec<FileGrant>, Grants
         disconnect: grants.flag("disconnect").unwrap_or(false),
         ban: grants.flag("ban").unwrap_or(false),
         revoke: grants.flag("revoke").unwrap_or(false),
+        keyvalue_mib: grants.number("keyvalue_mib", 0, 0..=4_096),
         environment: flatten(grants.table("environment")),
         http: parsed(&mut grants, "http"),
         sockets: parsed(&mut grants, "sockets"),

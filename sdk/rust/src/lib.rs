@@ -31,6 +31,8 @@ pub mod export;
 pub mod host;
 #[cfg(feature = "http")]
 mod http;
+#[cfg(feature = "keyvalue")]
+mod keyvalue;
 #[cfg(not(target_arch = "wasm32"))]
 pub mod testing;
 mod topic;
@@ -45,6 +47,8 @@ pub use bindings::imports::wasmqtt::plugin::types::{Client, Pair};
 pub use host::{debug, error, info, warn};
 #[cfg(feature = "http")]
 pub use http::{HttpRequest, HttpResponse};
+#[cfg(feature = "keyvalue")]
+pub use keyvalue::Bucket;
 pub use topic::{filter_covers, filters_overlap, is_valid_filter, topic_matches};
 
 /// Reason Code 0x83, Implementation specific error.
