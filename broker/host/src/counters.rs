@@ -20,6 +20,8 @@ pub(crate) struct Counters {
     pub(crate) breaker_opened: AtomicU64,
     /// How often a build went back to its predecessor by itself.
     pub(crate) rolled_back: AtomicU64,
+    /// What it tried without a grant.
+    pub(crate) denied: AtomicU64,
     /// Answers of a shadow that were others than those of the serving build, and all it gave.
     pub(crate) shadow_differs: AtomicU64,
     pub(crate) shadow_asked: AtomicU64,
@@ -32,6 +34,7 @@ impl Counters {
             instances: AtomicUsize::new(0),
             breaker_opened: AtomicU64::new(0),
             rolled_back: AtomicU64::new(0),
+            denied: AtomicU64::new(0),
             shadow_differs: AtomicU64::new(0),
             shadow_asked: AtomicU64::new(0),
         }

@@ -17,7 +17,7 @@ use crate::config::PluginConfig;
 use crate::engine::Clock;
 use crate::exports::Indices;
 use crate::grants::{self, Mounts};
-use crate::guest::Guest;
+use crate::guest::{Guest, Limits};
 use crate::instance::{Dead, Pooled, Running, metered, one_line};
 use crate::plugin::Plugin;
 use crate::registration::Registration;
@@ -152,6 +152,8 @@ impl Generation {
             feed_waiting: self.plugin.feed.len(),
             feed_dropped: self.plugin.feed.dropped(),
             events_dropped: self.plugin.events.dropped(),
+            denied: self.plugin.counters.denied.load(Ordering::Relaxed),
+            keyvalue_bytes: self.plugin.buckets.bytes(),
             metrics_lost: self.plugin.metrics.lost(),
             metrics: self.plugin.metrics.snapshot(),
         }
@@ -281,19 +283,12 @@ impl Generation {
         let mut wasi = WasiCtxBuilder::new();
         self.mounts.open(&mut wasi)?;
         wasi.envs(&self.config.grants.environment);
-        let sockets = self.config.grants.sockets.clone();
-        if !sockets.is_empty() {
-            wasi.allow_ip_name_lookup(true);
-            wasi.socket_addr_check(move |address, _use| {
-                let is_granted = sockets.iter().any(|grant| grant.covers(address));
-                Box::pin(std::future::ready(is_granted))
-            });
-        }
         let memory_bytes_max = self.config.limits.memory_mib as usize * 1024 * 1024;
         let (mut store, meter) = Running::store(&self.engine, Guest::new(&self.services, wasi, memory_bytes_max));
         store.set_epoch_deadline(1);
         let instance = metered(&self.clock, &meter, self.cpu(), self.pre.instantiate_async(&mut store)).await;
-        let instance = instance.map_err(|error| format!("cannot be instantiated: {error}"))?;
+        let instance = instance
+            .map_err(|error| format!("cannot be instantiated: {}", self.explained_by(&store.data().limits, error)))?;
         let exports = self.exports.load(&mut store, &instance).map_err(|error| one_line(&error))?;
         let (mounts, plugin) = (Arc::clone(&self.mounts), Arc::clone(&self.plugin));
         let running = Running::new((store, meter), exports, mounts, plugin);
@@ -323,13 +318,16 @@ impl Generation {
 
     /// A guest that gets no more memory traps somewhere; the operator should read why.
     pub(crate) fn explained(&self, running: &Running, error: String) -> String {
-        if running.store.data().limits.memory_refused {
-            return format!(
-                "it wanted more memory than limits.memory_mib = {}: {error}",
-                self.config.limits.memory_mib
-            );
+        self.explained_by(&running.store.data().limits, error)
+    }
+
+    fn explained_by(&self, limits: &Limits, error: String) -> String {
+        let memory_mib = self.config.limits.memory_mib;
+        match (limits.memory_refused, limits.tables_refused) {
+            (true, _) => format!("it wanted more memory than limits.memory_mib = {memory_mib}: {error}"),
+            (_, true) => format!("it wanted more table elements than there may be: {error}"),
+            _ => error,
         }
-        error
     }
 }
 

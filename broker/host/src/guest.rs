@@ -1,5 +1,6 @@
 //! What a guest finds around it: its bounds, its way to the log, and the functions it can import.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -16,8 +17,11 @@ use crate::HostError;
 use crate::bindings::imports;
 use crate::bindings::imports::wasmqtt::plugin::host::{self as wit, Level};
 use crate::bindings::types::Pair;
+use crate::files;
+use crate::keyvalue;
 use crate::metrics::Kind;
-use crate::network::Http;
+use crate::network::{Http, allow_addresses};
+use crate::plugin::Plugin;
 use crate::services::Services;
 
 /// Table elements an instance may have, over all its tables.
@@ -40,10 +44,11 @@ const PRINT_BYTES_MAX: usize = 64 * 1024;
 /// What the store knows about its guest.
 pub(crate) struct Guest {
     wasi: WasiCtx,
-    table: ResourceTable,
+    pub(crate) table: ResourceTable,
     pub(crate) limits: Limits,
     log: Log,
-    services: Arc<Services>,
+    pub(crate) denials: Denials,
+    pub(crate) services: Arc<Services>,
     http: WasiHttpCtx,
     hooks: Http,
     calls: Allowance,
@@ -62,11 +67,13 @@ impl Guest {
         wasi.max_random_size(RANDOM_BYTES_MAX);
         let mut table = ResourceTable::new();
         table.set_max_capacity(RESOURCES_MAX);
-        let limits = Limits { memory_bytes: 0, memory_bytes_max, memory_refused: false, table_elements: 0 };
+        let limits = Limits { memory_bytes_max, ..Limits::default() };
         let calls = Allowance::new(services.calls_per_sec);
-        let hooks = Http { grants: Arc::clone(&services.http) };
+        let denials = Denials { plugin: Arc::clone(&services.plugin), log: log.clone() };
+        allow_addresses(&mut wasi, services, &denials);
+        let hooks = Http { grants: Arc::clone(&services.http), denials: denials.clone() };
         let (http, services) = (WasiHttpCtx::new(), Arc::clone(services));
-        Self { wasi: wasi.build(), table, limits, log, services, http, hooks, calls }
+        Self { wasi: wasi.build(), table, limits, log, denials, services, http, hooks, calls }
     }
 
     /// A call into the guest begins.
@@ -88,12 +95,15 @@ impl WasiHttpView for Guest {
 }
 
 /// Sums over all memories and tables of the store: a limit per memory would be none.
+#[derive(Default)]
 pub(crate) struct Limits {
     memory_bytes: usize,
     memory_bytes_max: usize,
     /// More memory was asked for than there may be; explains the trap that usually follows.
     pub(crate) memory_refused: bool,
     table_elements: usize,
+    /// The same about tables.
+    pub(crate) tables_refused: bool,
 }
 
 impl Limits {
@@ -113,9 +123,11 @@ impl ResourceLimiter for Limits {
         Ok(true)
     }
 
-    fn table_growing(&mut self, current: usize, desired: usize, _max: Option<usize>) -> wasmtime::Result<bool> {
+    /// `max`: of its own, and of what the pool has for one.
+    fn table_growing(&mut self, current: usize, desired: usize, max: Option<usize>) -> wasmtime::Result<bool> {
         let total = self.table_elements.saturating_sub(current).saturating_add(desired);
-        if total > TABLE_ELEMENTS_MAX {
+        if total > TABLE_ELEMENTS_MAX || max.is_some_and(|max| desired > max) {
+            self.tables_refused = true;
             return Ok(false);
         }
         self.table_elements = total;
@@ -155,6 +167,20 @@ impl Log {
     }
 }
 
+/// Counts what a guest tried without a grant, and says so in the log.
+#[derive(Clone)]
+pub(crate) struct Denials {
+    plugin: Arc<Plugin>,
+    log: Log,
+}
+
+impl Denials {
+    pub(crate) fn note(&self, what: impl std::fmt::Display) {
+        self.plugin.counters.denied.fetch_add(1, Ordering::Relaxed);
+        self.log.write(Level::Warn, &format!("denied: {what}"));
+    }
+}
+
 impl Lines {
     fn write(&mut self, level: Level, message: &str) {
         if self.since.elapsed() >= Duration::from_secs(1) {
@@ -191,7 +217,7 @@ impl imports::wasmqtt::plugin::host::Host for Guest {
 
     fn publish(&mut self, message: wit::Outgoing) -> Result<(), wit::Refusal> {
         self.calls.take()?;
-        self.services.publish(message)
+        self.services.publish(message, &self.denials)
     }
 
     fn disconnect(&mut self, client_id: String, reason: u8) -> Result<(), wit::Refusal> {
@@ -337,6 +363,8 @@ pub(crate) fn linker(engine: &Engine) -> Result<Linker<Guest>, HostError> {
                 WasiConfig::from(&guest.services.settings)
             })
         })
+        .and_then(|()| keyvalue::bindings::Imports::add_to_linker::<Guest, HasSelf<Guest>>(&mut linker, |guest| guest))
+        .and_then(|()| files::add_to_linker(&mut linker))
         .map_err(|error| HostError::new(format!("{error:#}")))?;
     Ok(linker)
 }
@@ -369,7 +397,7 @@ mod tests {
 
     #[test]
     fn memories_of_one_store_share_the_limit() {
-        let mut limits = Limits { memory_bytes: 0, memory_bytes_max: 100, memory_refused: false, table_elements: 0 };
+        let mut limits = Limits { memory_bytes_max: 100, ..Limits::default() };
         assert!(limits.memory_growing(0, 60, None).expect("decides"));
         assert!(!limits.memory_growing(0, 41, None).expect("decides"));
         assert!(limits.memory_refused);

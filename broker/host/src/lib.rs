@@ -17,12 +17,14 @@ mod engine;
 mod events;
 mod explain;
 mod exports;
+mod files;
 mod generation;
 mod grants;
 mod guest;
 mod hook;
 mod inspect;
 mod instance;
+mod keyvalue;
 mod loader;
 mod metrics;
 mod network;
@@ -68,8 +70,8 @@ impl HostError {
 
 /// Loads and watches plugins; shards get their view through [`Plugins`].
 ///
-/// Its calls are polled by hand on the thread of their shard, which must have entered a tokio runtime with time enabled
-/// (a guest's files and clocks wait there). A call gives the thread back at least once in a millisecond.
+/// Its calls are polled by hand on the thread of their shard, which must have entered a tokio runtime with time and I/O enabled
+/// (a guest's files, clocks and sockets wait there). A call gives the thread back at least once in a millisecond.
 pub struct PluginHost {
     chain: Arc<ArcSwap<Chain>>,
     door: Door,
@@ -114,6 +116,10 @@ pub struct Status {
     pub feed_dropped: u64,
     /// Events that were dropped, because too many waited.
     pub events_dropped: u64,
+    /// What it tried without a grant: addresses, HTTP servers, files, buckets, functions of the broker.
+    pub denied: u64,
+    /// Bytes in its buckets.
+    pub keyvalue_bytes: usize,
     /// Values of metrics that were not recorded.
     pub metrics_lost: u64,
     /// What it counts itself.
@@ -156,6 +162,8 @@ impl Status {
             ("feed/waiting", self.feed_waiting as u64),
             ("feed/dropped", self.feed_dropped),
             ("events/dropped", self.events_dropped),
+            ("denied", self.denied),
+            ("keyvalue/bytes", self.keyvalue_bytes as u64),
             ("metrics/lost", self.metrics_lost),
         ]
         .map(|(what, value)| (format!("{name}/{what}"), value.to_string()))
@@ -165,7 +173,7 @@ impl Status {
 
 impl PluginHost {
     /// Loads every configured plugin and those in the folder, then watches for changes. Must be called inside a tokio
-    /// runtime with time enabled, but not by one of its tasks.
+    /// runtime with time and I/O enabled, but not by one of its tasks.
     ///
     /// # Errors
     /// A plugin with an entry in the configuration cannot be loaded. One that merely lies in the folder is logged and

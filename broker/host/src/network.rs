@@ -11,7 +11,12 @@ use std::time::Duration;
 use http::Uri;
 use http::uri::{Authority, Scheme};
 use http_body_util::BodyExt;
+use wasmtime_wasi::WasiCtxBuilder;
+use wasmtime_wasi::sockets::SocketAddrUse;
 use wasmtime_wasi_http::{Error, RequestOptions, WasiBody, WasiHttpHooks, default_send_request};
+
+use crate::guest::Denials;
+use crate::services::Services;
 
 /// How long connecting, and waiting for an answer or more of it, may take at most.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -145,9 +150,29 @@ fn is_public(address: IpAddr) -> bool {
     }
 }
 
+/// Lets a guest connect to the granted addresses, and to no other.
+pub(crate) fn allow_addresses(wasi: &mut WasiCtxBuilder, services: &Services, denials: &Denials) {
+    let (grants, denials) = (services.grants.sockets.clone(), denials.clone());
+    // What is not granted is asked for and refused below, where it is counted.
+    wasi.allow_ip_name_lookup(!grants.is_empty()).allow_tcp(true).allow_udp(true);
+    wasi.socket_addr_check(move |address, to| {
+        let is_granted = match to {
+            // As any client is bound, before it connects.
+            SocketAddrUse::TcpBind | SocketAddrUse::UdpBind => address.ip().is_unspecified() && address.port() == 0,
+            SocketAddrUse::TcpListen | SocketAddrUse::TcpAccept => false,
+            _ => grants.iter().any(|grant| grant.covers(address)),
+        };
+        if !is_granted {
+            denials.note(format_args!("the address {address}; grants.sockets does not name it"));
+        }
+        Box::pin(std::future::ready(is_granted))
+    });
+}
+
 /// HTTP as it was granted.
 pub(crate) struct Http {
     pub(crate) grants: Arc<[HttpGrant]>,
+    pub(crate) denials: Denials,
 }
 
 type Sent = Result<(http::Response<WasiBody>, Box<dyn Future<Output = Result<(), Error>> + Send>), Error>;
@@ -159,9 +184,16 @@ impl WasiHttpHooks for Http {
         options: Option<RequestOptions>,
         _processed: Box<dyn Future<Output = Result<(), Error>> + Send>,
     ) -> Box<dyn Future<Output = Sent> + Send> {
-        let grants = Arc::clone(&self.grants);
+        let (grants, denials) = (Arc::clone(&self.grants), self.denials.clone());
         Box::new(async move {
-            let request = permitted(&grants, request).await?;
+            let to = request.uri().authority().map(ToString::to_string).unwrap_or_default();
+            let request = permitted(&grants, request).await.inspect_err(|error| match error {
+                Error::HttpRequestDenied => denials.note(format_args!("HTTP to {to}; grants.http does not name it")),
+                Error::DestinationIpProhibited => denials.note(format_args!(
+                    "HTTP to {to}, a name for a private address; grants.http needs @private for it"
+                )),
+                _ => {}
+            })?;
             let (response, io) = default_send_request(request, Some(bounded(options))).await?;
             Ok((response.map(BodyExt::boxed_unsync), Box::new(io) as Box<dyn Future<Output = _> + Send>))
         })

@@ -11,6 +11,7 @@ use wasmtime_wasi_config::WasiConfigVariables;
 use crate::bindings::imports::wasmqtt::plugin::host as wit;
 use crate::bindings::types::Pair;
 use crate::config::Grants;
+use crate::guest::Denials;
 use crate::metrics::{Kind, series_name};
 use crate::network::HttpGrant;
 use crate::plugin::Plugin;
@@ -50,8 +51,9 @@ impl Services {
         self.door.get().ok_or(wit::Refusal::Busy)
     }
 
-    pub(crate) fn publish(&self, from: wit::Outgoing) -> Result<(), wit::Refusal> {
+    pub(crate) fn publish(&self, from: wit::Outgoing, denials: &Denials) -> Result<(), wit::Refusal> {
         if !self.grants.publish.iter().any(|filter| filter.matches(&from.topic)) {
+            denials.note(format_args!("publishing to {:?}; grants.publish does not cover it", from.topic));
             return Err(wit::Refusal::Denied);
         }
         let Some(qos) = Qos::from_bits(from.qos) else { return invalid("qos is 0, 1 or 2") };

@@ -13,7 +13,7 @@ use wasmqtt_protocol::codec::ReasonCode;
 use wasmqtt_protocol::ports::{
     Accepted, Access, AuthOutcome, AuthRequest, AuthStep, Call, Client, Event, Interest, ShardPlugins, Submission,
 };
-use wasmqtt_protocol::topic::filters_overlap;
+use wasmqtt_protocol::topic::{Filter, filter_covers, filters_overlap};
 
 use crate::acl::Authorization;
 use crate::auth::Authentication;
@@ -84,6 +84,19 @@ impl Slot {
     fn is_for_topic(&self, topic: &str) -> bool {
         let topics = &self.generation.config.topics;
         topics.is_empty() || topics.iter().any(|filter| filter.matches(topic))
+    }
+
+    /// Whether a decision of this plugin may hold for a whole Topic Filter: not where it is not asked itself, and not
+    /// where one `before` it is asked, which may say otherwise about another topic.
+    fn may_decide(&self, scope: &Filter, before: &[&Rc<Self>]) -> bool {
+        let topics = &self.generation.config.topics;
+        let scope = scope.topic_filter();
+        let is_asked_in = |other: &Self| {
+            let topics = &other.generation.config.topics;
+            topics.is_empty() || topics.iter().any(|filter| filters_overlap(filter.topic_filter(), scope))
+        };
+        (topics.is_empty() || topics.iter().any(|filter| filter_covers(filter.topic_filter(), scope)))
+            && !before.iter().any(|other| is_asked_in(other))
     }
 
     fn is_for_access(&self, access: &Access) -> bool {
@@ -263,24 +276,29 @@ async fn authorize(slots: &[Rc<Slot>], client: Arc<Client>, accesses: &[Access])
     let mut decisions: Vec<Option<Decision>> = vec![None; accesses.len()];
     let mut failed = vec![false; accesses.len()];
     let mut was_asked = vec![false; accesses.len()];
-    for slot in slots.iter().filter(|slot| slot.generation.exports.acl.is_some()) {
-        if !slot.is_for_listener(&client.listener) {
-            continue;
-        }
+    let mut before: Vec<&Rc<Slot>> = Vec::new();
+    let is_responsible =
+        |slot: &&Rc<Slot>| slot.generation.exports.acl.is_some() && slot.is_for_listener(&client.listener);
+    for slot in slots.iter().filter(is_responsible) {
         let open: Vec<usize> =
             (0..accesses.len()).filter(|at| decisions[*at].is_none() && slot.is_for_access(&accesses[*at])).collect();
         if open.is_empty() {
+            before.push(slot);
             continue;
         }
         let asked = open.iter().map(|at| accesses[*at].clone()).collect();
         let question = Authorization { client: Arc::clone(&client), accesses: asked };
-        for (at, decision) in open.into_iter().zip(call::consult(slot, &question).await) {
+        for (at, mut decision) in open.into_iter().zip(call::consult(slot, &question).await) {
             was_asked[at] = true;
             failed[at] |= decision.failed;
+            if let Some(lease) = &mut decision.lease {
+                lease.scope = lease.scope.take().filter(|scope| slot.may_decide(scope, &before));
+            }
             if decision.verdict.is_some() {
                 decisions[at] = Some(decision);
             }
         }
+        before.push(slot);
     }
     let nobody = Decision {
         verdict: Some(Verdict::Allow),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::{Broker, allowed, denied, misbehave, plugin, request};
-use wasmqtt_host::{FileGrant, Mode, OnError, PluginConfig, PluginLimits};
+use wasmqtt_host::{FileGrant, Grants, Mode, OnError, PluginConfig, PluginLimits};
 use wasmqtt_protocol::ports::AuthOutcome;
 
 fn limits() -> PluginLimits {
@@ -24,6 +24,19 @@ fn check_contained(username: &str) {
     assert_eq!(broker.ask("neighbour", "alice"), allowed("allow"), "{username}");
     let status = broker.status("m").expect("it serves");
     assert_eq!((status.calls, status.failures), (2, 1), "{username}");
+}
+
+/// A plugin reaches the addresses that were granted to it, and no others.
+#[test]
+fn sockets_reach_what_was_granted() {
+    let service = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = service.local_addr().expect("an address");
+    let grants = Grants { sockets: vec![format!("{address}").parse().expect("a grant")], ..Grants::default() };
+    let broker = Broker::start(vec![PluginConfig { grants, ..misbehave("m", &[]) }]);
+    assert_eq!(broker.ask("c", &format!("dial:{address}")), allowed("yes"));
+    assert_eq!(broker.ask("c", "connect"), allowed("yes"), "127.0.0.1:1 is not granted");
+    assert_eq!(broker.ask("c", "listen"), allowed("yes"), "connecting only");
+    assert!(broker.status("m").is_some_and(|status| status.denied >= 2), "{:?}", broker.status("m"));
 }
 
 #[test]

@@ -138,6 +138,26 @@ fn decisions_come_with_leases() {
     assert_eq!(verdicts, [Some(Verdict::Allow), Some(NOT_AUTHORIZED)]);
 }
 
+/// A decision holds no further than its plugin is asked, and not where one before it may say otherwise.
+#[test]
+fn a_lease_reaches_no_further_than_its_plugin() {
+    let scope = |broker: &Broker| {
+        let lease = publish_to(broker, "a/b").lease.expect("a lease");
+        lease.scope.map(|scope| scope.to_string())
+    };
+    let topics = |topics: &[&str]| topics.iter().map(|topic| Filter::parse(topic).unwrap()).collect::<Vec<_>>();
+    let of_branch = PluginConfig { topics: topics(&["a/b"]), ..probe(&[]) };
+    assert_eq!(scope(&Broker::start(vec![of_branch])), None, "a/# is more than it is asked about");
+    let before = |of: &[&str]| PluginConfig {
+        topics: topics(of),
+        name: "before".into(),
+        order: -1,
+        ..probe(&[("acl", "next")])
+    };
+    assert_eq!(scope(&Broker::start(vec![before(&["+/c"]), probe(&[])])), None, "it may prohibit a/c");
+    assert_eq!(scope(&Broker::start(vec![before(&["b/#"]), probe(&[])])), Some("a/#".into()));
+}
+
 #[test]
 fn the_first_opinion_counts_and_scopes_say_who_is_asked() {
     let named = |name: &str, order, settings: &[(&str, &str)]| {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::{Broker, allowed, another_build, denied, misbehave, plugin, replace, request};
-use wasmqtt_host::{FileGrant, Mode, PluginConfig, inspect};
+use wasmqtt_host::{FileGrant, Grants, Mode, PluginConfig, inspect};
 use wasmqtt_protocol::ports::AuthOutcome;
 
 /// A broker whose folder holds the misbehaving guest as `m.wasm`.
@@ -30,6 +30,23 @@ fn check_keeps_running(bytes: &[u8]) {
     replace(&file, &another_build("misbehave"));
     broker.wait("the new build serves", |broker| broker.generation("m") == 2);
     assert_eq!(broker.ask("c", ""), allowed("allow"));
+}
+
+/// What a plugin keeps in buckets is there for the next build.
+#[test]
+fn buckets_outlive_a_build() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("count.wasm");
+    std::fs::copy(wasmqtt_guests::component("misbehave"), &file).expect("the guest is built");
+    let grants = Grants { keyvalue_mib: 1, ..Grants::default() };
+    let config = PluginConfig { grants, ..plugin("count", &file, &[]) };
+    let broker = Broker::try_start(folder, vec![config]).expect("plugins load");
+    assert_eq!((broker.ask("a", "count"), broker.ask("b", "count")), (allowed("1"), allowed("2")));
+    replace(&file, &another_build("misbehave"));
+    broker.wait("the new build", |broker| broker.generation("count") == 2);
+    assert_eq!(broker.ask("a", "count"), allowed("3"));
+    assert_eq!(broker.ask("c", "fill"), allowed("yes"), "it is bounded");
+    assert!(broker.status("count").is_some_and(|status| (1 << 19..=1 << 20).contains(&status.keyvalue_bytes)));
 }
 
 #[test]

@@ -31,7 +31,7 @@ impl Broker {
 
     /// With the plugins of `folder/plugins`, if it exists.
     pub fn try_start(folder: TempDir, plugins: Vec<PluginConfig>) -> Result<Self, HostError> {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_time().build();
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
         let runtime = runtime.expect("a runtime");
         let entered = runtime.enter();
         let dir = folder.path().join("plugins");

