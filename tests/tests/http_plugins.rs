@@ -6,9 +6,11 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use wasmqtt_tests::{Broker, Message, Options, Version};
+use wasmqtt_tests::{Broker, Connack, Got, Message, Options, Version};
 
 const V5: Version = Version::V5;
+/// Of ann until 2100; signed with `s3cret`, key `a`.
+const TOKEN: &str = "eyJhbGciOiJIUzI1NiIsImtpZCI6ImEifQ.eyJzdWIiOiJhbm4iLCJleHAiOjQxMDI0NDQ4MDAsImFjbCI6eyJwdWIiOlsidXAvIyJdLCJzdWIiOlsiZG93bi8jIl19fQ.w8DXLmJFhzl5KN56pvv8IcR7i4dRBT1fRGrWvYqjY2Q";
 
 /// Answers each request with the status that `decide` gives for its body, and notes the bodies.
 struct Service {
@@ -108,6 +110,28 @@ fn a_web_service_decides_who_may_connect() {
     broker.check_refused(&login("broken"), 0x88);
     assert!(broker.log().contains("status 500"), "{}", broker.log());
     assert!(service.bodies()[0].contains("\"password\":\"secret\""), "{:?}", service.bodies());
+}
+
+/// Keys come from their provider when the first token needs them; until then nobody can tell.
+#[test]
+fn keys_of_tokens_are_fetched() {
+    let provider = Service::start(|_, count| match count {
+        0 => (503, String::new()),
+        _ => (200, r#"{"keys":[{"kty":"oct","kid":"a","alg":"HS256","k":"czNjcmV0"}]}"#.into()),
+    });
+    let url = format!("http://{}", provider.address);
+    let broker =
+        Broker::start(&config("auth-jwt", &format!("jwks_url = \"{url}/keys\""), &format!("http = [\"{url}\"]")));
+    let ann = Options { password: Some(TOKEN.into()), ..login("ann") };
+    broker.check_refused(&ann, 0x88);
+    assert!(broker.log().contains("status 503"), "{}", broker.log());
+    // Another instance has not tried yet, this one will again after a while.
+    let begun = Instant::now();
+    while !matches!(broker.try_connect(&ann).1, Got::Connack(Connack { reason: 0, .. })) {
+        assert!(begun.elapsed() < Duration::from_secs(30), "{}", broker.log());
+        thread::sleep(Duration::from_millis(500));
+    }
+    broker.check_refused(&login("ann"), 0x86);
 }
 
 /// Without the grant, or with one for another server, nothing is asked.

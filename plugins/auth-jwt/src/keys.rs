@@ -1,17 +1,25 @@
 //! Keys that tokens are checked with, and for which algorithm each is: a token must not choose that.
 
+use std::cell::RefCell;
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use jsonwebtoken::jwk::{AlgorithmParameters, EllipticCurve, Jwk, KeyAlgorithm, PublicKeyUse};
 use jsonwebtoken::{Algorithm, DecodingKey};
 use serde::Deserialize;
 use serde_json::Value;
-use wasmqtt_sdk::{Settings, debug};
+use wasmqtt_sdk::{HttpRequest, Settings, debug, warn};
+
+/// Between two attempts to fetch a key set.
+const ATTEMPT_PAUSE: Duration = Duration::from_secs(10);
 
 /// Where keys come from. Asked for each token, so that a source may get new ones meanwhile.
 pub(crate) trait KeySource {
-    /// The key for a token. Without `kid`, the only one for its algorithm.
-    fn find(&self, id: Option<&str>, algorithm: Algorithm) -> Result<Rc<DecodingKey>, String>;
+    /// The key for a token; without `kid`, the only one for its algorithm. `None`: there is none, or more than one.
+    ///
+    /// # Errors
+    /// Nobody can tell now.
+    fn find(&self, id: Option<&str>, algorithm: Algorithm) -> Result<Option<Rc<DecodingKey>>, String>;
 }
 
 /// One key.
@@ -21,15 +29,28 @@ pub(crate) struct Known {
     key: Rc<DecodingKey>,
 }
 
+/// The one that the settings name.
+pub(crate) fn from_settings(settings: &Settings) -> Result<Box<dyn KeySource>, String> {
+    match settings.get("jwks_url") {
+        Some(_) if NAMES.iter().any(|name| settings.get(name).is_some()) => {
+            Err(format!("beside the setting jwks_url there must be none of {}", NAMES.join(", ")))
+        }
+        Some(url) => Ok(Box::new(Fetched::new(url, settings)?)),
+        None => Ok(Box::new(Keys::from_settings(settings)?)),
+    }
+}
+
+/// Settings for keys that stay the same.
+const NAMES: [&str; 4] = ["secret", "secret_file", "key_file", "jwks_file"];
+
 /// Keys that stay the same.
 pub(crate) struct Keys(Vec<Known>);
 
 impl Keys {
-    pub(crate) fn from_settings(settings: &Settings) -> Result<Self, String> {
-        let names = ["secret", "secret_file", "key_file", "jwks_file"];
-        let set: Vec<&str> = names.into_iter().filter(|name| settings.get(name).is_some()).collect();
+    fn from_settings(settings: &Settings) -> Result<Self, String> {
+        let set: Vec<&str> = NAMES.into_iter().filter(|name| settings.get(name).is_some()).collect();
         let [name] = set[..] else {
-            return Err(format!("one of the settings {} must be there, and only one", names.join(", ")));
+            return Err(format!("one of the settings jwks_url, {} must be there, and only one", NAMES.join(", ")));
         };
         let value = settings.require(name)?;
         if name == "secret" {
@@ -78,15 +99,96 @@ impl Keys {
 }
 
 impl KeySource for Keys {
-    fn find(&self, id: Option<&str>, algorithm: Algorithm) -> Result<Rc<DecodingKey>, String> {
+    fn find(&self, id: Option<&str>, algorithm: Algorithm) -> Result<Option<Rc<DecodingKey>>, String> {
         let mut fits = self.0.iter().filter(|known| {
             known.algorithm == algorithm && (id.is_none() || known.id.is_none() || known.id.as_deref() == id)
         });
-        match (fits.next(), fits.next()) {
-            (Some(known), None) => Ok(Rc::clone(&known.key)),
-            (None, _) => Err(format!("no key for {algorithm:?} with kid {id:?}")),
-            (Some(_), Some(_)) => Err(format!("several keys for {algorithm:?} with kid {id:?}")),
+        Ok(match (fits.next(), fits.next()) {
+            (Some(known), None) => Some(Rc::clone(&known.key)),
+            _ => None,
+        })
+    }
+}
+
+/// A key set that is fetched with the first token, and again from time to time; the old one goes on while that fails.
+pub(crate) struct Fetched {
+    url: String,
+    refresh: Duration,
+    state: RefCell<State>,
+}
+
+#[derive(Default)]
+struct State {
+    keys: Option<Keys>,
+    fetched: Option<Instant>,
+    /// The last attempt, and what went wrong.
+    tried: Option<(Instant, String)>,
+}
+
+impl Fetched {
+    pub(crate) fn new(url: &str, settings: &Settings) -> Result<Self, String> {
+        let secs: u64 = settings.parse("jwks_refresh_secs", 300)?;
+        if !(10..=86_400).contains(&secs) {
+            return Err(format!("setting `jwks_refresh_secs` = {secs}: allowed are 10 to 86400"));
         }
+        Ok(Self { url: url.to_owned(), refresh: Duration::from_secs(secs), state: RefCell::default() })
+    }
+
+    /// At most one attempt in [`ATTEMPT_PAUSE`]: tokens with invented identifiers must not become a flood of requests.
+    fn fetch(&self, now: Instant) {
+        let mut state = self.state.borrow_mut();
+        if state.tried.as_ref().is_some_and(|(at, _)| now.duration_since(*at) < ATTEMPT_PAUSE) {
+            return;
+        }
+        let request = HttpRequest { method: "GET".into(), url: self.url.clone(), ..HttpRequest::default() };
+        let keys = request.send().and_then(|answer| match answer.status {
+            200 => Keys::jwks(&answer.body),
+            status => Err(format!("status {status}")),
+        });
+        match keys {
+            Ok(keys) => {
+                *state = State { keys: Some(keys), fetched: Some(now), tried: Some((now, String::new())) };
+            }
+            Err(error) => {
+                warn(&format!("key set {}: {error}", self.url));
+                state.tried = Some((now, error));
+            }
+        }
+    }
+}
+
+impl Fetched {
+    pub(crate) fn find_at(
+        &self,
+        now: Instant,
+        id: Option<&str>,
+        algorithm: Algorithm,
+    ) -> Result<Option<Rc<DecodingKey>>, String> {
+        if self.state.borrow().fetched.is_none_or(|at| now.duration_since(at) >= self.refresh) {
+            self.fetch(now);
+        }
+        let found = self.known(id, algorithm)?;
+        if found.is_some() {
+            return Ok(found);
+        }
+        // It may be a new one.
+        self.fetch(now);
+        self.known(id, algorithm)
+    }
+
+    fn known(&self, id: Option<&str>, algorithm: Algorithm) -> Result<Option<Rc<DecodingKey>>, String> {
+        let state = self.state.borrow();
+        match (&state.keys, &state.tried) {
+            (Some(keys), _) => keys.find(id, algorithm),
+            (None, Some((_, error))) => Err(format!("no keys yet from {}: {error}", self.url)),
+            (None, None) => Err(format!("no keys yet from {}", self.url)),
+        }
+    }
+}
+
+impl KeySource for Fetched {
+    fn find(&self, id: Option<&str>, algorithm: Algorithm) -> Result<Option<Rc<DecodingKey>>, String> {
+        self.find_at(Instant::now(), id, algorithm)
     }
 }
 

@@ -1,7 +1,8 @@
 //! Clients show a JSON Web Token instead of a password. HS256, RS256 and ES256.
 //!
 //! Settings, one of: `secret` or `secret_file` (HS256), `key_file` (a public key in PEM: RS256 or ES256), `jwks_file` (a
-//! JSON Web Key Set; the token's `kid` chooses). Then `from` = `password` or `username`; `issuer`, `audience` (several
+//! JSON Web Key Set; the token's `kid` chooses), `jwks_url` (one that is fetched with the first token, every
+//! `jwks_refresh_secs` (300), and when a token has a `kid` that is not in it; its server needs a grant). Then `from` = `password` or `username`; `issuer`, `audience` (several
 //! with spaces between them); `leeway` in seconds (30); `require_exp` = `true` or `false`; `principal_claim` (`sub`);
 //! `username_claim` and `client_id_claim`, which must equal what the client says; `acl_claim` (`acl`).
 //!
@@ -15,13 +16,13 @@ mod keys;
 
 use std::time::Duration;
 
-use jsonwebtoken::{Validation, decode, decode_header, get_current_timestamp};
+use jsonwebtoken::{Algorithm, DecodingKey, Validation, decode, decode_header, get_current_timestamp};
 use serde_json::{Map, Value};
 use wasmqtt_sdk::{
     Auth, BAD_USER_NAME_OR_PASSWORD, Grant, NOT_AUTHORIZED, Outcome, Plugin, Request, Settings, debug, export_plugin,
 };
 
-use crate::keys::{KeySource, Keys};
+use crate::keys::KeySource;
 
 /// Seconds by which clocks may differ.
 const LEEWAY_DEFAULT: u64 = 30;
@@ -62,7 +63,7 @@ impl Plugin for AuthJwt {
             return Err("setting `username_claim`: with `from` = \"username\" the user name is the token".into());
         }
         Ok(Self {
-            keys: Box::new(Keys::from_settings(settings)?),
+            keys: keys::from_settings(settings)?,
             from,
             issuer: words(settings, "issuer"),
             audience: words(settings, "audience"),
@@ -77,11 +78,21 @@ impl Plugin for AuthJwt {
 }
 
 impl AuthJwt {
-    /// The claims of a token that is good now.
-    fn verified(&self, token: &str) -> Result<Map<String, Value>, String> {
-        let header = decode_header(token).map_err(|error| format!("not a token: {error}"))?;
-        let key = self.keys.find(header.kid.as_deref(), header.alg)?;
-        let mut validation = Validation::new(header.alg);
+    /// The claims of a token that is good now; outside: whether that can be told.
+    fn checked(&self, token: &str) -> Result<Result<Map<String, Value>, String>, String> {
+        let header = match decode_header(token) {
+            Ok(header) => header,
+            Err(error) => return Ok(Err(format!("not a token: {error}"))),
+        };
+        let (id, algorithm) = (header.kid.as_deref(), header.alg);
+        Ok(match self.keys.find(id, algorithm)? {
+            Some(key) => self.verified(token, algorithm, &key),
+            None => Err(format!("no key, or more than one, for {algorithm:?} with kid {id:?}")),
+        })
+    }
+
+    fn verified(&self, token: &str, algorithm: Algorithm, key: &DecodingKey) -> Result<Map<String, Value>, String> {
+        let mut validation = Validation::new(algorithm);
         validation.leeway = self.leeway;
         validation.validate_nbf = true;
         let mut required = Vec::new();
@@ -99,7 +110,7 @@ impl AuthJwt {
             required.push("aud");
         }
         validation.set_required_spec_claims(&required);
-        decode(token, &key, &validation).map(|token| token.claims).map_err(|error| error.to_string())
+        decode(token, key, &validation).map(|token| token.claims).map_err(|error| error.to_string())
     }
 
     /// A claim that must say what the client says.
@@ -155,7 +166,7 @@ impl Auth for AuthJwt {
             From::Username => request.username.as_deref(),
         };
         let Some(token) = token else { return Ok(Outcome::Next) };
-        let claims = match self.verified(token) {
+        let claims = match self.checked(token)? {
             Ok(claims) => claims,
             Err(why) => {
                 debug(&format!("token of {} refused: {why}", request.client_id));

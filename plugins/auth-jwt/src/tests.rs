@@ -1,8 +1,11 @@
+use std::time::Instant;
+
 use jsonwebtoken::jwk::Jwk;
 use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
 use serde_json::json;
-use wasmqtt_sdk::{Rule, testing};
+use wasmqtt_sdk::{HttpResponse, Rule, testing};
 
+use super::keys::Fetched;
 use super::*;
 
 const RSA: &[u8] = include_bytes!("../test-keys/rsa.pem");
@@ -196,6 +199,42 @@ fn a_key_set_may_have_keys_of_all_kinds() {
     }
 }
 
+fn key_set(kids: &[&str]) -> Result<HttpResponse, String> {
+    let key = |kid: &&str| json!({ "kty": "oct", "kid": kid, "alg": "HS256", "k": "czNjcmV0" });
+    let set = json!({ "keys": kids.iter().map(key).collect::<Vec<_>>() });
+    Ok(HttpResponse { status: 200, body: set.to_string().into_bytes() })
+}
+
+#[test]
+fn a_key_set_is_fetched_once_and_again_when_it_is_old_or_lacks_a_key() {
+    let source = Fetched::new("https://idp/keys", &Settings::default()).expect("settings are good");
+    let (start, find) = (Instant::now(), |at, kid| source.find_at(at, Some(kid), Algorithm::HS256));
+    let after = |secs| start + Duration::from_secs(secs);
+    testing::respond(Err("away".into()));
+    assert!(find(start, "a").err().expect("nobody can tell").contains("away"));
+    assert!(find(after(9), "a").is_err());
+    assert_eq!(testing::take_requests().len(), 1, "not again at once");
+    testing::respond(key_set(&["a"]));
+    assert!(find(after(10), "a").expect("is there now").is_some());
+    assert!(find(after(11), "b").expect("nobody has it").is_none());
+    assert_eq!(testing::take_requests().len(), 1, "whoever invents a kid does not cause a request");
+    testing::respond(key_set(&["a", "b"]));
+    assert!(find(after(20), "b").expect("is new").is_some());
+    testing::respond(Err("away".into()));
+    assert!(find(after(400), "a").expect("the old set goes on").is_some());
+    assert_eq!(testing::take_requests().len(), 2);
+}
+
+/// Nobody is refused for what the plugin cannot know: `on_error` decides.
+#[test]
+fn without_keys_nobody_can_tell() {
+    let plugin = plugin(&[("jwks_url", "https://idp/keys")]);
+    let token = token(Algorithm::HS256, Some("a"), &json!({ "sub": "ann", "exp": later() }));
+    let request = testing::login("c", "ann", &token);
+    assert!(plugin.authenticate(&request).is_err());
+    assert_eq!(ask(&plugin, "rubbish"), DENIED);
+}
+
 /// Providers publish keys for other purposes in the same set. RFC 7517 §5: they are to be ignored.
 #[test]
 fn keys_for_other_purposes_are_left_out() {
@@ -234,6 +273,8 @@ fn wrong_settings_are_named() {
     assert!(wrong(&[("secret", "")]).contains("the secret is empty"), "everybody could sign with that");
     let contradiction = [("secret", "x"), ("from", "username"), ("username_claim", "user")];
     assert!(wrong(&contradiction).contains("`username_claim`"), "the user name is the token");
+    assert!(wrong(&[("jwks_url", "https://idp"), ("secret", "x")]).contains("none of secret"));
+    assert!(wrong(&[("jwks_url", "https://idp"), ("jwks_refresh_secs", "1")]).contains("10 to 86400"));
     assert!(wrong(&[("secret", "x"), ("from", "cookie")]).contains("allowed are password and username"));
     assert!(wrong(&[("key_file", "/nowhere")]).contains("cannot read /nowhere"));
     let here = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
