@@ -209,6 +209,22 @@ fn watchers_are_told_what_happens() {
 }
 
 #[test]
+fn watchers_are_told_what_a_client_misses() {
+    let (broker, hook) = start();
+    let mut away = broker.connect("away", false);
+    away.expect(CONNACK);
+    away.subscribe("a", 0);
+    away.expect(SUBACK);
+    away.send(0xe0, &[]);
+    let mut publisher = broker.connect("publisher", true);
+    publisher.expect(CONNACK);
+    let has = |line: &str| hook.events.lock().unwrap().iter().any(|other| other == line);
+    settles(|| has("client-disconnected away"), true);
+    publisher.publish("a", 0, false);
+    settles(|| has("message-dropped away"), true);
+}
+
+#[test]
 fn plugins_disconnect_and_ban() {
     let (broker, hook) = start();
     let mut one = broker.connect("one", true);

@@ -21,11 +21,14 @@ pub enum EventKind {
     Unsubscribed,
     /// Publishing or subscribing was denied.
     AccessDenied,
+    /// A message for a client was dropped: too large for it, expired, its queue is full, or it is slow and the message
+    /// has QoS 0.
+    MessageDropped,
 }
 
 impl EventKind {
     /// All there are.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::ClientConnected,
         Self::ClientDisconnected,
         Self::ClientRefused,
@@ -33,6 +36,7 @@ impl EventKind {
         Self::Subscribed,
         Self::Unsubscribed,
         Self::AccessDenied,
+        Self::MessageDropped,
     ];
 
     /// Its place in a set.
@@ -50,6 +54,7 @@ impl EventKind {
             Self::Subscribed => "subscribed",
             Self::Unsubscribed => "unsubscribed",
             Self::AccessDenied => "access-denied",
+            Self::MessageDropped => "message-dropped",
         }
     }
 }

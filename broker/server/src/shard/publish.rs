@@ -7,7 +7,7 @@ use std::sync::Arc;
 use tracing::debug;
 use wasmqtt_protocol::access::Verdict;
 use wasmqtt_protocol::codec::{PacketId, Publish, Qos, ReasonCode, Version};
-use wasmqtt_protocol::ports::Change;
+use wasmqtt_protocol::ports::{Change, EventKind};
 use wasmqtt_protocol::router::{Group, Merged, Target, pick};
 use wasmqtt_protocol::session::{Delivered, Delivery, Incoming, Wish};
 
@@ -176,8 +176,17 @@ impl Shard {
                 }
             }
             Delivered::Queued => {}
-            Delivered::Dropped => self.tally.dropped += 1,
+            Delivered::Dropped => self.note_dropped(target.session.slot, incoming),
         }
+    }
+
+    /// A message did not get into the Session of a client.
+    #[cold]
+    pub(super) fn note_dropped(&mut self, slot: u32, incoming: &Incoming<'_>) {
+        self.tally.dropped += 1;
+        self.event(EventKind::MessageDropped, slot, || {
+            vec![("topic", incoming.topic.into()), ("qos", (incoming.qos as u8).to_string())]
+        });
     }
 
     /// Messages that other shards routed to Sessions here.
