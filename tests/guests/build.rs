@@ -6,7 +6,18 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const TARGET: &str = "wasm32-wasip2";
-const PACKAGES: [&str; 6] = ["auth-demo", "auth-file", "auth-http", "topic-tap", "misbehave", "probe"];
+const PACKAGES: [&str; 10] = [
+    "acl-rules",
+    "auth-demo",
+    "auth-file",
+    "auth-http",
+    "auth-jwt",
+    "payload-seal",
+    "presence",
+    "topic-tap",
+    "misbehave",
+    "probe",
+];
 
 fn main() {
     let here = PathBuf::from(std::env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));

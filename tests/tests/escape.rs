@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use wasmqtt_tests::traffic::{Report, Traffic};
-use wasmqtt_tests::{Broker, Got, Message, Options, Version};
+use wasmqtt_tests::{Broker, Client, Got, Message, Options, Version};
 
 const V5: Version = Version::V5;
 /// What 99 of 100 messages of others may take while a plugin misbehaves.
@@ -59,7 +59,7 @@ fn counters(broker: &Broker) -> HashMap<String, u64> {
     let mut client = broker.connect(&Options::new(V5, "counters"));
     assert_eq!(client.subscribe("$SYS/broker/plugins/probe/#", 0), 0);
     std::iter::repeat_with(|| client.recv_publish())
-        .take(13)
+        .take(15)
         .map(|message| {
             let name = message.topic.trim_start_matches("$SYS/broker/plugins/probe/").to_owned();
             (name, String::from_utf8_lossy(&message.payload).parse().expect("a number"))
@@ -147,6 +147,115 @@ fn a_huge_answer_is_refused() {
         assert_eq!(client.publish(&Message::new("hook/big", "x").qos(1)), 0x83);
     });
     assert!(broker.log().contains("plugin call failed") && broker.log().contains("fuel"), "{}", broker.log());
+}
+
+/// Asks the misbehaving guest for something by the User Name; the answer is whether it got in, and as whom.
+fn ask_for(broker: &Broker, client_id: &str, what: &str) -> u8 {
+    let mut client = Client::open(broker.address(), V5);
+    client.send_connect(&Options { username: Some(what.into()), ..Options::new(V5, client_id) });
+    let Got::Connack(connack) = client.recv() else { panic!("no CONNACK") };
+    connack.reason
+}
+
+/// Files, folders, addresses, names, the environment: nothing but what was granted, not by links and not by `..`.
+#[test]
+fn what_was_not_granted_is_out_of_reach() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let granted = folder.path().join("granted");
+    std::fs::create_dir(&granted).expect("make a folder");
+    for (file, text) in [("granted/open", "open"), ("secret", "secret")] {
+        std::fs::write(folder.path().join(file), text).expect("write");
+    }
+    std::os::unix::fs::symlink("../secret", granted.join("link")).expect("make a link");
+    std::os::unix::fs::symlink("/etc", granted.join("absolute")).expect("make a link");
+    let service = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let port = service.local_addr().expect("an address").port();
+    // The name is granted, but the address that it leads to is one of this machine.
+    let broker = Broker::start(&format!(
+        "[[plugin]]\nname = \"probe\"\npath = \"{}\"\nlimits = {{ memory_mib = 32 }}\n\
+         grants = {{ http = [\"http://localhost:{port}\"], files = [{{ host = \"{}\", guest = \"/data\" }}] }}\n",
+        wasmqtt_guests::component("misbehave").display(),
+        granted.display()
+    ));
+    let attacks = [
+        ("read:/etc/passwd", 0x87),
+        ("read:/data/../secret", 0x87),
+        ("read:/data/link", 0x87),
+        ("read:/data/absolute/passwd", 0x87),
+        ("write:/data/new", 0x87),
+        ("connect", 0),
+        ("listen", 0),
+        ("environment", 0),
+        ("count", 0x87),
+        (&format!("http://localhost:{port}/"), 0x87),
+        (&format!("http://127.0.0.1:{port}/"), 0x87),
+        ("http://169.254.169.254/latest", 0x87),
+    ];
+    under_load(&broker, |attempt| {
+        assert_eq!(ask_for(&broker, "c", "read:/data/open"), 0);
+        for (n, (what, reason)) in attacks.iter().enumerate() {
+            assert_eq!(ask_for(&broker, &format!("c-{attempt}-{n}"), what), *reason, "{what}");
+        }
+    });
+    service.set_nonblocking(true).expect("does not block");
+    assert!(service.accept().is_err(), "it was reached");
+    assert!(!granted.join("new").exists());
+    let denied = [
+        "opening \"../secret\"",
+        "opening \"link\"",
+        "opening \"absolute/passwd\"",
+        "opening \"new\"",
+        "the address 127.0.0.1:1; grants.sockets",
+        "the bucket \"count\"; grants.keyvalue_mib",
+        "a name for a private address; grants.http needs @private",
+        "HTTP to 169.254.169.254; grants.http",
+    ];
+    let log = broker.log();
+    for what in denied {
+        assert!(log.contains(what) && log.contains("denied: "), "{what:?} is not in\n{log}");
+    }
+    check_counted(&broker, "denied");
+}
+
+#[test]
+fn buckets_are_bounded() {
+    let broker = Broker::start(&format!(
+        "[[plugin]]\nname = \"probe\"\npath = \"{}\"\ngrants = {{ keyvalue_mib = 4 }}\n",
+        wasmqtt_guests::component("misbehave").display()
+    ));
+    under_load(&broker, |attempt| assert_eq!(ask_for(&broker, &format!("fill-{attempt}"), "fill"), 0));
+    check_counted(&broker, "keyvalue/bytes");
+    assert!((3 << 20..=4 << 20).contains(&counters(&broker)["keyvalue/bytes"]), "{:?}", counters(&broker));
+}
+
+/// However long a plugin wants its decisions to hold: only for what it is asked about, and not longer than it serves.
+#[test]
+fn a_lease_ends_with_its_plugin() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("probe.wasm");
+    let mut bytes = std::fs::read(wasmqtt_guests::component("probe")).expect("the guest is built");
+    std::fs::write(&file, &bytes).expect("write");
+    let mode = folder.path().join("mode");
+    std::fs::write(&mode, "").expect("write");
+    let broker = Broker::start_in(
+        folder,
+        "[plugins]\ndir = \".\"\n[[plugin]]\nname = \"probe\"\ntopics = [\"evil/#\"]\n\
+         config = { ttl = 4294967295, mode = \"/mode\" }\ngrants = { publish = [\"storm/#\"], disconnect = true, \
+         ban = true, revoke = true, files = [{ host = \"mode\", guest = \"/mode\" }] }\n",
+    );
+    let mut client = broker.connect(&Options::new(V5, "c"));
+    let mut watcher = broker.connect(&Options::new(V5, "watcher"));
+    assert_eq!(watcher.subscribe("evil/#", 0), 0);
+    assert_eq!(client.publish(&Message::new("evil/a", "x").qos(1)), 0);
+    assert!(matches!(watcher.recv(), Got::Publish(_)));
+    std::fs::write(&mode, "deny").expect("write");
+    bytes.extend([0, 2, 1, b'x']);
+    let new = file.with_extension("new");
+    std::fs::write(&new, bytes).and_then(|()| std::fs::rename(new, &file)).expect("replace");
+    broker.await_log("plugin replaced", 1);
+    assert_eq!(client.publish(&Message::new("evil/a", "x").qos(1)), 0x87, "it is asked again");
+    broker.await_log("subscription ended: no longer allowed", 1);
+    watcher.check_silent();
 }
 
 /// A storage hook that breaks discards its message, and others of the same batch and later ones pass.
