@@ -242,7 +242,9 @@ impl batch::Host for Guest {
     fn delete_many(&mut self, bucket: Resource<Bucket>, keys: Vec<String>) -> Answer<()> {
         let bucket = self.bucket(&bucket)?;
         let mut kept = self.kept();
-        keys.iter().for_each(|key| kept.delete(&bucket, key));
+        for key in &keys {
+            kept.delete(&bucket, key);
+        }
         Ok(Ok(()))
     }
 }
@@ -282,7 +284,7 @@ mod tests {
     #[test]
     fn keys_come_in_pages() {
         let mut kept = Kept::default();
-        for n in 0..PAGE_KEYS + 1 {
+        for n in 0..=PAGE_KEYS {
             kept.set("b", &format!("{n:05}"), Vec::new(), MIB).expect("fits");
         }
         let first = kept.page("b", 0);

@@ -76,10 +76,18 @@ pub(crate) async fn rewrite(slots: &[Rc<Slot>], messages: Vec<Submission>) -> Ve
 /// Shows messages from the store to the hooks that sealed them, the last one first.
 pub(crate) async fn open(slots: &[Rc<Slot>], messages: Vec<Submission>) -> Vec<Accepted> {
     let mut works: Vec<Work> = messages.into_iter().map(Work::from).collect();
+    let mut is_shown = false;
     for slot in slots.iter().rev() {
         let wanted = slot.generation.registration();
         if wanted.before_store && wanted.at_rest && slot.generation.exports.storage_hook.is_some() {
             show(slot, &mut works, Moment::AfterLoad, false).await;
+            is_shown = true;
+        }
+    }
+    if !is_shown {
+        // Whoever sealed them is not here, and nobody is to get them as they are.
+        for work in &mut works {
+            work.discarded = Some(ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR);
         }
     }
     works.into_iter().map(Work::accepted).collect()

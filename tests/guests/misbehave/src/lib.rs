@@ -92,7 +92,7 @@ fn read(path: &str) -> Outcome {
 /// Until there is no room.
 fn fill() -> Result<(), String> {
     let bucket = Bucket::open("fill")?;
-    (0..10_000_u32).try_for_each(|n| bucket.set(&n.to_string(), &[0; 1 << 16]))
+    (0..10_000_u32).try_for_each(|n| bucket.set(&n.to_string(), &vec![0; 1 << 16]))
 }
 
 /// How often it was asked, by all instances of all builds.
