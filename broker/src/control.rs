@@ -5,7 +5,7 @@
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,6 +17,7 @@ use wasmqtt_protocol::access::{Action, Verdict};
 use wasmqtt_protocol::codec::Qos;
 use wasmqtt_protocol::ports::{Access, Client};
 use wasmqtt_server::Inspector;
+use wasmqtt_server::store::RocksStore;
 
 /// Below `data_dir`.
 const SOCKET: &str = "control.sock";
@@ -41,6 +42,9 @@ pub(crate) enum Request {
     },
     Promote {
         name: String,
+    },
+    Backup {
+        dir: PathBuf,
     },
     Explain {
         client_id: String,
@@ -72,14 +76,21 @@ struct Explanation {
     verdict: String,
 }
 
+/// What commands reach.
+pub(crate) struct Reach {
+    pub(crate) plugins: Option<Arc<PluginHost>>,
+    pub(crate) store: Option<Arc<RocksStore>>,
+    pub(crate) server: Inspector,
+}
+
 /// Serves commands on a thread of its own until the process ends. That it cannot is no reason not to serve clients.
-pub(crate) fn start(data_dir: &Path, plugins: Arc<PluginHost>, server: Inspector) {
-    if let Err(error) = try_start(data_dir, plugins, server) {
+pub(crate) fn start(data_dir: &Path, reach: Reach) {
+    if let Err(error) = try_start(data_dir, reach) {
         warn!(error = format!("{error:#}"), "commands such as `wasmqtt plugin list` do not reach this broker");
     }
 }
 
-fn try_start(data_dir: &Path, plugins: Arc<PluginHost>, server: Inspector) -> anyhow::Result<()> {
+fn try_start(data_dir: &Path, reach: Reach) -> anyhow::Result<()> {
     let path = data_dir.join(SOCKET);
     let failed = || format!("listen on {} for commands", path.display());
     std::fs::create_dir_all(data_dir).with_context(failed)?;
@@ -91,7 +102,7 @@ fn try_start(data_dir: &Path, plugins: Arc<PluginHost>, server: Inspector) -> an
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).with_context(failed)?;
     let serve = move || {
         for stream in listener.incoming() {
-            let handled = stream.map_err(anyhow::Error::from).and_then(|stream| handle(&stream, &plugins, &server));
+            let handled = stream.map_err(anyhow::Error::from).and_then(|stream| handle(&stream, &reach));
             if let Err(error) = handled {
                 warn!(error = format!("{error:#}"), "command not answered");
             }
@@ -101,14 +112,14 @@ fn try_start(data_dir: &Path, plugins: Arc<PluginHost>, server: Inspector) -> an
     Ok(())
 }
 
-fn handle(stream: &UnixStream, plugins: &PluginHost, server: &Inspector) -> anyhow::Result<()> {
+fn handle(stream: &UnixStream, reach: &Reach) -> anyhow::Result<()> {
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     let mut reader = BufReader::new(stream.try_clone()?);
     let mut line = String::new();
     (&mut reader).take(REQUEST_BYTES_MAX).read_line(&mut line)?;
     let request: Request = serde_json::from_str(&line).context("read a request")?;
-    let answer = answer(request, &mut reader, plugins, server);
+    let answer = answer(request, &mut reader, reach);
     let answer = answer.unwrap_or_else(|error| Answer::Failed(format!("{error:#}")));
     send(stream, &answer)
 }
@@ -120,13 +131,18 @@ fn send(mut stream: &UnixStream, message: &impl Serialize) -> anyhow::Result<()>
     Ok(())
 }
 
-fn answer(
-    request: Request,
-    reader: &mut impl Read,
-    plugins: &PluginHost,
-    server: &Inspector,
-) -> anyhow::Result<Answer> {
+fn answer(request: Request, reader: &mut impl Read, reach: &Reach) -> anyhow::Result<Answer> {
+    if let Request::Backup { dir } = &request {
+        let Some(store) = &reach.store else { bail!("[store] durability = \"memory\": there is no store") };
+        info!(dir = %dir.display(), "backing up");
+        store.backup(dir)?;
+        return Ok(Answer::Done);
+    }
+    let Some(plugins) = &reach.plugins else {
+        bail!("this broker has no plugins: its configuration names none, and there is no folder `plugins` beside it")
+    };
     Ok(match request {
+        Request::Backup { .. } => Answer::Done,
         Request::List => Answer::Plugins(list(plugins)?),
         Request::Deploy(files) => {
             let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
@@ -147,7 +163,7 @@ fn answer(
         Request::Explain { client_id, principal, publish, topic } => {
             let action = if publish { Action::Publish } else { Action::Subscribe };
             let access = Access { action, topic: topic.into(), qos: Qos::AtMostOnce, retain: false };
-            let explanation = explain(&client_id, principal.as_deref(), &access, plugins, server);
+            let explanation = explain(&client_id, principal.as_deref(), &access, plugins, &reach.server);
             Answer::Explanation(serde_json::to_value(explanation)?)
         }
     })

@@ -8,6 +8,7 @@ mod passwd; // entries for password files
 mod plugins; // settings → plugin host
 mod serve; // from settings to a running broker and back
 mod settings; // the configuration file, and what it means
+mod stores; // `store stats`, `check`, `compact`, `export`, `import`, `backup`
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -19,6 +20,7 @@ use wasmqtt_server::Listener;
 
 use crate::authoring::{Kind, Language};
 use crate::operate::{Access, Which};
+use crate::stores::StoreCommand;
 
 // Each shard allocates and frees small things all day; this allocator keeps a heap per thread for that.
 #[global_allocator]
@@ -69,6 +71,9 @@ Examples:
     /// Look at plugins.
     #[command(subcommand)]
     Plugin(PluginCommand),
+    /// Look at what the broker has kept, check it, copy it.
+    #[command(subcommand)]
+    Store(StoreCommand),
 }
 
 #[derive(Debug, Args)]
@@ -297,6 +302,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             passwd::set(&args.file, &args.user, cost)
         }
         Command::Plugin(command) => print(&run_plugin(command)?),
+        Command::Store(command) => print(&stores::run(command)?),
     }
 }
 

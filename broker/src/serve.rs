@@ -15,9 +15,10 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, fmt};
 use wasmqtt_protocol::ports;
+use wasmqtt_server::store::RocksStore;
 use wasmqtt_server::{Anonymous, Bind, Server};
 
-use crate::control;
+use crate::control::{self, Reach};
 use crate::plugins;
 use crate::settings::{Log, Settings};
 
@@ -54,10 +55,15 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
         shards: settings.shards,
         sys_interval: SYS_INTERVAL,
     };
-    let store = Arc::new(ports::Memory);
-    let server = Server::start(config, plugins::port(plugins.as_ref()), store, runtime.handle().clone())?;
-    if let Some(plugins) = &plugins {
-        control::start(&data_dir, Arc::clone(plugins), server.inspector());
+    let store = settings.store.map(RocksStore::open).transpose()?;
+    let port: Arc<dyn ports::Store> = match &store {
+        Some(store) => Arc::clone(store) as Arc<dyn ports::Store>,
+        None => Arc::new(ports::Memory),
+    };
+    let server = Server::start(config, plugins::port(plugins.as_ref()), port, runtime.handle().clone())?;
+    if plugins.is_some() || store.is_some() {
+        let reach = Reach { plugins: plugins.clone(), store: store.clone(), server: server.inspector() };
+        control::start(&data_dir, reach);
     }
     // Scripts wait for these lines.
     for listener in server.listeners() {
@@ -74,6 +80,9 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
         }
     });
     server.stop(DRAIN_GRACE);
+    if let Some(store) = store {
+        store.stop();
+    }
     if let Some(plugins) = plugins {
         plugins.stop();
     }

@@ -20,7 +20,9 @@ mod store;
 pub use broker::{BanPattern, Broker, Outgoing, Refusal};
 pub use events::{Event, EventKind};
 pub use hook::{Accepted, Interest, Submission};
-pub use store::{Change, Memory, Receiver, ShardStore, Store, Ticket};
+pub use store::{
+    Change, Load, Loaded, Memory, Receiver, Restore, RestoredSession, ShardStore, Store, StoreError, Ticket,
+};
 
 /// A call into a plugin; polled on the shard that made it. Dropping it cancels the call.
 pub type Call<T> = Pin<Box<dyn Future<Output = T>>>;

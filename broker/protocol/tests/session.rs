@@ -110,7 +110,7 @@ impl Pair {
         ids: &[NonZeroU32],
     ) -> Delivered {
         let incoming = Incoming::new(topic, payload, &[], (qos, false), expires, None);
-        let wish = Wish { qos, retain: false, ids };
+        let wish = Wish { qos, retain: false, ids, id: None };
         let mut frames = FrameCache::default();
         frames.reset();
         let out = self.session.link().is_some().then_some(&mut self.out);

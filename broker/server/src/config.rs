@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use wasmqtt_protocol::codec::Qos;
-use wasmqtt_protocol::session::ServerLimits;
+use wasmqtt_protocol::session::{QueuePolicy, ServerLimits};
 
 /// Everything [`crate::Server::start`] needs.
 #[derive(Debug, Clone)]
@@ -21,6 +21,16 @@ pub struct Config {
     pub shards: usize,
     /// Time between two updates of `$SYS`; zero switches them off.
     pub sys_interval: Duration,
+}
+
+impl Config {
+    /// Of the listener with this name.
+    pub(crate) fn queue_policy(&self, listener: &str) -> QueuePolicy {
+        self.listeners
+            .iter()
+            .find(|other| *other.name == *listener)
+            .map_or_else(QueuePolicy::default, |found| found.queue_policy)
+    }
 }
 
 /// The broker's own rule, used where no plugin decides.
@@ -41,6 +51,8 @@ pub struct Listener {
     pub bind: Bind,
     /// As plugins and logs know it, such as `mqtt://127.0.0.1:1883`.
     pub name: Arc<str>,
+    /// When the queue of a client that came through it is full.
+    pub queue_policy: QueuePolicy,
 }
 
 /// Kind and address of a listener.

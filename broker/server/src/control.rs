@@ -41,9 +41,11 @@ impl Broker for Control {
     fn ban(&self, pattern: BanPattern, seconds: u32, note: &str) -> Result<(), Refusal> {
         let now_ms = self.0.now_ms();
         info!(?pattern, seconds, note, "ban");
-        if !self.0.bans_mut().set(now_ms, pattern, now_ms + u64::from(seconds) * 1000, note) {
+        let until_ms = now_ms + u64::from(seconds) * 1000;
+        if !self.0.bans_mut().set(now_ms, pattern.clone(), until_ms, note) {
             return Err(Refusal::Busy);
         }
+        self.0.mailboxes[0].send(Mail::KeepBan(pattern, until_ms, note.into()));
         for mailbox in &self.0.mailboxes {
             mailbox.send(Mail::Banned);
         }

@@ -8,8 +8,10 @@ mod bans;
 pub mod config;
 mod control;
 mod mailbox;
+mod restore;
 mod shard;
 mod shared;
+pub mod store;
 mod stream;
 
 use std::io;
@@ -21,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use mio::Waker;
 use wasmqtt_protocol::access::Verdict;
-use wasmqtt_protocol::ports::{Access, Client, Plugins, Store};
+use wasmqtt_protocol::ports::{Access, Client, Plugins, Store, StoreError};
 
 pub use config::{Anonymous, Bind, Config, Limits, Listener};
 
@@ -46,6 +48,9 @@ pub enum StartError {
     /// The system refused a thread or an epoll.
     #[error("cannot start a shard: {0}")]
     Shard(io::Error),
+    /// What the store has kept cannot be read.
+    #[error(transparent)]
+    Store(#[from] StoreError),
 }
 
 /// How long a shard may take to answer a question of an operator.
@@ -106,14 +111,16 @@ impl Server {
         let mailboxes = polls.iter().map(|(_, waker)| Mailbox::new(Arc::clone(waker))).collect();
         let shared = Arc::new(Shared::new(config, mailboxes));
         plugins.attach(Arc::new(Control(Arc::clone(&shared))));
+        let restored = restore::restore(&*store, &shared, &*plugins, &runtime)?;
         let mut shards = Vec::new();
-        for (index, (poll, waker)) in polls.into_iter().enumerate() {
+        for (index, ((poll, waker), sessions)) in polls.into_iter().zip(restored).enumerate() {
             let (shared, plugins, runtime) = (Arc::clone(&shared), Arc::clone(&plugins), runtime.clone());
             let store = Arc::clone(&store);
             let thread = std::thread::Builder::new().name(format!("shard-{index}")).spawn(move || {
                 let _entered = runtime.enter();
                 let wake = Box::new(move || drop(waker.wake()));
-                Shard::new(index, poll, shared, plugins.shard(index), store.shard(index, wake)).run();
+                let (plugins, store) = (plugins.shard(index), store.shard(index, wake));
+                Shard::new(index, poll, shared, sessions, plugins, store).run();
             });
             shards.push(thread.map_err(StartError::Shard)?);
         }

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use mio::Waker;
 use wasmqtt_protocol::codec::ReasonCode;
-use wasmqtt_protocol::ports::{Access, Outgoing};
-use wasmqtt_protocol::router::{Group, Message, Target};
+use wasmqtt_protocol::ports::{Access, BanPattern, Outgoing};
+use wasmqtt_protocol::router::{Group, Message, MessageId, Target};
 
 use crate::Explained;
 use crate::shard::{Adopted, Arrival};
@@ -29,6 +29,8 @@ pub(crate) enum Mail {
     Publish(Box<Outgoing>),
     /// A plugin wants a client to go.
     Disconnect(Arc<str>, ReasonCode),
+    /// The store is to know of a ban.
+    KeepBan(BanPattern, u64, Box<str>),
     /// Somebody was banned; who is in may have to go.
     Banned,
     /// Plugins changed, or decisions were revoked.
@@ -44,6 +46,8 @@ pub(crate) struct Remote {
     pub(crate) message: Arc<Message>,
     pub(crate) targets: Arc<[Target]>,
     pub(crate) share: Option<Arc<Group>>,
+    /// The name under which the store keeps it for those targets that it knows.
+    pub(crate) id: Option<MessageId>,
 }
 
 impl Remote {

@@ -3,10 +3,10 @@
 use std::hash::BuildHasher;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
-use std::time::Instant;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use hashbrown::HashMap;
-use wasmqtt_protocol::router::{Index, Retained, SessionKey};
+use hashbrown::{HashMap, HashSet};
+use wasmqtt_protocol::router::{Index, Retained, SessionId, SessionKey};
 use wasmqtt_protocol::session::ServerLimits;
 
 use crate::bans::Bans;
@@ -49,13 +49,45 @@ pub(crate) struct Shared {
     generation: AtomicU64,
     directory: Vec<Mutex<Directory>>,
     /// Sessions the store knows; empty when nothing is durable.
-    stored: RwLock<HashMap<SessionKey, Arc<str>, foldhash::fast::RandomState>>,
+    stored: RwLock<HashMap<SessionKey, SessionId, foldhash::fast::RandomState>>,
+    pub(crate) full: FullSessions,
     bans: RwLock<Bans>,
     /// Retained messages that wait for all clients.
     pub(crate) backlogs: Arc<AtomicUsize>,
     /// Counts how often what plugins decided was revoked for everybody.
     pub(crate) revocations: AtomicU64,
     started: Instant,
+    started_ms: u64,
+}
+
+/// Sessions that have no room, where publishers are to be told. Seldom any, so that looking costs one load.
+#[derive(Default)]
+pub(crate) struct FullSessions {
+    count: AtomicUsize,
+    keys: RwLock<HashSet<SessionKey, foldhash::fast::RandomState>>,
+}
+
+impl FullSessions {
+    pub(crate) fn any(&self) -> bool {
+        self.count.load(Ordering::Relaxed) > 0
+    }
+
+    pub(crate) fn has(&self, mut sessions: impl Iterator<Item = SessionKey>) -> bool {
+        let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner);
+        sessions.any(|key| keys.contains(&key))
+    }
+
+    pub(crate) fn insert(&self, key: SessionKey) {
+        let mut keys = self.keys.write().unwrap_or_else(PoisonError::into_inner);
+        keys.insert(key);
+        self.count.store(keys.len(), Ordering::Relaxed);
+    }
+
+    pub(crate) fn remove(&self, key: SessionKey) {
+        let mut keys = self.keys.write().unwrap_or_else(PoisonError::into_inner);
+        keys.remove(&key);
+        self.count.store(keys.len(), Ordering::Relaxed);
+    }
 }
 
 /// Counters behind `$SYS`; each shard adds at the end of a batch.
@@ -86,15 +118,22 @@ impl Shared {
             generation: AtomicU64::new(0),
             directory: (0..DIRECTORY_LOCKS).map(|_| Mutex::default()).collect(),
             stored: RwLock::default(),
+            full: FullSessions::default(),
             bans: RwLock::default(),
             backlogs: Arc::default(),
             revocations: AtomicU64::new(0),
             started: Instant::now(),
+            started_ms: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64),
         }
     }
 
-    /// Milliseconds since the broker started: its clock.
+    /// The broker's clock: milliseconds since 1970 when the broker started, and since then as they pass, whatever is
+    /// done to the clock of the system. So times in the store mean the same to the next broker.
     pub(crate) fn now_ms(&self) -> u64 {
+        self.started_ms + self.uptime_ms()
+    }
+
+    pub(crate) fn uptime_ms(&self) -> u64 {
         u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
@@ -128,16 +167,16 @@ impl Shared {
         self.directory[place].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The Client Identifier by which the store knows a Session; `None`: it does not.
-    pub(crate) fn stored(&self, key: SessionKey) -> Option<Arc<str>> {
-        self.stored.read().unwrap_or_else(PoisonError::into_inner).get(&key).cloned()
+    /// The name by which the store knows a Session; `None`: it does not.
+    pub(crate) fn stored(&self, key: SessionKey) -> Option<SessionId> {
+        self.stored.read().unwrap_or_else(PoisonError::into_inner).get(&key).copied()
     }
 
     /// The store knows a Session from now on, or (`None`) no more.
-    pub(crate) fn set_stored(&self, key: SessionKey, client_id: Option<Arc<str>>) {
+    pub(crate) fn set_stored(&self, key: SessionKey, id: Option<SessionId>) {
         let mut stored = self.stored.write().unwrap_or_else(PoisonError::into_inner);
-        match client_id {
-            Some(client_id) => stored.insert(key, client_id),
+        match id {
+            Some(id) => stored.insert(key, id),
             None => stored.remove(&key),
         };
     }

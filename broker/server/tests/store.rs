@@ -4,10 +4,14 @@
 
 mod common;
 
+use std::num::NonZeroU64;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use wasmqtt_protocol::ports::{Change, Memory, NoPlugins, ShardStore, Store, Ticket};
+use wasmqtt_protocol::ports::{
+    Change, Load, Loaded, Memory, NoPlugins, Restore, ShardStore, Store, StoreError, Ticket,
+};
+use wasmqtt_protocol::router::{MessageId, SessionId};
 
 use self::common::{Broker, CONNACK, PUBACK, PUBLISH, QUIET, SUBACK};
 
@@ -17,6 +21,7 @@ struct Log {
     batch: Ticket,
     is_open: bool,
     committed: Ticket,
+    names: u64,
     wake: Option<Box<dyn Fn() + Send + Sync>>,
 }
 
@@ -33,15 +38,45 @@ impl Slow {
         }
     }
 
+    fn next(&self) -> NonZeroU64 {
+        let mut log = self.0.lock().unwrap();
+        log.names += 1;
+        NonZeroU64::new(log.names).expect("not zero")
+    }
+
     fn take(&self) -> Vec<String> {
         std::mem::take(&mut self.0.lock().unwrap().changes)
     }
 }
 
 impl Store for Slow {
+    fn restore(&self, _to: &mut dyn Restore) -> Result<(), StoreError> {
+        Ok(())
+    }
+
     fn shard(&self, _index: usize, wake: Box<dyn Fn() + Send + Sync>) -> Box<dyn ShardStore> {
         self.0.lock().unwrap().wake = Some(wake);
         Box::new(self.clone())
+    }
+}
+
+fn told(change: Change<'_>) -> String {
+    match change {
+        Change::Session { client, expiry, closed_at_ms, .. } => {
+            let what = if closed_at_ms.is_some() { "closed" } else { "opened" };
+            format!("{what} {} {expiry}", client.client_id)
+        }
+        Change::SessionEnded { session } => format!("ended {session}"),
+        Change::Subscribed { session, filter, .. } => format!("subscribed {session} {}", filter.as_str()),
+        Change::Unsubscribed { session, filter } => format!("unsubscribed {session} {}", filter.as_str()),
+        Change::Queued { id, message, receivers, .. } => {
+            let receivers: Vec<_> = receivers.iter().map(|to| format!("{}:{:?}", to.session, to.wish.qos)).collect();
+            format!("queued {id} {} {}", message.topic, receivers.join(","))
+        }
+        Change::Step { session, step } => format!("{session} {step:?}"),
+        Change::Retained { message, .. } => format!("retained {}", message.topic),
+        Change::RetainedRemoved { topic } => format!("removed {topic}"),
+        Change::Ban { note, .. } => format!("ban {note}"),
     }
 }
 
@@ -50,26 +85,29 @@ impl ShardStore for Slow {
         true
     }
 
+    fn is_failing(&self) -> bool {
+        false
+    }
+
+    fn is_congested(&self) -> bool {
+        false
+    }
+
+    fn new_session(&mut self) -> SessionId {
+        self.next()
+    }
+
+    fn new_message(&mut self) -> MessageId {
+        self.next()
+    }
+
     fn write(&mut self, change: Change<'_>) {
         let mut log = self.0.lock().unwrap();
         if !log.is_open {
             log.is_open = true;
             log.batch += 1;
         }
-        log.changes.push(match change {
-            Change::SessionOpened { client_id, expiry, .. } => format!("opened {client_id} {expiry}"),
-            Change::SessionClosed { client_id, expiry, .. } => format!("closed {client_id} {expiry}"),
-            Change::SessionEnded { client_id } => format!("ended {client_id}"),
-            Change::Subscribed { client_id, filter, .. } => format!("subscribed {client_id} {}", filter.as_str()),
-            Change::Unsubscribed { client_id, filter } => format!("unsubscribed {client_id} {}", filter.as_str()),
-            Change::Queued { message, receivers } => {
-                let receivers: Vec<_> =
-                    receivers.iter().map(|to| format!("{}:{:?}", to.client_id, to.wish.qos)).collect();
-                format!("queued {} {}", message.topic, receivers.join(","))
-            }
-            Change::Retained(message) => format!("retained {}", message.topic),
-            Change::RetainedRemoved { topic } => format!("removed {topic}"),
-        });
+        log.changes.push(told(change));
     }
 
     fn commit(&mut self) {
@@ -82,6 +120,12 @@ impl ShardStore for Slow {
 
     fn committed(&self) -> Ticket {
         self.0.lock().unwrap().committed
+    }
+
+    fn load(&mut self, _load: Load) {}
+
+    fn loaded(&mut self) -> Vec<Loaded> {
+        Vec::new()
     }
 }
 
@@ -97,14 +141,15 @@ fn promises_leave_after_the_commit() {
     keeper.expect_silence();
     store.commit_all();
     keeper.expect(SUBACK);
-    assert_eq!(store.take(), ["opened keeper 604800", "subscribed keeper a/#"]);
+    assert_eq!(store.take(), ["opened keeper 604800", "subscribed 1 a/#"]);
 
     let mut guest = broker.connect("guest", true);
     guest.expect(CONNACK);
     guest.publish("a/1", 1, true);
     guest.expect_silence();
     keeper.expect(PUBLISH);
-    assert_eq!(store.take(), ["retained a/1", "queued a/1 keeper:AtLeastOnce"]);
+    let sent = "1 Sent { packet_id: 1, id: 2, qos: AtLeastOnce }";
+    assert_eq!(store.take(), ["retained a/1", "queued 2 a/1 1:AtLeastOnce", sent]);
     store.commit_all();
     guest.expect(PUBACK);
 }
@@ -141,7 +186,7 @@ fn a_session_is_told_from_its_first_connection_to_its_end() {
     client.send(0xe0, &[]);
     store_settles(&store, &["closed c 604800"]);
     let _clean = broker.connect("c", true);
-    store_settles(&store, &["ended c"]);
+    store_settles(&store, &["ended 1"]);
     let mut gone = broker.connect("never-kept", true);
     gone.expect(CONNACK);
     gone.subscribe("x", 1);

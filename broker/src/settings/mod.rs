@@ -17,6 +17,8 @@ use std::time::Duration;
 
 use wasmqtt_host::{Mode, OnError, PluginConfig};
 use wasmqtt_protocol::codec::Qos;
+use wasmqtt_protocol::session::QueuePolicy;
+use wasmqtt_server::store::{Durability, StoreConfig};
 use wasmqtt_server::{Anonymous, Bind, Limits, Listener};
 
 use self::plugin::meant_plugin;
@@ -31,6 +33,16 @@ const ON_ERROR: [(&str, OnError); 4] =
     [("deny", OnError::Deny), ("allow", OnError::Allow), ("skip", OnError::Skip), ("retry", OnError::Retry)];
 /// Spellings of [`Mode`].
 const MODES: [(&str, Mode); 2] = [("read", Mode::Read), ("write", Mode::Write)];
+
+/// Spellings of [`Durability`]; `None`: no store.
+const DURABILITY: [(&str, Option<Durability>); 3] =
+    [("fsync", Some(Durability::Fsync)), ("os", Some(Durability::Os)), ("memory", None)];
+/// Spellings of [`QueuePolicy`].
+const QUEUE_FULL: [(&str, QueuePolicy); 3] = [
+    ("drop-newest", QueuePolicy::DropNewest),
+    ("drop-oldest", QueuePolicy::DropOldest),
+    ("reject-publish", QueuePolicy::RejectPublish),
+];
 
 /// What the operator wants, complete and checked. All paths are absolute.
 #[derive(Debug, Clone)]
@@ -48,6 +60,8 @@ pub(crate) struct Settings {
     pub(crate) plugin_dir: Option<PathBuf>,
     /// In the order of the file.
     pub(crate) plugins: Vec<PluginConfig>,
+    /// `None`: nothing outlives the broker.
+    pub(crate) store: Option<StoreConfig>,
     pub(crate) log: Log,
 }
 
@@ -176,9 +190,7 @@ fn meaning(mut root: Section<'_>, base: &Path) -> Settings {
         plugins.extend(meant_plugin(plugin, base, plugin_dir.as_deref(), &mut names));
     }
 
-    let mut store = root.section("store");
-    store.choice("durability", &[("memory", ())]);
-    store.finish();
+    let store = meant_store(root.section("store"), base, &data_dir);
 
     let mut log = root.section("log");
     let level = log.text("level");
@@ -195,7 +207,23 @@ fn meaning(mut root: Section<'_>, base: &Path) -> Settings {
     log.finish();
 
     root.finish();
-    Settings { data_dir, listeners, anonymous, limits, shards, plugin_dir, plugins, log: Log { level, json } }
+    let log = Log { level, json };
+    Settings { data_dir, listeners, anonymous, limits, shards, plugin_dir, plugins, store, log }
+}
+
+/// `None`: nothing outlives the broker.
+fn meant_store(mut store: Section<'_>, base: &Path, data_dir: &Path) -> Option<StoreConfig> {
+    let path = store.text("path").map_or_else(|| data_dir.join("store"), |text| base.join(text.value));
+    let default = StoreConfig::new(path);
+    let durability = store.choice("durability", &DURABILITY).unwrap_or(Some(default.durability));
+    let meant = StoreConfig {
+        write_buffer_mib: store.number("write_buffer_mib", default.write_buffer_mib, 1..=65_536),
+        cache_mib: store.number("cache_mib", default.cache_mib, 1..=1_048_576),
+        sync_interval: Duration::from_millis(store.number("sync_interval_ms", 0, 0..=60_000)),
+        ..default
+    };
+    store.finish();
+    durability.map(|durability| StoreConfig { durability, ..meant })
 }
 
 fn meant_limits(mut limits: Section<'_>) -> Limits {
@@ -249,6 +277,7 @@ fn meant_listener(mut listener: Section<'_>, base: &Path, others: &[Listener]) -
             Protocol::NotYet
         }
     };
+    let queue_policy = listener.choice("queue_full", &QUEUE_FULL).unwrap_or_default();
     listener.finish();
     let bind = bind?;
     let meant = match kind {
@@ -262,7 +291,7 @@ fn meant_listener(mut listener: Section<'_>, base: &Path, others: &[Listener]) -
             listener.problem(&bind, "another [[listener]] has this address already");
             None
         }
-        Ok(meant) => Some(meant),
+        Ok(meant) => Some(Listener { queue_policy, ..meant }),
         Err(why) => {
             listener.problem(&bind, &why);
             None
@@ -284,11 +313,13 @@ fn tcp_listener(text: &str) -> Result<Listener, String> {
             Err(error) => return Err(format!("{allowed} ({error})")),
         },
     };
-    Ok(Listener { bind: Bind::Tcp(address), name: format!("mqtt://{address}").into() })
+    let name = format!("mqtt://{address}").into();
+    Ok(Listener { bind: Bind::Tcp(address), name, queue_policy: QueuePolicy::default() })
 }
 
 fn unix_listener(path: PathBuf) -> Listener {
-    Listener { name: Arc::from(format!("unix:{}", path.display())), bind: Bind::Unix(path) }
+    let name = Arc::from(format!("unix:{}", path.display()));
+    Listener { name, bind: Bind::Unix(path), queue_policy: QueuePolicy::default() }
 }
 
 /// A bare word must be a level: the log library would take a misspelt one for the name of a target.

@@ -7,9 +7,10 @@ use serde::Serialize;
 use wasmqtt_host::{FileGrant, PluginConfig, Rollout};
 use wasmqtt_protocol::codec::Qos;
 use wasmqtt_protocol::topic::Filter;
+use wasmqtt_server::store::StoreConfig;
 use wasmqtt_server::{Anonymous, Bind};
 
-use super::{MODES, ON_ERROR, Settings};
+use super::{DURABILITY, MODES, ON_ERROR, QUEUE_FULL, Settings};
 
 #[derive(Serialize)]
 pub(crate) struct Shown<'a> {
@@ -18,7 +19,7 @@ pub(crate) struct Shown<'a> {
     auth: Auth,
     limits: Limits,
     plugins: Folder<'a>,
-    store: Store,
+    store: Store<'a>,
     log: Log<'a>,
     listener: Vec<Listener>,
     plugin: Vec<Plugin<'a>>,
@@ -28,6 +29,7 @@ pub(crate) struct Shown<'a> {
 struct Listener {
     bind: String,
     protocol: &'static str,
+    queue_full: &'static str,
 }
 
 /// Absent means loopback clients only, which has no other spelling in the file.
@@ -114,8 +116,16 @@ struct ShownLimits {
 }
 
 #[derive(Serialize)]
-struct Store {
+struct Store<'a> {
     durability: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    path: Option<&'a Path>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    write_buffer_mib: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cache_mib: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sync_interval_ms: Option<u64>,
 }
 
 #[derive(Serialize)]
@@ -159,7 +169,7 @@ impl Settings {
                 connections_max: limits.connections_max,
             },
             plugins: Folder { dir: self.plugin_dir.as_deref() },
-            store: Store { durability: "memory" },
+            store: shown_store(self.store.as_ref()),
             log: Log { level: &self.log.level, format: if self.log.json { "json" } else { "text" } },
             listener: self.listeners.iter().map(shown_listener).collect(),
             plugin: self.plugins.iter().map(shown_plugin).collect(),
@@ -168,9 +178,21 @@ impl Settings {
 }
 
 fn shown_listener(listener: &wasmqtt_server::Listener) -> Listener {
+    let queue_full = spelling(&QUEUE_FULL, listener.queue_policy);
     match &listener.bind {
-        Bind::Tcp(address) => Listener { bind: address.to_string(), protocol: "mqtt" },
-        Bind::Unix(path) => Listener { bind: path.display().to_string(), protocol: "unix" },
+        Bind::Tcp(address) => Listener { bind: address.to_string(), protocol: "mqtt", queue_full },
+        Bind::Unix(path) => Listener { bind: path.display().to_string(), protocol: "unix", queue_full },
+    }
+}
+
+fn shown_store(store: Option<&StoreConfig>) -> Store<'_> {
+    let durability = spelling(&DURABILITY, store.map(|store| store.durability));
+    Store {
+        durability,
+        path: store.map(|store| &*store.path),
+        write_buffer_mib: store.map(|store| store.write_buffer_mib),
+        cache_mib: store.map(|store| store.cache_mib),
+        sync_interval_ms: store.map(|store| store.sync_interval.as_millis() as u64),
     }
 }
 

@@ -69,7 +69,11 @@ config = { file = "/passwords", depth = { most = 3, names = ["a", "b"] } }
 grants = { files = [{ host = "etc/passwords", guest = "/passwords", mode = "read" }] }
 limits = { memory_mib = 32, deadline_ms = 4000, cpu_ms = 300, instances = 2 }
 [store]
-durability = "memory"
+durability = "os"
+path = "kept"
+write_buffer_mib = 8
+cache_mib = 16
+sync_interval_ms = 500
 [log]
 level = "info,wasmqtt_host=debug"
 format = "json"
@@ -103,6 +107,9 @@ fn each_key_of_a_full_file_arrives() {
     assert_eq!((plugin.files[0].guest.as_str(), plugin.files[0].mode), ("/passwords", Mode::Read));
     let limits = &plugin.limits;
     assert_eq!((limits.memory_mib, limits.deadline_ms, limits.cpu_ms, limits.instances), (32, 4000, 300, 2));
+    let store = settings.store.as_ref().expect("there is one");
+    assert_eq!((store.durability, &store.path), (Durability::Os, &folder.path().join("kept")));
+    assert_eq!((store.write_buffer_mib, store.cache_mib, store.sync_interval), (8, 16, Duration::from_millis(500)));
     assert_eq!(settings.log, Log { level: "info,wasmqtt_host=debug".into(), json: true });
 }
 
@@ -117,7 +124,14 @@ fn an_empty_file_means_the_documented_defaults() {
     assert_eq!(settings.limits.queue_bytes_max, 16_777_216);
     assert_eq!(settings.limits.keep_alive_max, None);
     assert!(settings.plugin_dir.is_some(), "the folder `plugins` beside the file");
+    let store = settings.store.as_ref().expect("there is one");
+    assert_eq!((store.durability, &store.path), (Durability::Fsync, &settings.data_dir.join("store")));
     assert_eq!(settings.log, Log { level: "info".into(), json: false });
+}
+
+#[test]
+fn without_a_store_nothing_is_kept() {
+    assert!(meant("[store]\ndurability = \"memory\"\n").store.is_none());
 }
 
 #[test]
@@ -167,9 +181,9 @@ fn numbers_name_their_range() {
 #[test]
 fn words_name_what_is_allowed() {
     check_problems(
-        "[store]\ndurability = \"fsync\"\n[log]\nformat = \"xml\"\nlevel = \"inof\"\n[auth]\nanonymous = \"yes\"\n",
+        "[store]\ndurability = \"disk\"\n[log]\nformat = \"xml\"\nlevel = \"inof\"\n[auth]\nanonymous = \"yes\"\n",
         &[
-            (2, &["store.durability = \"fsync\"", "the only value is \"memory\""]),
+            (2, &["store.durability = \"disk\"", "allowed are \"fsync\", \"os\", \"memory\""]),
             (4, &["log.format = \"xml\"", "allowed are \"text\", \"json\""]),
             (5, &["log.level = \"inof\"", "info"]),
             (7, &["auth.anonymous = \"yes\"", "true and false"]),

@@ -1,42 +1,36 @@
 //! The store.
 
-use std::sync::Arc;
-
-use crate::router::{Message, Subscription};
-use crate::session::{WillMessage, Wish};
+use super::{BanPattern, Client};
+use crate::codec::Qos;
+use crate::router::{Message, MessageId, SessionId, SessionKey, Subscription};
+use crate::session::{Kept, Parked, Step, WillMessage, Wish};
 use crate::topic::Filter;
 
-/// Something that must survive the broker. Sessions are named by their Client Identifier; one that ends with its Network
-/// Connection is not told of.
+/// Something that must survive the broker. A Session that ends with its Network Connection is not told of.
 #[derive(Debug)]
 pub enum Change<'a> {
-    /// A Session was begun or resumed, with the Will Message of its Network Connection.
-    SessionOpened {
-        /// Client Identifier.
-        client_id: &'a str,
+    /// A Session began, was resumed, or lost its Network Connection; or its will was published.
+    Session {
+        /// The Session.
+        session: SessionId,
+        /// Whose.
+        client: &'a Client,
         /// Session Expiry Interval in seconds.
         expiry: u32,
-        /// To be published if the broker does not live to see the client go.
+        /// When its Network Connection was gone; `None`: it has one.
+        closed_at_ms: Option<u64>,
+        /// To be published if the client goes or stays away; `None`: nothing is.
         will: Option<&'a WillMessage>,
     },
-    /// Its Network Connection is gone: from now on it expires.
-    SessionClosed {
-        /// Client Identifier.
-        client_id: &'a str,
-        /// Session Expiry Interval in seconds, which DISCONNECT may have changed.
-        expiry: u32,
-        /// Waits for its Will Delay Interval.
-        will: Option<&'a WillMessage>,
-    },
-    /// It is gone, with all that belongs to it.
+    /// It is gone, with all that belongs to it but its messages, of which [`Step::Done`] tells.
     SessionEnded {
-        /// Client Identifier.
-        client_id: &'a str,
+        /// The Session.
+        session: SessionId,
     },
     /// A subscription was made or replaced.
     Subscribed {
-        /// Client Identifier.
-        client_id: &'a str,
+        /// The Session.
+        session: SessionId,
         /// With its `ShareName`, if it has one.
         filter: &'a Filter,
         /// Options and Subscription Identifier.
@@ -44,32 +38,57 @@ pub enum Change<'a> {
     },
     /// A subscription was ended.
     Unsubscribed {
-        /// Client Identifier.
-        client_id: &'a str,
+        /// The Session.
+        session: SessionId,
         /// As it was made.
         filter: &'a Filter,
     },
     /// A message is on its way to Sessions that outlive their Network Connections, with QoS 1 or 2.
     Queued {
+        /// A new name.
+        id: MessageId,
         /// The same for all its receivers.
-        message: &'a Arc<Message>,
-        /// Never empty.
+        message: &'a Message,
+        /// Storage hooks have to open it before anybody gets it.
+        sealed: bool,
+        /// Never empty; each Session once.
         receivers: &'a [Receiver<'a>],
     },
+    /// A QoS 1 or 2 handshake went on.
+    Step {
+        /// The Session.
+        session: SessionId,
+        /// What happened.
+        step: Step,
+    },
     /// A topic has another retained message.
-    Retained(&'a Arc<Message>),
+    Retained {
+        /// The message.
+        message: &'a Message,
+        /// Storage hooks have to open it before anybody gets it.
+        sealed: bool,
+    },
     /// A topic has no retained message any more.
     RetainedRemoved {
         /// Topic Name.
         topic: &'a str,
+    },
+    /// Somebody is kept out until then; a time in the past lets them in again.
+    Ban {
+        /// Who.
+        pattern: &'a BanPattern,
+        /// Broker clock.
+        until_ms: u64,
+        /// For the log.
+        note: &'a str,
     },
 }
 
 /// One Session that gets a message, and how.
 #[derive(Debug, Clone, Copy)]
 pub struct Receiver<'a> {
-    /// Client Identifier.
-    pub client_id: &'a str,
+    /// The Session.
+    pub session: SessionId,
     /// What it asked for.
     pub wish: Wish<'a>,
 }
@@ -77,11 +96,43 @@ pub struct Receiver<'a> {
 /// Counts the batches of one shard, from 1.
 pub type Ticket = u64;
 
+/// Messages that a Session wants to have back.
+#[derive(Debug)]
+pub struct Load {
+    /// Where the Session lives.
+    pub key: SessionKey,
+    /// The Session.
+    pub session: SessionId,
+    /// See [`crate::session::Session::begin_load`].
+    pub turn: u32,
+    /// In the order in which they are wanted.
+    pub ids: Vec<MessageId>,
+}
+
+/// What became of a [`Load`].
+#[derive(Debug)]
+pub struct Loaded {
+    /// Where the Session lives.
+    pub key: SessionKey,
+    /// As it was asked for.
+    pub turn: u32,
+    /// For each that was wanted the message, if it still is in the store.
+    pub messages: Vec<(MessageId, Option<Kept>)>,
+}
+
 /// The store as one shard sees it. A shard tells of all changes of a turn, ends the batch, and sends nothing that
-/// promises them (CONNACK, SUBACK, PUBACK, PUBREC) before the batch is committed.
+/// promises them (CONNACK, SUBACK, PUBACK, PUBREC, PUBREL, PUBCOMP, a QoS 2 PUBLISH) before the batch is committed.
 pub trait ShardStore {
     /// False: nothing survives, so the shard need not tell of changes, nor wait.
     fn is_durable(&self) -> bool;
+    /// Nothing can be written at present: what would have to be kept must be refused.
+    fn is_failing(&self) -> bool;
+    /// So much waits to be written that no more should be read from clients.
+    fn is_congested(&self) -> bool;
+    /// A name that no Session had before.
+    fn new_session(&mut self) -> SessionId;
+    /// A name that is larger than all before.
+    fn new_message(&mut self) -> MessageId;
     /// Adds to the present batch.
     fn write(&mut self, change: Change<'_>);
     /// Ends the present batch, if anything is in it, and begins to commit it.
@@ -90,11 +141,59 @@ pub trait ShardStore {
     fn ticket(&self) -> Ticket;
     /// The last batch that is committed, with all before it.
     fn committed(&self) -> Ticket;
+    /// Begins to read, with all that was committed or began to be until now.
+    fn load(&mut self, load: Load);
+    /// Takes what was read since the last time.
+    fn loaded(&mut self) -> Vec<Loaded>;
 }
+
+/// A Session as it was when the broker ended.
+#[derive(Debug)]
+pub struct RestoredSession {
+    /// Its name.
+    pub session: SessionId,
+    /// Whose.
+    pub client: Client,
+    /// Session Expiry Interval in seconds.
+    pub expiry: u32,
+    /// When its Network Connection was gone; `None`: it had one when the broker ended.
+    pub closed_at_ms: Option<u64>,
+    /// Not published so far.
+    pub will: Option<WillMessage>,
+    /// All of them.
+    pub subscriptions: Vec<(Filter, Subscription)>,
+    /// Messages that wait, oldest first; those in `inflight` are not among them.
+    pub parked: Vec<Parked>,
+    /// Packet Identifiers in use, with the message that waits for PUBACK or PUBREC; `None`: it waits for PUBCOMP.
+    pub inflight: Vec<(u16, Option<(MessageId, Qos)>)>,
+    /// Packet Identifiers of QoS 2 messages that wait for PUBREL.
+    pub received: Vec<u16>,
+}
+
+/// Takes what the store has kept.
+pub trait Restore {
+    /// A Session.
+    fn session(&mut self, session: RestoredSession);
+    /// A retained message; `sealed`: storage hooks have to open it.
+    fn retained(&mut self, message: Message, sealed: bool);
+    /// Somebody who is kept out.
+    fn ban(&mut self, pattern: BanPattern, until_ms: u64, note: &str);
+}
+
+/// The store cannot be used. The text names folder and reason.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct StoreError(pub String);
 
 /// Keeps what must survive.
 pub trait Store: Send + Sync {
-    /// Called once on each shard's thread. `wake` has the shard look at [`ShardStore::committed`].
+    /// Gives back everything that was kept. Called once, before the first shard begins.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    fn restore(&self, to: &mut dyn Restore) -> Result<(), StoreError>;
+    /// Called once on each shard's thread. `wake` has the shard look at [`ShardStore::committed`] and
+    /// [`ShardStore::loaded`].
     fn shard(&self, index: usize, wake: Box<dyn Fn() + Send + Sync>) -> Box<dyn ShardStore>;
 }
 
@@ -103,6 +202,9 @@ pub trait Store: Send + Sync {
 pub struct Memory;
 
 impl Store for Memory {
+    fn restore(&self, _to: &mut dyn Restore) -> Result<(), StoreError> {
+        Ok(())
+    }
     fn shard(&self, _index: usize, _wake: Box<dyn Fn() + Send + Sync>) -> Box<dyn ShardStore> {
         Box::new(Self)
     }
@@ -112,6 +214,18 @@ impl ShardStore for Memory {
     fn is_durable(&self) -> bool {
         false
     }
+    fn is_failing(&self) -> bool {
+        false
+    }
+    fn is_congested(&self) -> bool {
+        false
+    }
+    fn new_session(&mut self) -> SessionId {
+        SessionId::MIN
+    }
+    fn new_message(&mut self) -> MessageId {
+        MessageId::MIN
+    }
     fn write(&mut self, _change: Change<'_>) {}
     fn commit(&mut self) {}
     fn ticket(&self) -> Ticket {
@@ -119,5 +233,9 @@ impl ShardStore for Memory {
     }
     fn committed(&self) -> Ticket {
         0
+    }
+    fn load(&mut self, _load: Load) {}
+    fn loaded(&mut self) -> Vec<Loaded> {
+        Vec::new()
     }
 }

@@ -7,7 +7,7 @@ mod index;
 mod retained;
 mod trie;
 
-use std::num::NonZeroU32;
+use std::num::{NonZeroU32, NonZeroU64};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -38,6 +38,12 @@ pub struct Subscription {
     /// Subscription Identifier.
     pub id: Option<NonZeroU32>,
 }
+
+/// Names a Session in the store. One that ended gives its name to no other.
+pub type SessionId = NonZeroU64;
+
+/// Names a message in the store; later ones are larger.
+pub type MessageId = NonZeroU64;
 
 /// A message that is kept; immutable and shared.
 #[derive(Debug, Clone)]
@@ -132,6 +138,8 @@ pub struct Target {
     pub others: Option<Merged>,
     /// For its own messages: only subscriptions without No Local count. [MQTT-3.8.3-3]
     pub own: Option<Merged>,
+    /// The Session's name in the store; `None`: it is not there.
+    pub stored: Option<SessionId>,
 }
 
 impl Merged {
@@ -159,7 +167,7 @@ impl Target {
     /// A member of a Shared Subscription, which never has No Local. [MQTT-3.8.3-4]
     pub fn of(member: &Member) -> Self {
         let merged = Merged::of(&member.subscription);
-        Self { session: member.session, own: Some(merged.clone()), others: Some(merged) }
+        Self { session: member.session, own: Some(merged.clone()), others: Some(merged), stored: None }
     }
 
     /// What its subscriptions come to, for a message of its `own` or of others.
@@ -175,7 +183,7 @@ pub fn merge(direct: &mut [(SessionKey, Subscription)]) -> Vec<Target> {
     let mut targets: Vec<Target> = Vec::new();
     for (session, subscription) in direct {
         if targets.last().is_none_or(|last| last.session != *session) {
-            targets.push(Target { session: *session, others: None, own: None });
+            targets.push(Target { session: *session, others: None, own: None, stored: None });
         }
         if let Some(target) = targets.last_mut() {
             Merged::add(&mut target.others, subscription);

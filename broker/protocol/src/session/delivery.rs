@@ -9,7 +9,7 @@ use smallvec::SmallVec;
 
 use super::outbox::SHARED_PAYLOAD_BYTES_MIN;
 use crate::codec::{PublishHead, Qos, Version, encode_publish_head};
-use crate::router::{Group, Message, SessionKey};
+use crate::router::{Group, Message, MessageId, SessionKey};
 
 /// One message for one Session, as its subscription wants it.
 #[derive(Debug, Clone)]
@@ -22,6 +22,8 @@ pub struct Delivery {
     pub retain: bool,
     /// Subscription Identifiers of all that matched.
     pub ids: SmallVec<[NonZeroU32; 1]>,
+    /// The name under which the store keeps it for this Session; `None`: it does not.
+    pub id: Option<MessageId>,
     /// The Shared Subscription it came through, so that another member can have it.
     pub share: Option<Arc<Group>>,
 }

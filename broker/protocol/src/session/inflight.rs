@@ -4,13 +4,16 @@ use std::collections::VecDeque;
 use std::num::NonZeroU16;
 
 use super::Delivery;
-use crate::codec::PacketId;
+use crate::codec::{PacketId, Qos};
+use crate::router::MessageId;
 
 /// Where one outgoing message stands.
 #[derive(Debug)]
 pub(super) enum Phase {
     /// PUBLISH sent or to be sent; waits for PUBACK or PUBREC.
     Publish(Box<Delivery>),
+    /// The same, with a message that only the store has.
+    Parked(MessageId, Qos),
     /// PUBREC arrived; waits for PUBCOMP. The message itself is no longer needed. [MQTT-4.3.3-5]
     Release,
     /// Acknowledged, but an older one is not: keeps the place until the front moves on.
@@ -23,6 +26,17 @@ pub(super) struct Slot {
     pub(super) phase: Phase,
     /// Sent on this Network Connection.
     pub(super) sent: bool,
+}
+
+impl Slot {
+    /// QoS and name of the message that waits for PUBACK or PUBREC.
+    pub(super) fn message(&self) -> (Option<Qos>, Option<MessageId>) {
+        match &self.phase {
+            Phase::Publish(delivery) => (Some(delivery.qos), delivery.id),
+            Phase::Parked(id, qos) => (Some(*qos), Some(*id)),
+            Phase::Release | Phase::Done => (None, None),
+        }
+    }
 }
 
 /// Outgoing messages that are not yet acknowledged, oldest first.
@@ -114,6 +128,77 @@ impl Inflight {
         }
     }
 
+    /// As it was when the broker ended; identifiers in any order.
+    pub(super) fn restored(mut used: Vec<(u16, Option<(MessageId, Qos)>)>) -> Self {
+        used.sort_unstable_by_key(|(packet_id, _)| *packet_id);
+        // They are a run that may go round the end: it begins after the widest gap.
+        let gap_before = |place: usize| match place.checked_sub(1) {
+            Some(before) => used[place].0 - used[before].0,
+            None => used[0].0 + (u16::MAX - used[used.len() - 1].0),
+        };
+        let Some(first) = (0..used.len()).max_by_key(|place| gap_before(*place)) else { return Self::default() };
+        used.rotate_left(first);
+        let mut inflight = Self::default();
+        for (packet_id, message) in used {
+            let Some(packet_id) = NonZeroU16::new(packet_id) else { continue };
+            while !inflight.slots.is_empty() && inflight.following() != packet_id {
+                let between = inflight.following();
+                inflight.push(between, Phase::Done);
+            }
+            inflight.push(packet_id, message.map_or(Phase::Release, |(id, qos)| Phase::Parked(id, qos)));
+        }
+        inflight
+    }
+
+    fn following(&self) -> PacketId {
+        let next = if self.next == u16::MAX { 1 } else { self.next + 1 };
+        NonZeroU16::new(next).unwrap_or(NonZeroU16::MIN)
+    }
+
+    fn push(&mut self, packet_id: PacketId, phase: Phase) {
+        self.next = packet_id.get();
+        self.slots.push_back(Slot { packet_id, phase, sent: false });
+    }
+
+    /// The client is gone: memory keeps only the messages that the store does not have.
+    pub(super) fn park(&mut self) {
+        for slot in &mut self.slots {
+            if let Phase::Publish(delivery) = &slot.phase
+                && let (Some(id), None) = (delivery.id, &delivery.share)
+            {
+                slot.phase = Phase::Parked(id, delivery.qos);
+            }
+        }
+    }
+
+    /// Messages that are to be sent again and that only the store has.
+    pub(super) fn missing(&self) -> impl Iterator<Item = MessageId> {
+        self.slots.iter().skip(self.unsent).filter_map(|slot| match slot.phase {
+            Phase::Parked(id, _) => Some(id),
+            _ => None,
+        })
+    }
+
+    /// One that was [`Inflight::missing`] is here, or (`None`) nowhere; `false`: it is not one of these.
+    pub(super) fn arrived(&mut self, id: MessageId, delivery: Option<Delivery>) -> bool {
+        let is_it = |slot: &Slot| matches!(slot.phase, Phase::Parked(other, _) if other == id);
+        let unsent = self.unsent;
+        let Some(slot) = self.slots.iter_mut().skip(unsent).find(|slot| is_it(slot)) else { return false };
+        if let Some(delivery) = delivery {
+            slot.phase = Phase::Publish(Box::new(delivery));
+        } else {
+            let packet_id = slot.packet_id;
+            self.finish(packet_id);
+        }
+        true
+    }
+
+    /// Nothing can be sent before the store has given the next message back.
+    pub(super) fn waits_for_store(&self) -> bool {
+        let next = self.slots.iter().skip(self.unsent).find(|slot| !slot.sent && !matches!(slot.phase, Phase::Done));
+        matches!(next, Some(Slot { phase: Phase::Parked(..), .. }))
+    }
+
     /// The next slot to send again, now counted as sent.
     pub(super) fn next_unsent(&mut self) -> Option<&mut Slot> {
         while let Some(slot) = self.slots.get(self.unsent) {
@@ -129,13 +214,10 @@ impl Inflight {
         None
     }
 
-    /// Removes everything; what was still waiting for PUBACK or PUBREC comes out, oldest first.
-    pub(super) fn drain(&mut self) -> impl Iterator<Item = Delivery> + '_ {
+    /// Removes everything, oldest first.
+    pub(super) fn drain(&mut self) -> impl Iterator<Item = Slot> + '_ {
         self.outstanding = 0;
         self.unsent = 0;
-        self.slots.drain(..).filter_map(|slot| match slot.phase {
-            Phase::Publish(delivery) => Some(*delivery),
-            Phase::Release | Phase::Done => None,
-        })
+        self.slots.drain(..)
     }
 }

@@ -7,10 +7,14 @@ mod delivery;
 mod inflight;
 mod link;
 mod outbox;
+mod queue;
 mod state;
+mod steps;
 
 pub use delivery::{Delivery, FrameCache, Incoming};
 pub use inflight::Inflight;
 pub use link::{Link, LinkLimits, ServerLimits};
 pub use outbox::Outbox;
-pub use state::{Delivered, Event, Fault, Session, WillMessage, Wish};
+pub use queue::{Parked, queued_bytes};
+pub use state::{Delivered, Event, Fault, QueuePolicy, Session, WillMessage, Wish};
+pub use steps::{Kept, Step};

@@ -1,6 +1,5 @@
 //! The Session itself.
 
-use std::collections::VecDeque;
 use std::num::{NonZeroU16, NonZeroU32};
 use std::sync::Arc;
 
@@ -9,12 +8,14 @@ use hashbrown::{HashMap, HashSet};
 use smallvec::SmallVec;
 
 use super::inflight::{Inflight, Phase};
-use super::{Delivery, FrameCache, Incoming, Link, Outbox, ServerLimits};
+use super::queue::Queue;
+use super::steps::Steps;
+use super::{Delivery, FrameCache, Incoming, Link, Outbox, ServerLimits, Step};
 use crate::codec::{
     Ack, Auth, Packet, PacketId, Publish, PublishHead, Qos, ReasonCode, Subscribe, Unsubscribe, UserProperties,
     Version, encode, encode_publish_head, publish_len,
 };
-use crate::router::{Availability, Available, Message, SessionKey, Subscription};
+use crate::router::{Availability, Available, Message, MessageId, SessionKey, Subscription};
 use crate::topic::Filter;
 
 /// Published when the client goes without saying DISCONNECT. MQTT 5.0 §3.1.2.5.
@@ -87,6 +88,20 @@ pub struct Wish<'a> {
     pub retain: bool,
     /// Subscription Identifiers.
     pub ids: &'a [NonZeroU32],
+    /// The name under which the store keeps the message for this Session; `None`: it does not.
+    pub id: Option<MessageId>,
+}
+
+/// What happens to a QoS 1 or 2 message when the queue of its receiver is full.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum QueuePolicy {
+    /// It is dropped.
+    #[default]
+    DropNewest,
+    /// The oldest that waits is dropped for it.
+    DropOldest,
+    /// Its publisher is told (0x97), and nobody gets it.
+    RejectPublish,
 }
 
 /// One client's state; survives its Network Connections for the Session Expiry Interval.
@@ -99,13 +114,15 @@ pub struct Session {
     /// The Will Message of the present or last Network Connection.
     pub will: Option<Box<WillMessage>>,
     subscriptions: HashMap<Filter, Subscription, foldhash::fast::RandomState>,
-    inflight: Inflight,
-    queue: VecDeque<Delivery>,
-    queue_bytes: usize,
+    /// When its queue is full.
+    pub queue_policy: QueuePolicy,
+    pub(super) inflight: Inflight,
+    pub(super) queue: Queue,
+    pub(super) steps: Steps,
     /// Packet Identifiers of QoS 2 messages that were routed and wait for PUBREL. [MQTT-4.3.3-10]
-    received: HashSet<u16, foldhash::fast::RandomState>,
-    link: Option<Box<Link>>,
-    expiry: u32,
+    pub(super) received: HashSet<u16, foldhash::fast::RandomState>,
+    pub(super) link: Option<Box<Link>>,
+    pub(super) expiry: u32,
     availability: Arc<Availability>,
     shares: usize,
 }
@@ -118,9 +135,10 @@ impl Session {
             key,
             will: None,
             subscriptions: HashMap::default(),
+            queue_policy: QueuePolicy::default(),
             inflight: Inflight::default(),
-            queue: VecDeque::new(),
-            queue_bytes: 0,
+            queue: Queue::default(),
+            steps: Steps::default(),
             received: HashSet::default(),
             link: None,
             expiry: 0,
@@ -142,6 +160,11 @@ impl Session {
     /// Messages that wait in the queue.
     pub fn queued(&self) -> usize {
         self.queue.len()
+    }
+
+    /// One more message might not find room.
+    pub fn is_full(&self, server: &ServerLimits) -> bool {
+        self.queue.is_full(server.queue_messages_max, server.queue_bytes_max)
     }
 
     /// Shared with the router, which skips members that cannot take more.
@@ -191,6 +214,11 @@ impl Session {
     /// The Network Connection is gone.
     pub fn disconnected(&mut self) {
         self.link = None;
+        self.steps.loading = false;
+        if self.steps.is_on() {
+            self.inflight.park();
+            self.queue.park();
+        }
         self.availability.set(Available::Offline);
     }
 
@@ -308,6 +336,7 @@ impl Session {
     /// A QoS 2 message waits to be taken over: the same packet again is no second message. [MQTT-4.3.3-10]
     pub fn submitted(&mut self, packet_id: PacketId) {
         self.received.insert(packet_id.get());
+        self.steps.note(Step::Received { packet_id });
     }
 
     /// The message was taken over by the broker (or refused, with an error): acknowledges it.
@@ -317,10 +346,11 @@ impl Session {
             Qos::AtMostOnce => {}
             Qos::AtLeastOnce => self.send_ack(Packet::Puback, packet_id, reason, out),
             Qos::ExactlyOnce => {
-                if reason.is_error() {
-                    self.received.remove(&packet_id.get());
-                } else {
+                if !reason.is_error() {
                     self.received.insert(packet_id.get());
+                    self.steps.note(Step::Received { packet_id });
+                } else if self.received.remove(&packet_id.get()) {
+                    self.steps.note(Step::ReceivedDone { packet_id });
                 }
                 self.send_ack(Packet::Pubrec, packet_id, reason, out);
             }
@@ -328,14 +358,13 @@ impl Session {
     }
 
     fn on_puback(&mut self, ack: &Ack<'_>) -> Result<(), Fault> {
-        match self.inflight.get_mut(ack.packet_id).map(|slot| &slot.phase) {
-            Some(Phase::Publish(delivery)) if delivery.qos == Qos::AtLeastOnce => {
-                self.inflight.finish(ack.packet_id);
-                Ok(())
-            }
-            Some(_) => Err(fault(ReasonCode::PROTOCOL_ERROR, "PUBACK for a QoS 2 message")),
-            None => Ok(()),
-        }
+        let Some(slot) = self.inflight.get_mut(ack.packet_id) else { return Ok(()) };
+        let (Some(Qos::AtLeastOnce), id) = slot.message() else {
+            return Err(fault(ReasonCode::PROTOCOL_ERROR, "PUBACK for a QoS 2 message"));
+        };
+        self.inflight.finish(ack.packet_id);
+        self.steps.done(Some(ack.packet_id), id);
+        Ok(())
     }
 
     fn on_pubrec(&mut self, ack: &Ack<'_>, out: &mut Outbox) -> Result<(), Fault> {
@@ -345,29 +374,43 @@ impl Session {
             }
             return Ok(());
         };
-        if matches!(&slot.phase, Phase::Publish(delivery) if delivery.qos != Qos::ExactlyOnce) {
+        let (qos, id) = slot.message();
+        if qos == Some(Qos::AtLeastOnce) {
             return Err(fault(ReasonCode::PROTOCOL_ERROR, "PUBREC for a QoS 1 message"));
         }
         if ack.reason.is_error() {
             self.inflight.finish(ack.packet_id);
+            match id {
+                Some(_) => self.steps.done(Some(ack.packet_id), id),
+                None => self.steps.note(Step::Released { packet_id: ack.packet_id }),
+            }
             return Ok(());
         }
         slot.phase = Phase::Release;
+        if qos.is_some() {
+            self.steps.note(Step::Releasing { packet_id: ack.packet_id, id });
+        }
         self.send_ack(Packet::Pubrel, ack.packet_id, ReasonCode::SUCCESS, out);
         Ok(())
     }
 
     fn on_pubrel(&mut self, ack: &Ack<'_>, out: &mut Outbox) {
         let known = self.received.remove(&ack.packet_id.get());
+        if known {
+            self.steps.note(Step::ReceivedDone { packet_id: ack.packet_id });
+        }
         let reason = if known { ReasonCode::SUCCESS } else { ReasonCode::PACKET_IDENTIFIER_NOT_FOUND };
         self.send_ack(Packet::Pubcomp, ack.packet_id, reason, out);
     }
 
     fn on_pubcomp(&mut self, ack: &Ack<'_>) -> Result<(), Fault> {
         match self.inflight.get_mut(ack.packet_id).map(|slot| &slot.phase) {
-            Some(Phase::Publish(_)) => Err(fault(ReasonCode::PROTOCOL_ERROR, "PUBCOMP before PUBREC")),
+            Some(Phase::Publish(_) | Phase::Parked(..)) => {
+                Err(fault(ReasonCode::PROTOCOL_ERROR, "PUBCOMP before PUBREC"))
+            }
             Some(_) => {
                 self.inflight.finish(ack.packet_id);
+                self.steps.note(Step::Released { packet_id: ack.packet_id });
                 Ok(())
             }
             None => Ok(()),
@@ -430,9 +473,13 @@ impl Session {
             && self.inflight.outstanding() < usize::from(link.limits.receive_maximum)
         {
             if !link.fits(now_ms, incoming, wish) {
+                self.steps.done(None, wish.id);
                 return Delivered::Dropped;
             }
             let packet_id = self.inflight.push_sent(kept(incoming, wish, share));
+            if let Some(id) = wish.id {
+                self.steps.note(Step::Sent { packet_id, id, qos: wish.qos });
+            }
             link.send_publish(now_ms, incoming, wish, Some((packet_id, false)), frames, out);
             self.refresh_availability(out.len(), server);
             return Delivered::Sent;
@@ -441,17 +488,22 @@ impl Session {
     }
 
     fn enqueue(&mut self, delivery: Delivery, server: &ServerLimits) -> Delivered {
-        let bytes = delivery_bytes(&delivery);
-        let full = self.queue.len() >= server.queue_messages_max || self.queue_bytes + bytes > server.queue_bytes_max;
         if self.shares > 0 && self.link.is_some() {
             self.availability.set(Available::Busy);
         }
-        if full {
-            return Delivered::Dropped;
+        let (messages_max, bytes_max) = (server.queue_messages_max, server.queue_bytes_max);
+        let mut delivered = Delivered::Queued;
+        while !self.queue.has_room_for(&delivery, messages_max, bytes_max) {
+            delivered = Delivered::Dropped;
+            if self.queue_policy != QueuePolicy::DropOldest || self.queue.is_empty() {
+                self.steps.done(None, delivery.id);
+                return delivered;
+            }
+            let oldest = self.queue.drop_oldest();
+            self.steps.done(None, oldest);
         }
-        self.queue_bytes += bytes;
-        self.queue.push_back(delivery);
-        Delivered::Queued
+        self.queue.push(delivery, self.steps.is_on() && self.link.is_none());
+        delivered
     }
 
     /// More can go out if the outbox gets room.
@@ -466,11 +518,15 @@ impl Session {
         let mut frames = FrameCache::default();
         while self.inflight.has_unsent() && self.inflight.outstanding() < quota && out.len() < server.outbound_bytes_max
         {
+            if self.inflight.waits_for_store() {
+                return;
+            }
             let Some(slot) = self.inflight.next_unsent() else { break };
             match &slot.phase {
                 Phase::Publish(delivery) => {
                     let incoming = Incoming::from_message(&delivery.message);
-                    let wish = Wish { qos: delivery.qos, retain: delivery.retain, ids: &delivery.ids };
+                    let id = delivery.id;
+                    let wish = Wish { qos: delivery.qos, retain: delivery.retain, ids: &delivery.ids, id };
                     frames.reset();
                     let packet_id = slot.packet_id;
                     if link.fits(now_ms, &incoming, wish) {
@@ -478,6 +534,7 @@ impl Session {
                     } else {
                         // The client takes less than last time. [MQTT-3.1.2-25]
                         self.inflight.finish(packet_id);
+                        self.steps.done(Some(packet_id), id);
                     }
                 }
                 Phase::Release => {
@@ -489,7 +546,7 @@ impl Session {
                     };
                     out.append(|bytes| encode(link.version, &Packet::Pubrel(ack), bytes));
                 }
-                Phase::Done => {}
+                Phase::Done | Phase::Parked(..) => {}
             }
         }
         while !self.inflight.has_unsent()
@@ -497,21 +554,21 @@ impl Session {
             && self.inflight.has_room()
             && out.len() < server.outbound_bytes_max
         {
-            let Some(delivery) = self.queue.pop_front() else { break };
-            self.queue_bytes -= delivery_bytes(&delivery);
+            let Some(delivery) = self.queue.pop() else { break };
             let message = Arc::clone(&delivery.message);
             let ids = delivery.ids.clone();
             let incoming = Incoming::from_message(&message);
-            let wish = Wish { qos: delivery.qos, retain: delivery.retain, ids: &ids };
+            let wish = Wish { qos: delivery.qos, retain: delivery.retain, ids: &ids, id: delivery.id };
             if incoming.is_expired(now_ms) || !link.fits(now_ms, &incoming, wish) {
+                self.steps.done(None, wish.id);
                 continue;
             }
             let packet_id = self.inflight.push_sent(delivery);
+            if let Some(id) = wish.id {
+                self.steps.note(Step::Sent { packet_id, id, qos: wish.qos });
+            }
             frames.reset();
             link.send_publish(now_ms, &incoming, wish, Some((packet_id, false)), &mut frames, out);
-        }
-        if self.queue.is_empty() && self.queue.capacity() > 64 {
-            self.queue = VecDeque::new();
         }
         self.refresh_availability(out.len(), server);
     }
@@ -527,27 +584,6 @@ impl Session {
             && self.inflight.outstanding() < usize::from(link.limits.receive_maximum);
         self.availability.set(if ready { Available::Ready } else { Available::Busy });
     }
-
-    /// Takes what came through Shared Subscriptions and was never sent, so that other members can have it.
-    pub fn take_unsent_shared(&mut self) -> Vec<Delivery> {
-        let (shared, own): (VecDeque<_>, VecDeque<_>) = self.queue.drain(..).partition(|d| d.share.is_some());
-        self.queue = own;
-        self.queue_bytes = self.queue.iter().map(delivery_bytes).sum();
-        shared.into()
-    }
-
-    /// The Session ends: what other members of Shared Subscriptions may still get. QoS 2 messages that were sent are
-    /// not given to anybody else. [MQTT-4.8.2-5]
-    pub fn take_shared_at_end(&mut self) -> Vec<Delivery> {
-        let mut left: Vec<Delivery> =
-            self.inflight.drain().filter(|d| d.share.is_some() && d.qos == Qos::AtLeastOnce).collect();
-        left.extend(self.take_unsent_shared());
-        left
-    }
-}
-
-fn delivery_bytes(delivery: &Delivery) -> usize {
-    delivery.message.payload.len() + delivery.message.topic.len() + delivery.message.properties.len() + 64
 }
 
 fn kept(incoming: &Incoming<'_>, wish: Wish<'_>, share: Option<&Arc<crate::router::Group>>) -> Delivery {
@@ -556,6 +592,7 @@ fn kept(incoming: &Incoming<'_>, wish: Wish<'_>, share: Option<&Arc<crate::route
         qos: wish.qos,
         retain: wish.retain,
         ids: SmallVec::from_slice(wish.ids),
+        id: wish.id,
         share: share.cloned(),
     }
 }

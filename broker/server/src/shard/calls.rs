@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use slab::Slab;
 use wasmqtt_protocol::access::Decision;
-use wasmqtt_protocol::ports::{Accepted, Access, AuthOutcome, Call};
+use wasmqtt_protocol::ports::{Accepted, Access, AuthOutcome, Call, Loaded};
 use wasmqtt_protocol::router::{Message, SessionKey};
 
 use super::Shard;
@@ -41,6 +41,8 @@ pub(super) enum Answer {
     Subscriptions { session: SessionKey, accesses: Arc<[Access]>, decisions: Vec<Decision> },
     /// For the messages that were shown to storage hooks.
     Stored(Vec<Accepted>),
+    /// For messages from the store that were sealed.
+    Opened { opened: Vec<Accepted>, loaded: Loaded },
     /// For the Will Message of a client that is gone.
     Will { message: Arc<Message>, decisions: Vec<Decision> },
 }
@@ -118,6 +120,7 @@ impl Shard {
                 self.on_subscription_decisions(session, &accesses, decisions);
             }
             Answer::Stored(answers) => self.on_stored(answers),
+            Answer::Opened { opened, loaded } => self.on_loaded(loaded, opened),
             Answer::Will { message, decisions } => self.on_will_decision(&message, &decisions),
         }
     }

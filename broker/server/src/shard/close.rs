@@ -162,11 +162,8 @@ impl Shard {
             session.will = None;
         }
         let delay = session.will.as_ref().map(|will| will.delay.min(expiry));
-        if self.durable.is_on() && self.shared.stored(key).is_some() {
-            let will = session.will.as_deref();
-            self.durable.write(Change::SessionClosed { client_id: &session.client_id, expiry, will });
-        }
         let left = session.take_unsent_shared();
+        self.tell(slot, None);
         self.redeliver(left);
         match delay {
             Some(0) => self.publish_will(key),
@@ -178,6 +175,7 @@ impl Shard {
         } else {
             let (_, will_ms) = self.sessions.deadlines(slot);
             self.set_deadlines(key, Some(self.now_ms + u64::from(expiry) * 1000), will_ms);
+            self.store_session(key);
         }
     }
 
@@ -188,6 +186,7 @@ impl Shard {
             let (expires_ms, _) = self.sessions.deadlines(key.slot);
             self.set_deadlines(key, expires_ms, None);
             self.publish_will(key);
+            self.store_session(key);
         }
     }
 
@@ -222,9 +221,16 @@ impl Shard {
             }
         }
         let Some(mut session) = self.sessions.take(key.slot) else { return };
-        if self.durable.is_on() && shared.stored(key).is_some() {
+        let left = session.take_shared_at_end();
+        if let Some(name) = session.stored() {
             shared.set_stored(key, None);
-            self.durable.write(Change::SessionEnded { client_id: &client_id });
+            for step in session.take_steps() {
+                self.durable.write_step(name, step);
+            }
+            for (filter, _) in session.subscriptions() {
+                self.durable.write(Change::Unsubscribed { session: name, filter });
+            }
+            self.durable.write(Change::SessionEnded { session: name });
         }
         let mut count = 0;
         if session.subscriptions().next().is_some() {
@@ -243,7 +249,6 @@ impl Shard {
         }
         shared.stats.subscriptions.fetch_sub(count, Ordering::Relaxed);
         shared.stats.sessions.fetch_sub(1, Ordering::Relaxed);
-        let left = session.take_shared_at_end();
         self.redeliver(left);
     }
 

@@ -316,6 +316,10 @@ impl Shard {
             conn.dirty = true;
             self.dirty.push(id);
         }
+        if self.durable.is_on() {
+            self.tell(slot, Some(id));
+            self.load_more(slot);
+        }
         match event {
             Ok(Event::None) => {}
             Ok(Event::Publish { publish, aliased }) => self.on_publish(id, slot, &publish, aliased.as_deref()),
@@ -383,6 +387,11 @@ impl Shard {
             if self.conns[id].outbox.is_empty() && !self.refill(id) {
                 break;
             }
+            let conn = &mut self.conns[id];
+            if self.durable.waits(conn.barrier) {
+                conn.dirty = true;
+                return self.durable.wait(id);
+            }
         }
         let conn = &mut self.conns[id];
         let buffer = conn.outbox.release();
@@ -410,7 +419,23 @@ impl Shard {
                 session.refresh_availability(conn.outbox.len(), &self.shared.limits);
             }
         }
-        !conn.outbox.is_empty()
+        if self.durable.is_on() {
+            self.tell(slot, Some(id));
+            self.load_more(slot);
+        }
+        !self.conns[id].outbox.is_empty()
+    }
+
+    /// Sends what has come from the store.
+    pub(super) fn pump(&mut self, id: usize, slot: u32) {
+        let Some(conn) = self.conns.get_mut(id) else { return };
+        conn.outbox.lend(&mut self.pool);
+        if let Some(session) = self.sessions.get_mut(slot) {
+            session.pump(self.now_ms, &self.shared.limits, &mut conn.outbox);
+        }
+        self.tell(slot, Some(id));
+        self.load_more(slot);
+        self.mark_dirty(id);
     }
 }
 

@@ -159,9 +159,11 @@ impl Shard {
     pub(super) fn admit(&mut self, id: usize, grant: Grant) {
         let Some(conn) = self.conns.get_mut(id) else { return };
         let State::Opening(opening) = std::mem::replace(&mut conn.state, State::New) else { return };
-        if self.draining {
+        let cannot_keep = opening.link.limits.session_expiry > 0 && self.durable.is_failing();
+        if self.draining || cannot_keep {
             conn.state = State::Opening(opening);
-            return self.refuse(id, ReasonCode::SERVER_SHUTTING_DOWN);
+            let reason = if cannot_keep { ReasonCode::QUOTA_EXCEEDED } else { ReasonCode::SERVER_SHUTTING_DOWN };
+            return self.refuse(id, reason);
         }
         let shared = Arc::clone(&self.shared);
         // A client that cannot even be told what it gets. [MQTT-3.1.2-24]
@@ -258,6 +260,7 @@ impl Shard {
         let keep_alive = opening.link.keep_alive_ms();
         if let Some((session, _)) = self.sessions.resolve(key) {
             session.will = opening.will;
+            session.queue_policy = shared.config.queue_policy(&opening.request.listener);
             session.connected(self.now_ms, opening.link, &shared.limits, &mut conn.outbox);
         }
         if let Some((at, timer)) = conn.timer.take() {

@@ -3,14 +3,18 @@
 use std::sync::Arc;
 
 use smallvec::SmallVec;
+use tracing::debug;
+use wasmqtt_protocol::access::{Action, Verdict};
 use wasmqtt_protocol::codec::Qos;
-use wasmqtt_protocol::ports::{Change, Receiver, ShardStore, Ticket};
-use wasmqtt_protocol::router::{SessionKey, Subscription, Target};
-use wasmqtt_protocol::session::Incoming;
+use wasmqtt_protocol::ports::{Accepted, Change, Load, Loaded, Receiver, ShardStore, Submission, Ticket};
+use wasmqtt_protocol::router::{Message, MessageId, SessionId, SessionKey, Subscription, Target};
+use wasmqtt_protocol::session::{Incoming, Step, WillMessage};
 use wasmqtt_protocol::topic::Filter;
 
 use super::Shard;
+use super::calls::Answer;
 use super::publish::wish;
+use super::sessions::Standing;
 
 /// The shard's side of the store.
 pub(super) struct Durable {
@@ -34,10 +38,33 @@ impl Durable {
         self.is_on
     }
 
+    /// Nothing can be kept at present.
+    pub(super) fn is_failing(&self) -> bool {
+        self.is_on && self.store.is_failing()
+    }
+
+    pub(super) fn is_congested(&self) -> bool {
+        self.is_on && self.store.is_congested()
+    }
+
     pub(super) fn write(&mut self, change: Change<'_>) {
         if self.is_on {
             self.store.write(change);
             self.told = true;
+        }
+    }
+
+    /// A retained message is on its way to a new subscription.
+    pub(super) fn keep(&mut self, message: &Message, receiver: Receiver<'_>) -> MessageId {
+        let id = self.store.new_message();
+        self.store.write(Change::Queued { id, message, sealed: false, receivers: &[receiver] });
+        id
+    }
+
+    /// What nobody waits for.
+    pub(super) fn write_step(&mut self, session: SessionId, step: Step) {
+        if self.is_on {
+            self.store.write(Change::Step { session, step });
         }
     }
 
@@ -62,14 +89,17 @@ impl Durable {
         self.waiting.push(id);
     }
 
-    /// Ends the batch; gives back the connections that a commit has come for since the last time.
-    fn commit(&mut self) -> Vec<usize> {
-        if !self.is_on {
-            return Vec::new();
+    /// Hands over what was written so far.
+    pub(super) fn hand_over(&mut self) {
+        if self.is_on {
+            self.store.commit();
         }
-        self.store.commit();
+    }
+
+    /// The connections that a commit has come for since the last time.
+    fn take_ready(&mut self) -> Vec<usize> {
         let committed = self.store.committed();
-        if committed == self.committed {
+        if !self.is_on || committed == self.committed {
             return Vec::new();
         }
         self.committed = committed;
@@ -78,9 +108,9 @@ impl Durable {
 }
 
 impl Shard {
-    /// End of a turn: begins to commit what it changed, and lets go what earlier turns promised.
-    pub(super) fn commit(&mut self) {
-        for id in self.durable.commit() {
+    /// Lets go what earlier turns promised and is kept by now.
+    pub(super) fn release_committed(&mut self) {
+        for id in self.durable.take_ready() {
             if let Some(conn) = self.conns.get_mut(id) {
                 conn.dirty = true;
                 self.dirty.push(id);
@@ -94,46 +124,166 @@ impl Shard {
         if !self.durable.is_on() {
             return;
         }
-        let Some(session) = self.sessions.get(key.slot) else { return };
-        let (expiry, client_id) = (session.session_expiry(), &session.client_id);
-        let known = self.shared.stored(key).is_some();
-        if expiry == 0 && !known {
+        let Some(session) = self.sessions.get_mut(key.slot) else { return };
+        let known = session.stored();
+        if session.session_expiry() == 0 && known.is_none() {
             return;
         }
-        self.durable.write(Change::SessionOpened { client_id, expiry, will: session.will.as_deref() });
-        if !known {
-            self.shared.set_stored(key, Some(Arc::clone(client_id)));
+        if known.is_none() {
+            let name = self.durable.store.new_session();
+            session.keep(name);
+            self.shared.set_stored(key, Some(name));
             for (filter, subscription) in session.subscriptions() {
-                self.durable.write(Change::Subscribed { client_id, filter, subscription });
+                self.durable.write(Change::Subscribed { session: name, filter, subscription });
                 self.shared.bump(filter.topic_filter());
             }
         }
+        self.store_session(key);
+        self.tell(key.slot, Some(id));
         self.durable.promise(&mut self.conns[id].barrier);
+    }
+
+    /// Has the store know how a Session stands: connected or not, with its will or without.
+    pub(super) fn store_session(&mut self, key: SessionKey) {
+        let Some(session) = self.sessions.get(key.slot) else { return };
+        let Some(name) = session.stored() else { return };
+        let expiry = session.session_expiry();
+        let closed_at_ms = match self.sessions.conn(key.slot) {
+            Some(_) => None,
+            None => self.sessions.deadlines(key.slot).0.map(|at| at.saturating_sub(u64::from(expiry) * 1000)),
+        };
+        let will = session.will.as_deref().filter(|will| self.keeps_will(key, will));
+        let Some(Standing { client, .. }) = self.sessions.standing_of(key.slot) else { return };
+        self.durable.write(Change::Session { session: name, client, expiry, closed_at_ms, will });
+    }
+
+    /// Rules that authentication gave end with the broker; a will that they forbid must not be published by the next.
+    fn keeps_will(&self, key: SessionKey, will: &WillMessage) -> bool {
+        let Some(Standing { permits, .. }) = self.sessions.standing_of(key.slot) else { return true };
+        let known = permits.explain(self.now_ms, Action::Publish, &will.message.topic);
+        !matches!(known, Some((_, Verdict::Deny(_))))
     }
 
     /// A subscription was made, or (`None`) ended.
     pub(super) fn store_subscription(&mut self, key: SessionKey, filter: &Filter, subscription: Option<&Subscription>) {
-        if !self.durable.is_on() {
+        let Some(session) = self.sessions.get(key.slot).and_then(wasmqtt_protocol::session::Session::stored) else {
             return;
-        }
-        let Some(client_id) = &self.shared.stored(key) else { return };
+        };
         self.durable.write(match subscription {
-            Some(subscription) => Change::Subscribed { client_id, filter, subscription },
-            None => Change::Unsubscribed { client_id, filter },
+            Some(subscription) => Change::Subscribed { session, filter, subscription },
+            None => Change::Unsubscribed { session, filter },
         });
     }
 
-    /// A message is on its way to Sessions that the store knows. It is told by the shard that acknowledges the message.
-    pub(super) fn store_queued(&mut self, incoming: &Incoming<'_>, targets: &[(Arc<str>, Target)]) {
+    /// A message is on its way to Sessions that the store knows; gives its name there. It is told by the shard that
+    /// acknowledges the message.
+    pub(super) fn store_queued(&mut self, incoming: &Incoming<'_>, targets: &[Target]) -> Option<MessageId> {
+        if incoming.qos == Qos::AtMostOnce {
+            return None;
+        }
         let receivers: SmallVec<[Receiver<'_>; 8]> = targets
             .iter()
-            .filter_map(|(client_id, target)| {
+            .filter_map(|target| {
+                let session = target.stored?;
                 let wish = wish(incoming, target.merged(incoming.publisher == Some(target.session))?);
-                (wish.qos > Qos::AtMostOnce).then_some(Receiver { client_id, wish })
+                (wish.qos > Qos::AtMostOnce).then_some(Receiver { session, wish })
             })
             .collect();
-        if !receivers.is_empty() {
-            self.durable.write(Change::Queued { message: incoming.kept(), receivers: &receivers });
+        self.store_for(incoming, &receivers)
+    }
+
+    pub(super) fn store_for(&mut self, incoming: &Incoming<'_>, receivers: &[Receiver<'_>]) -> Option<MessageId> {
+        if receivers.is_empty() {
+            return None;
+        }
+        let id = self.durable.store.new_message();
+        let (message, sealed) = (incoming.kept(), incoming.kept_as.is_some());
+        self.durable.write(Change::Queued { id, message, sealed, receivers });
+        Some(id)
+    }
+
+    /// Tells of handshakes of a Session that went on; what its connection is sent next may promise them.
+    #[inline]
+    pub(super) fn tell(&mut self, slot: u32, id: Option<usize>) {
+        if self.sessions.get(slot).is_some_and(wasmqtt_protocol::session::Session::has_steps) {
+            self.tell_steps(slot, id);
+        }
+    }
+
+    fn tell_steps(&mut self, slot: u32, id: Option<usize>) {
+        let Some(session) = self.sessions.get_mut(slot) else { return };
+        let Some(name) = session.stored() else { return };
+        let mut is_promised = false;
+        for step in session.take_steps() {
+            is_promised |= step.is_promised();
+            self.durable.write_step(name, step);
+        }
+        if is_promised && let Some(conn) = id.and_then(|id| self.conns.get_mut(id)) {
+            conn.barrier = self.durable.ticket();
+        }
+    }
+
+    /// Asks the store for messages, if the Session has to have some before it can go on.
+    #[inline]
+    pub(super) fn load_more(&mut self, slot: u32) {
+        if self.sessions.get(slot).is_some_and(wasmqtt_protocol::session::Session::wants_load) {
+            self.begin_load(slot);
+        }
+    }
+
+    fn begin_load(&mut self, slot: u32) {
+        let Some(session) = self.sessions.get_mut(slot) else { return };
+        let (Some(name), Some((turn, ids))) = (session.stored(), session.begin_load()) else { return };
+        self.durable.store.load(Load { key: session.key, session: name, turn, ids });
+    }
+
+    /// Messages have come back from the store.
+    pub(super) fn run_loads(&mut self) {
+        if !self.durable.is_on() {
+            return;
+        }
+        for loaded in self.durable.store.loaded() {
+            let sealed = |kept: &&wasmqtt_protocol::session::Kept| kept.sealed;
+            let messages = loaded.messages.iter().filter_map(|(_, kept)| kept.as_ref()).filter(sealed);
+            let submit = |kept: &wasmqtt_protocol::session::Kept| Submission {
+                plugins: u64::MAX,
+                client: None,
+                message: Arc::clone(&kept.message),
+            };
+            let messages: Vec<Submission> = messages.map(submit).collect();
+            if messages.is_empty() {
+                self.on_loaded(loaded, Vec::new());
+                continue;
+            }
+            let call = self.plugins.after_load(messages);
+            let call = Box::pin(async move { Answer::Opened { opened: call.await, loaded } });
+            if let Some(answer) = self.calls.begin(None, call) {
+                self.on_answer(answer);
+            }
+        }
+    }
+
+    /// `opened`: what became of those that were sealed.
+    pub(super) fn on_loaded(&mut self, mut loaded: Loaded, opened: Vec<Accepted>) {
+        let mut opened = opened.into_iter();
+        for (id, kept) in &mut loaded.messages {
+            let Some(message) = kept.as_mut().filter(|kept| kept.sealed) else { continue };
+            match opened.next() {
+                Some(Accepted::Keep(open) | Accepted::Seal { delivered: open, .. }) => message.message = open,
+                Some(Accepted::Discard(_)) | None => {
+                    tracing::warn!(message = id.get(), topic = %message.message.topic, "a sealed message cannot be opened");
+                    *kept = None;
+                }
+            }
+        }
+        let slot = loaded.key.slot;
+        let Some((session, conn)) = self.sessions.resolve(loaded.key) else { return };
+        if !session.loaded(loaded.turn, &loaded.messages) {
+            debug!(client_id = %session.client_id, "messages for a connection that is gone");
+            return;
+        }
+        if let Some(id) = conn.filter(|_| !loaded.messages.is_empty()) {
+            self.pump(id, slot);
         }
     }
 }

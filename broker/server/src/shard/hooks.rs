@@ -63,6 +63,7 @@ impl Shard {
             && let (Some(packet_id), Some(session)) = (packet_id, self.sessions.get_mut(slot))
         {
             session.submitted(packet_id);
+            self.tell(slot, Some(id));
         }
         let conn = &mut self.conns[id];
         conn.submitted += 1;

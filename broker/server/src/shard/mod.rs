@@ -27,12 +27,13 @@ use mio::{Events, Poll, Token, Waker};
 use slab::Slab;
 use tracing::error;
 use wasmqtt_protocol::codec::ReasonCode;
-use wasmqtt_protocol::ports::{ShardPlugins, ShardStore};
-use wasmqtt_protocol::router::Matches;
+use wasmqtt_protocol::ports::{Change, ShardPlugins, ShardStore};
+use wasmqtt_protocol::router::{Matches, SessionKey};
 use wasmqtt_protocol::session::FrameCache;
 
 pub(crate) use self::conn::Arrival;
 pub(crate) use self::connect::Adopted;
+pub(crate) use self::sessions::{Sessions, Standing};
 
 use self::calls::Calls;
 use self::close::Ending;
@@ -40,7 +41,6 @@ use self::conn::Conn;
 use self::durable::Durable;
 use self::hooks::Hooks;
 use self::routes::Routes;
-use self::sessions::Sessions;
 use self::timers::Timers;
 use crate::mailbox::{Mail, Remote, outgoing_bytes};
 use crate::shared::Shared;
@@ -105,6 +105,10 @@ pub(crate) struct Shard {
     /// A plugin decides what clients may do.
     has_acl: bool,
     draining: bool,
+    /// Sessions here that have no room and whose publishers are told so.
+    full: Vec<SessionKey>,
+    /// Where the next look for expired messages begins.
+    swept: u32,
 }
 
 impl Shard {
@@ -112,6 +116,7 @@ impl Shard {
         index: usize,
         poll: Poll,
         shared: Arc<Shared>,
+        sessions: Sessions,
         plugins: Box<dyn ShardPlugins>,
         store: Box<dyn ShardStore>,
     ) -> Self {
@@ -123,7 +128,7 @@ impl Shard {
             durable: Durable::new(store),
             conns: Slab::new(),
             conn_epoch: 0,
-            sessions: Sessions::new(index),
+            sessions,
             routes: Routes::default(),
             timers: Timers::default(),
             calls: Calls::new(waker),
@@ -142,9 +147,12 @@ impl Shard {
             has_acl: plugins.has_acl(),
             plugins,
             draining: false,
+            full: Vec::new(),
+            swept: 0,
             shared,
         };
         shard.look_for_changes();
+        shard.start_deadlines();
         shard.start_housekeeping();
         shard
     }
@@ -189,6 +197,7 @@ impl Shard {
             self.run_calls();
             self.run_timers();
             self.run_hooks();
+            self.run_loads();
             self.run_leaving();
             self.flush_all();
         }
@@ -204,10 +213,11 @@ impl Shard {
         self.timers.next_ms().map(|at| Duration::from_millis(at.saturating_sub(self.now_ms)))
     }
 
-    /// Another shard does not keep up: no more reading until it does.
+    /// Another shard, or the store, does not keep up: no more reading until it does.
     fn is_congested(&self) -> bool {
         let own = usize::from(self.index);
-        self.shared.mailboxes.iter().enumerate().any(|(shard, mailbox)| shard != own && mailbox.is_congested())
+        self.durable.is_congested()
+            || self.shared.mailboxes.iter().enumerate().any(|(shard, mailbox)| shard != own && mailbox.is_congested())
     }
 
     fn on_mail(&mut self, mail: Mail) {
@@ -222,6 +232,9 @@ impl Shard {
             }
             Mail::Disconnect(client_id, reason) => self.on_disconnect_wanted(&client_id, reason),
             Mail::Explain { client_id, access, reply } => drop(reply.try_send(self.explain(&client_id, &access))),
+            Mail::KeepBan(pattern, until_ms, note) => {
+                self.durable.write(Change::Ban { pattern: &pattern, until_ms, note: &note });
+            }
             Mail::Banned => self.end_banned(),
             // Each turn looks.
             Mail::Look => {}
@@ -239,13 +252,15 @@ impl Shard {
 
     /// End of a batch: one write per client, one message per shard.
     fn flush_all(&mut self) {
+        // The store has what it is to keep before another shard may tell it what became of that.
+        self.durable.hand_over();
         for shard in 0..self.outgoing.len() {
             if !self.outgoing[shard].is_empty() {
                 let remotes = std::mem::take(&mut self.outgoing[shard]);
                 self.shared.mailboxes[shard].send(Mail::Deliver(remotes));
             }
         }
-        self.commit();
+        self.release_committed();
         self.feed_plugins();
         // Flushing can make room for queued messages of the same client, never of another.
         let mut dirty = std::mem::take(&mut self.dirty);
@@ -255,6 +270,9 @@ impl Shard {
         if self.dirty.is_empty() {
             self.dirty = dirty;
         }
+        self.look_for_room();
+        // Refilling may have begun handshakes.
+        self.durable.hand_over();
         let tally = std::mem::take(&mut self.tally);
         let stats = &self.shared.stats;
         for (counter, value) in [

@@ -8,8 +8,8 @@ use tracing::debug;
 use wasmqtt_protocol::access::Verdict;
 use wasmqtt_protocol::codec::{PacketId, Publish, Qos, ReasonCode, Version};
 use wasmqtt_protocol::ports::{Change, EventKind};
-use wasmqtt_protocol::router::{Group, Merged, Target, pick};
-use wasmqtt_protocol::session::{Delivered, Delivery, Incoming, Wish};
+use wasmqtt_protocol::router::{Group, Merged, MessageId, Target, pick};
+use wasmqtt_protocol::session::{Delivered, Delivery, Incoming, QueuePolicy, Step, Wish};
 
 use super::routes::{Route, random};
 use super::{Ending, Shard};
@@ -38,6 +38,13 @@ impl Shard {
             ReasonCode::NOT_AUTHORIZED
         } else if let Verdict::Deny(reason) = verdict {
             reason
+        } else if self.must_refuse(&route, &incoming) {
+            self.tally.dropped += 1;
+            if self.conns[id].version != Version::V5 && publish.qos != Qos::AtMostOnce {
+                // 3.x has no way to say so; what is not acknowledged is sent again later.
+                return;
+            }
+            ReasonCode::QUOTA_EXCEEDED
         } else if route.interest.before != 0 || self.conns[id].submitted > 0 {
             return self.submit(id, slot, route.interest.before, &incoming, publish.packet_id);
         } else {
@@ -56,6 +63,20 @@ impl Shard {
         }
     }
 
+    /// The store would have to keep it and cannot, or a receiver that must not miss it has no room.
+    fn must_refuse(&self, route: &Route, incoming: &Incoming<'_>) -> bool {
+        if incoming.qos == Qos::AtMostOnce && !incoming.retain {
+            return false;
+        }
+        let is_queued = incoming.qos != Qos::AtMostOnce;
+        let is_kept = incoming.retain || (is_queued && !(route.stored.is_empty() && route.groups.is_empty()));
+        if is_kept && self.durable.is_failing() {
+            return true;
+        }
+        let targets = || route.local.iter().chain(route.remote.iter().flat_map(|(_, targets)| targets.iter()));
+        is_queued && self.shared.full.any() && self.shared.full.has(targets().map(|target| target.session))
+    }
+
     pub(super) fn acknowledge(
         &mut self,
         id: usize,
@@ -71,6 +92,7 @@ impl Shard {
         conn.outbox.lend(&mut self.pool);
         self.durable.promise(&mut conn.barrier);
         session.published(qos, packet_id, reason, &mut conn.outbox);
+        self.tell(slot, Some(id));
         self.mark_dirty(id);
     }
 
@@ -94,7 +116,8 @@ impl Shard {
             retained.remove(incoming.topic);
             self.durable.write(Change::RetainedRemoved { topic: incoming.topic });
         } else if retained.set(Arc::clone(incoming.message())).is_ok() {
-            self.durable.write(Change::Retained(incoming.kept()));
+            let (message, sealed) = (incoming.kept(), incoming.kept_as.is_some());
+            self.durable.write(Change::Retained { message, sealed });
         } else {
             debug!(topic = incoming.topic, "retained message not kept: the store of retained messages is full");
             self.tally.dropped += 1;
@@ -105,25 +128,24 @@ impl Shard {
         if route.is_empty() {
             return false;
         }
-        if !route.stored.is_empty() {
-            self.store_queued(incoming, &route.stored);
-        }
+        let kept = if route.stored.is_empty() { None } else { self.store_queued(incoming, &route.stored) };
         self.frames.reset();
         for target in &route.local {
-            self.deliver_target(incoming, target, None);
+            self.deliver_target(incoming, target, kept, None);
         }
         for (shard, targets) in &route.remote {
-            let remote = Remote { message: Arc::clone(incoming.message()), targets: Arc::clone(targets), share: None };
+            let message = Arc::clone(incoming.message());
+            let remote = Remote { message, targets: Arc::clone(targets), share: None, id: kept };
             self.outgoing[usize::from(*shard)].push(remote);
         }
         for (group, cursor) in &route.groups {
-            self.deliver_group(incoming, group, cursor);
+            self.deliver_group(incoming, group, cursor, true);
         }
         true
     }
 
     /// One member gets it. [MQTT-4.8.2-2] ff.
-    fn deliver_group(&mut self, incoming: &Incoming<'_>, group: &Arc<Group>, cursor: &Cell<u32>) {
+    fn deliver_group(&mut self, incoming: &Incoming<'_>, group: &Arc<Group>, cursor: &Cell<u32>, may_store: bool) {
         let mut place = cursor.get();
         let member = pick(group, &mut place, incoming.qos);
         cursor.set(place);
@@ -131,34 +153,51 @@ impl Shard {
             self.tally.dropped += 1;
             return;
         };
-        let target = Target::of(member);
-        if self.durable.is_on()
-            && let Some(client_id) = self.shared.stored(member.session)
-        {
-            self.store_queued(incoming, &[(client_id, target.clone())]);
+        let mut target = Target::of(member);
+        let mut id = None;
+        if self.durable.is_on() && may_store {
+            target.stored = self.shared.stored(member.session);
+            id = self.store_queued(incoming, std::slice::from_ref(&target));
         }
         if member.session.shard == self.index {
-            self.deliver_target(incoming, &target, Some(group));
+            self.deliver_target(incoming, &target, id, Some(group));
         } else {
             let remote = Remote {
                 message: Arc::clone(incoming.message()),
                 targets: Arc::from([target]),
                 share: Some(Arc::clone(group)),
+                id,
             };
             self.outgoing[usize::from(member.session.shard)].push(remote);
         }
     }
 
-    fn deliver_target(&mut self, incoming: &Incoming<'_>, target: &Target, share: Option<&Arc<Group>>) {
+    /// `id`: the name under which the store keeps it for the targets that it knows.
+    fn deliver_target(
+        &mut self,
+        incoming: &Incoming<'_>,
+        target: &Target,
+        id: Option<MessageId>,
+        share: Option<&Arc<Group>>,
+    ) {
         let own = incoming.publisher == Some(target.session);
         let Some(merged) = target.merged(own) else { return };
-        self.deliver(incoming, target, merged, share);
+        let mut wish = wish(incoming, merged);
+        if wish.qos > Qos::AtMostOnce && target.stored.is_some() {
+            wish.id = id;
+        }
+        self.deliver(incoming, target, wish, share);
     }
 
     #[inline]
-    fn deliver(&mut self, incoming: &Incoming<'_>, target: &Target, merged: &Merged, share: Option<&Arc<Group>>) {
-        let Some((session, conn_id)) = self.sessions.resolve(target.session) else { return };
-        let wish = wish(incoming, merged);
+    fn deliver(&mut self, incoming: &Incoming<'_>, target: &Target, wish: Wish<'_>, share: Option<&Arc<Group>>) {
+        let Some((session, conn_id)) = self.sessions.resolve(target.session) else {
+            // The Session ended while this was on its way.
+            if let (Some(session), Some(id)) = (target.stored, wish.id) {
+                self.durable.write_step(session, Step::Done { packet_id: None, id });
+            }
+            return;
+        };
         let mut conn = conn_id.and_then(|id| self.conns.get_mut(id));
         if let Some(conn) = &mut conn {
             conn.outbox.lend(&mut self.pool);
@@ -175,8 +214,16 @@ impl Shard {
                     self.dirty.push(id);
                 }
             }
-            Delivered::Queued => {}
+            Delivered::Queued => {
+                if session.queue_policy == QueuePolicy::RejectPublish && session.is_full(&self.shared.limits) {
+                    self.shared.full.insert(target.session);
+                    self.full.push(target.session);
+                }
+            }
             Delivered::Dropped => self.note_dropped(target.session.slot, incoming),
+        }
+        if wish.id.is_some() {
+            self.tell(target.session.slot, conn_id);
         }
     }
 
@@ -186,6 +233,21 @@ impl Shard {
         self.tally.dropped += 1;
         self.event(EventKind::MessageDropped, slot, || {
             vec![("topic", incoming.topic.into()), ("qos", (incoming.qos as u8).to_string())]
+        });
+    }
+
+    /// Publishers are refused no longer for the sake of those that have room again.
+    pub(super) fn look_for_room(&mut self) {
+        if self.full.is_empty() {
+            return;
+        }
+        let (sessions, shared) = (&mut self.sessions, &self.shared);
+        self.full.retain(|key| {
+            let is_full = sessions.resolve(*key).is_some_and(|(session, _)| session.is_full(&shared.limits));
+            if !is_full {
+                shared.full.remove(*key);
+            }
+            is_full
         });
     }
 
@@ -200,8 +262,13 @@ impl Shard {
                 let gone = remote.share.is_some() && self.sessions.resolve(target.session).is_none();
                 match &remote.share {
                     // The member left while this was on its way: another one gets it.
-                    Some(group) if gone => self.redeliver_one(&incoming, group),
-                    share => self.deliver_target(&incoming, target, share.as_ref()),
+                    Some(group) if gone => {
+                        if let (Some(session), Some(id)) = (target.stored, remote.id) {
+                            self.durable.write_step(session, Step::Done { packet_id: None, id });
+                        }
+                        self.redeliver_one(&incoming, group);
+                    }
+                    share => self.deliver_target(&incoming, target, remote.id, share.as_ref()),
                 }
             }
         }
@@ -221,7 +288,11 @@ impl Shard {
     fn redeliver_one(&mut self, incoming: &Incoming<'_>, old: &Group) {
         let group = self.shared.index().group_of(&old.share, &old.filter);
         match group {
-            Some(group) => self.deliver_group(incoming, &group, &Cell::new(random())),
+            // Where storage hooks seal, the open form must not be stored.
+            Some(group) => {
+                let may_store = self.plugins.interest(incoming.topic).before == 0;
+                self.deliver_group(incoming, &group, &Cell::new(random()), may_store);
+            }
             None => self.tally.dropped += 1,
         }
     }
@@ -238,5 +309,6 @@ pub(super) fn wish<'a>(incoming: &Incoming<'_>, merged: &'a Merged) -> Wish<'a> 
         // [MQTT-3.3.1-12], [MQTT-3.3.1-13]
         retain: incoming.retain && merged.retain_as_published,
         ids: &merged.ids,
+        id: None,
     }
 }

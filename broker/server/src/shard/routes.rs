@@ -28,8 +28,8 @@ pub(super) struct Route {
     pub(super) groups: Vec<(Arc<Group>, Cell<u32>)>,
     /// Plugins that want its messages.
     pub(super) interest: Interest,
-    /// Those of `local` and `remote` that the store knows, with their Client Identifiers.
-    pub(super) stored: Vec<(Arc<str>, Target)>,
+    /// Those of `local` and `remote` that the store knows.
+    pub(super) stored: Vec<Target>,
 }
 
 impl Route {
@@ -82,10 +82,11 @@ fn build(id: u64, topic: &str, own: u16, shared: &Shared, matches: &mut Matches,
     let mut local = Vec::new();
     let mut stored = Vec::new();
     let mut remote: Vec<(u16, Vec<Target>)> = Vec::new();
-    for target in merge(&mut matches.direct) {
+    for mut target in merge(&mut matches.direct) {
         let shard = target.session.shard;
-        if let Some(client_id) = shared.stored(target.session) {
-            stored.push((client_id, target.clone()));
+        target.stored = shared.stored(target.session);
+        if target.stored.is_some() {
+            stored.push(target.clone());
         }
         if shard == own {
             local.push(target);

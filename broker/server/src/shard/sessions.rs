@@ -21,25 +21,25 @@ struct Place {
 }
 
 /// A client and its permissions.
-pub(super) struct Standing {
-    pub(super) client: Arc<Client>,
-    pub(super) permits: Permits,
+pub(crate) struct Standing {
+    pub(crate) client: Arc<Client>,
+    pub(crate) permits: Permits,
     /// When its subscriptions are to be asked about again.
-    pub(super) check_ms: Option<u64>,
+    pub(crate) check_ms: Option<u64>,
 }
 
-pub(super) struct Sessions {
+pub(crate) struct Sessions {
     shard: u16,
     places: Vec<Place>,
     free: Vec<u32>,
 }
 
 impl Sessions {
-    pub(super) fn new(shard: u16) -> Self {
+    pub(crate) fn new(shard: u16) -> Self {
         Self { shard, places: Vec::new(), free: Vec::new() }
     }
 
-    pub(super) fn reserve(&mut self) -> SessionKey {
+    pub(crate) fn reserve(&mut self) -> SessionKey {
         let slot = self.free.pop().unwrap_or_else(|| {
             self.places.push(Place::default());
             (self.places.len() - 1) as u32
@@ -47,7 +47,7 @@ impl Sessions {
         SessionKey { shard: self.shard, slot, epoch: self.places[slot as usize].epoch }
     }
 
-    pub(super) fn put(&mut self, session: Session) {
+    pub(crate) fn put(&mut self, session: Session) {
         let place = &mut self.places[session.key.slot as usize];
         place.session = Some(Box::new(session));
     }
@@ -93,8 +93,17 @@ impl Sessions {
         self.places.get_mut(slot as usize)?.standing.as_deref_mut()
     }
 
-    pub(super) fn set_standing(&mut self, slot: u32, standing: Option<Box<Standing>>) {
+    pub(super) fn standing_of(&self, slot: u32) -> Option<&Standing> {
+        self.places.get(slot as usize)?.standing.as_deref()
+    }
+
+    pub(crate) fn set_standing(&mut self, slot: u32, standing: Option<Box<Standing>>) {
         self.places[slot as usize].standing = standing;
+    }
+
+    /// Places from this one on.
+    pub(super) fn slots_from(&self, slot: u32) -> std::ops::Range<u32> {
+        slot..self.places.len() as u32
     }
 
     /// All Sessions, with their connections.
@@ -103,7 +112,7 @@ impl Sessions {
     }
 
     /// Sets when the Session ends and when its will is published; gives back what was set.
-    pub(super) fn replace_deadlines(
+    pub(crate) fn replace_deadlines(
         &mut self,
         slot: u32,
         expires_ms: Option<u64>,
@@ -111,6 +120,13 @@ impl Sessions {
     ) -> (Option<u64>, Option<u64>) {
         let place = &mut self.places[slot as usize];
         (std::mem::replace(&mut place.expires_ms, expires_ms), std::mem::replace(&mut place.will_ms, will_ms))
+    }
+
+    /// All Sessions with the instants at which they end and their Will Messages are published.
+    pub(super) fn all_deadlines(&self) -> impl Iterator<Item = (SessionKey, Option<u64>, Option<u64>)> {
+        self.places
+            .iter()
+            .filter_map(|place| place.session.as_ref().map(|session| (session.key, place.expires_ms, place.will_ms)))
     }
 
     /// When the Session ends, and when its Will Message is published.

@@ -11,7 +11,7 @@ use wasmqtt_protocol::access::Verdict;
 use wasmqtt_protocol::codec::{
     Packet, Qos, ReasonCode, RetainHandling, Suback, Subscribe, SubscribeOptions, Unsubscribe, UserProperties, Version,
 };
-use wasmqtt_protocol::ports::{Change, EventKind, Receiver};
+use wasmqtt_protocol::ports::{EventKind, Receiver};
 use wasmqtt_protocol::router::{Message, SessionKey, Subscription};
 use wasmqtt_protocol::session::{Delivered, Incoming, Wish};
 use wasmqtt_protocol::topic::Filter;
@@ -65,6 +65,10 @@ impl Shard {
                 reasons.push(refusal(version, *reason));
                 continue;
             }
+            if self.durable.is_failing() && self.is_stored(slot) {
+                reasons.push(refusal(version, ReasonCode::QUOTA_EXCEEDED));
+                continue;
+            }
             if !self.has_room_for(slot, &filter) {
                 debug!(client_id = %self.client_id(slot), %filter, "subscription refused: limits.subscriptions_max");
                 reasons.push(refusal(version, ReasonCode::QUOTA_EXCEEDED));
@@ -94,6 +98,10 @@ impl Shard {
             self.queue_retained(id, &filter, subscription);
         }
         self.pump_backlog(id, slot);
+    }
+
+    fn is_stored(&self, slot: u32) -> bool {
+        self.sessions.get(slot).is_some_and(|session| session.stored().is_some())
     }
 
     /// One that replaces another always has.
@@ -241,10 +249,13 @@ impl Shard {
             let incoming = Incoming::from_message(&waiting.message);
             let ids: SmallVec<[NonZeroU32; 1]> = waiting.id.into_iter().collect();
             // [MQTT-3.3.1-8]
-            let wish = Wish { qos: waiting.qos, retain: true, ids: &ids };
-            if self.durable.is_on() && wish.qos > Qos::AtMostOnce && self.shared.stored(session.key).is_some() {
-                let receivers = &[Receiver { client_id: &session.client_id, wish }];
-                self.durable.write(Change::Queued { message: &waiting.message, receivers });
+            let mut wish = Wish { qos: waiting.qos, retain: true, ids: &ids, id: None };
+            // Where storage hooks seal, the open form must not be stored.
+            if wish.qos > Qos::AtMostOnce
+                && let Some(name) = session.stored()
+                && self.plugins.interest(&waiting.message.topic).before == 0
+            {
+                wish.id = Some(self.durable.keep(&waiting.message, Receiver { session: name, wish }));
             }
             self.frames.reset();
             let delivered =
@@ -260,6 +271,7 @@ impl Shard {
         }
         let dirty = !conn.outbox.is_empty();
         drop(retained);
+        self.tell(slot, Some(id));
         if dirty {
             self.mark_dirty(id);
         }

@@ -18,7 +18,7 @@ impl Shard {
         let retained = shared.retained().len();
         let values = [
             ("version", concat!("wasmqtt ", env!("CARGO_PKG_VERSION")).to_owned()),
-            ("uptime", (self.now_ms / 1000).to_string()),
+            ("uptime", (self.shared.uptime_ms() / 1000).to_string()),
             ("clients/connected", shared.connections.load(Ordering::Relaxed).to_string()),
             ("clients/total", stats.sessions.load(Ordering::Relaxed).to_string()),
             ("subscriptions/count", stats.subscriptions.load(Ordering::Relaxed).to_string()),

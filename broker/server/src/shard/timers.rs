@@ -12,6 +12,11 @@ use super::{Ending, Shard};
 /// Expired retained messages removed per second.
 const SWEEP_BUDGET: usize = 10_000;
 
+/// What one turn does of what is due; others are served before the rest.
+const TIMERS_PER_TURN: usize = 1000;
+/// Messages waiting in queues that are looked at per second and shard, whether they have expired.
+const QUEUE_BUDGET: usize = 50_000;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Timer {
     Connect {
@@ -36,6 +41,7 @@ pub(super) enum Timer {
         epoch: u32,
     },
     Sweep,
+    Queues,
     Sys,
 }
 
@@ -69,10 +75,24 @@ impl Timers {
 
 impl Shard {
     pub(super) fn start_housekeeping(&mut self) {
+        if self.durable.is_on() {
+            self.timers.set(self.now_ms + 1000, Timer::Queues);
+        }
         if self.index == 0 {
             self.timers.set(self.now_ms + 1000, Timer::Sweep);
             if !self.shared.config.sys_interval.is_zero() {
                 self.timers.set(self.now_ms, Timer::Sys);
+            }
+        }
+    }
+
+    /// For Sessions that the store gave back.
+    pub(super) fn start_deadlines(&mut self) {
+        for (key, expires_ms, will_ms) in self.sessions.all_deadlines() {
+            for (at_ms, timer) in [(expires_ms, Timer::Expiry(key)), (will_ms, Timer::Will(key))] {
+                if let Some(at_ms) = at_ms {
+                    self.timers.set(at_ms, timer);
+                }
             }
         }
     }
@@ -100,7 +120,8 @@ impl Shard {
     }
 
     pub(super) fn run_timers(&mut self) {
-        while let Some(timer) = self.timers.take_due(self.now_ms) {
+        for _ in 0..TIMERS_PER_TURN {
+            let Some(timer) = self.timers.take_due(self.now_ms) else { return };
             self.on_timer(timer);
         }
     }
@@ -121,11 +142,31 @@ impl Shard {
                 self.shared.retained_mut().sweep_expired(self.now_ms, SWEEP_BUDGET);
                 self.timers.set(self.now_ms + 1000, Timer::Sweep);
             }
+            Timer::Queues => {
+                self.sweep_queues();
+                self.timers.set(self.now_ms + 1000, Timer::Queues);
+            }
             Timer::Sys => {
                 self.publish_sys();
                 self.timers.set(self.now_ms + self.shared.config.sys_interval.as_millis() as u64, Timer::Sys);
             }
         }
+    }
+
+    /// Drops messages that waited longer than they may, a part of the Sessions each time.
+    fn sweep_queues(&mut self) {
+        let mut budget = QUEUE_BUDGET;
+        for slot in self.sessions.slots_from(self.swept) {
+            let Some(session) = self.sessions.get_mut(slot) else { continue };
+            self.tally.dropped += session.drop_expired(self.now_ms, &mut budget) as u64;
+            self.tell(slot, None);
+            self.swept = slot + 1;
+            budget = budget.saturating_sub(1);
+            if budget == 0 {
+                return;
+            }
+        }
+        self.swept = 0;
     }
 
     /// One and a half times the Keep Alive without a packet ends the connection. [MQTT-3.1.2-22]

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use wasmqtt_protocol::ports::{Plugins, Store};
+use wasmqtt_protocol::session::QueuePolicy;
 use wasmqtt_server::{Anonymous, Bind, Config, Limits, Listener, Server};
 
 pub(crate) const CONNACK: u8 = 0x20;
@@ -27,7 +28,11 @@ impl Broker {
     pub(crate) fn start(plugins: Arc<dyn Plugins>, store: Arc<dyn Store>) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
         let config = Config {
-            listeners: vec![Listener { bind: Bind::Tcp("127.0.0.1:0".parse().unwrap()), name: "mqtt".into() }],
+            listeners: vec![Listener {
+                bind: Bind::Tcp("127.0.0.1:0".parse().unwrap()),
+                name: "mqtt".into(),
+                queue_policy: QueuePolicy::default(),
+            }],
             anonymous: Anonymous::Allow,
             limits: Limits::default(),
             shards: 1,

@@ -1,0 +1,153 @@
+//! What the store has kept becomes the broker's state again, before anybody connects.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use hashbrown::HashSet;
+use tracing::{info, warn};
+use wasmqtt_protocol::access::Permits;
+use wasmqtt_protocol::ports::{
+    Accepted, BanPattern, Client, Plugins, Restore, RestoredSession, ShardPlugins, Store, StoreError, Submission,
+};
+use wasmqtt_protocol::router::Message;
+use wasmqtt_protocol::session::Session;
+
+use crate::shard::{Sessions, Standing};
+use crate::shared::Shared;
+
+/// Sealed retained messages that storage hooks open at a time.
+const SEALED_MAX: usize = 1024;
+
+/// Fills `shared`, and the Sessions of each shard.
+pub(crate) fn restore(
+    store: &dyn Store,
+    shared: &Shared,
+    plugins: &dyn Plugins,
+    runtime: &tokio::runtime::Handle,
+) -> Result<Vec<Sessions>, StoreError> {
+    let begun = std::time::Instant::now();
+    let shards = (0..shared.mailboxes.len()).map(|shard| Sessions::new(shard as u16)).collect();
+    let mut filling = Filling {
+        shared,
+        shards,
+        texts: HashSet::new(),
+        now_ms: shared.now_ms(),
+        next: 0,
+        retained: 0,
+        sealed: Vec::new(),
+        plugins: plugins.shard(0),
+        runtime,
+    };
+    store.restore(&mut filling)?;
+    filling.open_sealed();
+    let Filling { shards, next: sessions, retained, .. } = filling;
+    if sessions + retained > 0 {
+        info!(sessions, retained, took_ms = begun.elapsed().as_millis() as u64, "store read");
+    }
+    Ok(shards)
+}
+
+struct Filling<'a> {
+    shared: &'a Shared,
+    shards: Vec<Sessions>,
+    /// Names that many clients share.
+    texts: HashSet<Arc<str>>,
+    now_ms: u64,
+    next: usize,
+    retained: usize,
+    sealed: Vec<Message>,
+    plugins: Box<dyn ShardPlugins>,
+    runtime: &'a tokio::runtime::Handle,
+}
+
+impl Filling<'_> {
+    fn one_text(&mut self, text: Arc<str>) -> Arc<str> {
+        Arc::clone(self.texts.get_or_insert(text))
+    }
+
+    fn keep_retained(&mut self, message: Message) {
+        self.retained += 1;
+        let topic = message.topic.clone();
+        if self.shared.retained_mut().set(Arc::new(message)).is_err() {
+            warn!(%topic, "retained message left out: there are too many");
+        }
+    }
+
+    /// Has storage hooks open what they have sealed.
+    fn open_sealed(&mut self) {
+        if self.sealed.is_empty() {
+            return;
+        }
+        let submit = |message: Message| Submission { plugins: u64::MAX, client: None, message: Arc::new(message) };
+        let sealed: Vec<Submission> = std::mem::take(&mut self.sealed).into_iter().map(submit).collect();
+        let opened = self.runtime.block_on(self.plugins.after_load(sealed.clone()));
+        for (sealed, opened) in sealed.iter().zip(opened) {
+            match opened {
+                Accepted::Keep(message) | Accepted::Seal { delivered: message, .. } => {
+                    self.keep_retained(Arc::unwrap_or_clone(message));
+                }
+                Accepted::Discard(_) => {
+                    warn!(topic = %sealed.message.topic, "a sealed retained message cannot be opened");
+                }
+            }
+        }
+    }
+}
+
+impl Restore for Filling<'_> {
+    fn session(&mut self, from: RestoredSession) {
+        let RestoredSession { session: name, client, expiry, closed_at_ms, will, subscriptions, .. } = from;
+        let shared = self.shared;
+        let sessions = &mut self.shards[self.next % shared.mailboxes.len()];
+        self.next += 1;
+        let key = sessions.reserve();
+        let client_id = client.client_id;
+        let mut session =
+            Session::restored(Arc::clone(&client_id), key, name, expiry, from.parked, from.inflight, from.received);
+        session.queue_policy = shared.config.queue_policy(&client.listener);
+        let closed_ms = closed_at_ms.unwrap_or(self.now_ms);
+        let will_ms = will.as_ref().map(|will| closed_ms + u64::from(will.delay.min(expiry)) * 1000);
+        session.will = will.map(Box::new);
+        {
+            let mut index = shared.index_mut();
+            for (filter, subscription) in subscriptions {
+                match filter.share() {
+                    Some(share) => {
+                        let availability = Arc::clone(session.availability());
+                        index.subscribe_shared(share, filter.topic_filter(), key, subscription, availability);
+                    }
+                    None => {
+                        index.subscribe(filter.topic_filter(), key, subscription);
+                    }
+                }
+                session.subscribe(filter, subscription);
+                shared.stats.subscriptions.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        shared.stats.sessions.fetch_add(1, Ordering::Relaxed);
+        shared.directory(&client_id).insert(Arc::clone(&client_id), key);
+        shared.set_stored(key, Some(name));
+        sessions.put(session);
+        sessions.replace_deadlines(key.slot, Some(closed_ms + u64::from(expiry) * 1000), will_ms);
+        let principal =
+            if client.principal == client_id { Arc::clone(&client_id) } else { self.one_text(client.principal) };
+        let listener = self.one_text(client.listener);
+        let client = Arc::new(Client { client_id, principal, listener });
+        let standing = Standing { client, permits: Permits::default(), check_ms: None };
+        self.shards[usize::from(key.shard)].set_standing(key.slot, Some(Box::new(standing)));
+    }
+
+    fn retained(&mut self, message: Message, sealed: bool) {
+        if !sealed {
+            return self.keep_retained(message);
+        }
+        self.sealed.push(message);
+        if self.sealed.len() >= SEALED_MAX {
+            self.open_sealed();
+        }
+    }
+
+    fn ban(&mut self, pattern: BanPattern, until_ms: u64, note: &str) {
+        self.shared.bans_mut().set(self.now_ms, pattern, until_ms, note);
+    }
+}

@@ -1,0 +1,217 @@
+//! Everything that was kept, read once when the broker starts.
+
+use std::collections::VecDeque;
+
+use hashbrown::{HashMap, HashSet};
+use rocksdb::{DBIteratorWithThreadMode, IteratorMode, WriteBatch};
+use tracing::warn;
+use wasmqtt_protocol::ports::{Restore, RestoredSession, StoreError};
+use wasmqtt_protocol::router::{MessageId, SessionId};
+use wasmqtt_protocol::session::Parked;
+use wasmqtt_protocol::topic::Filter;
+
+use super::database::{Database, Db, column};
+use super::rows::{self, Family, MessageRow, Take};
+
+/// What the writer must know.
+#[derive(Default)]
+pub(super) struct Found {
+    /// Messages for several Sessions: how many of these still need each.
+    pub(super) counts: HashMap<u64, u32>,
+    pub(super) last_session: u64,
+    pub(super) last_message: u64,
+}
+
+/// Key and value.
+type Pair = (Box<[u8]>, Box<[u8]>);
+type Queues = HashMap<SessionId, Vec<Parked>, foldhash::fast::RandomState>;
+type Handshake = (u16, Option<(MessageId, wasmqtt_protocol::codec::Qos)>);
+
+/// Rows that belong to Sessions, in the order of these.
+struct Rows<'a> {
+    family: Family,
+    rest: DBIteratorWithThreadMode<'a, Db>,
+    next: Option<Pair>,
+}
+
+impl<'a> Rows<'a> {
+    fn new(database: &Database, db: &'a Db, family: Family) -> Result<Self, StoreError> {
+        let column = column(db, family)?;
+        let mut rows = Self { family, rest: db.iterator_cf(&column, IteratorMode::Start), next: None };
+        rows.step(database)?;
+        Ok(rows)
+    }
+
+    fn step(&mut self, database: &Database) -> Result<Option<Pair>, StoreError> {
+        let next = self.rest.next().transpose().map_err(|error| database.wrong(error.as_ref()))?;
+        Ok(std::mem::replace(&mut self.next, next))
+    }
+
+    /// Gives those of one Session to `take`, without the Session in the key; those of Sessions that are gone are skipped.
+    fn of(
+        &mut self,
+        database: &Database,
+        session: SessionId,
+        mut take: impl FnMut(&[u8], &[u8]) -> Option<()>,
+    ) -> Result<(), StoreError> {
+        while let Some((key, _)) = &self.next {
+            let owner = Take(key).u64().unwrap_or(0);
+            if owner > session.get() {
+                return Ok(());
+            }
+            let Some((key, row)) = self.step(database)? else { return Ok(()) };
+            if owner == session.get() && take(&key[8..], &row).is_none() {
+                damaged(self.family, &key);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn damaged(family: Family, key: &[u8]) {
+    warn!(family = family.name(), key = ?key.escape_ascii().to_string(), "store: a damaged row is left out");
+}
+
+/// Reads everything.
+pub(super) fn restore(database: &Database, to: &mut dyn Restore) -> Result<Found, StoreError> {
+    let held = database.held();
+    let Some(db) = held.db() else { return Err(database.wrong("it is not open")) };
+    let mut found = Found::default();
+    let sessions = session_ids(database, db, &mut found)?;
+    let mut queues = queues(database, db, &sessions, &mut found)?;
+    drop(sessions);
+    restore_sessions(database, db, &mut queues, to)?;
+    for row in rows(database, db, Family::Retained)? {
+        let (topic, row) = row?;
+        match rows::take_retained(&topic, &row) {
+            Some((message, sealed)) => to.retained(message, sealed),
+            None => damaged(Family::Retained, &topic),
+        }
+    }
+    for row in rows(database, db, Family::Ban)? {
+        let (key, row) = row?;
+        match rows::take_ban(&key, &row) {
+            Some((pattern, until_ms, note)) => to.ban(pattern, until_ms, &note),
+            None => damaged(Family::Ban, &key),
+        }
+    }
+    Ok(found)
+}
+
+pub(super) fn rows<'a>(
+    database: &'a Database,
+    db: &'a Db,
+    family: Family,
+) -> Result<impl Iterator<Item = Result<Pair, StoreError>> + use<'a>, StoreError> {
+    let column = column(db, family)?;
+    let rows = db.iterator_cf(&column, IteratorMode::Start);
+    Ok(rows.map(|row| row.map_err(|error| database.wrong(error.as_ref()))))
+}
+
+fn session_ids(database: &Database, db: &Db, found: &mut Found) -> Result<HashSet<u64>, StoreError> {
+    let mut ids = HashSet::new();
+    for row in rows(database, db, Family::Session)? {
+        let (key, _) = row?;
+        let id = Take(&key).u64().unwrap_or(0);
+        found.last_session = found.last_session.max(id);
+        ids.insert(id);
+    }
+    Ok(ids)
+}
+
+/// What waits for each Session, oldest first. Messages that nobody waits for are deleted.
+fn queues(database: &Database, db: &Db, sessions: &HashSet<u64>, found: &mut Found) -> Result<Queues, StoreError> {
+    let mut done = rows(database, db, Family::Done)?;
+    let mut next_done = done.next().transpose()?;
+    let mut queues = Queues::default();
+    let mut orphans = WriteBatch::default();
+    let messages = column(db, Family::Message)?;
+    for row in rows(database, db, Family::Message)? {
+        let (key, row) = row?;
+        let parsed = Take(&key).id().zip(MessageRow::parse(&row));
+        let Some((id, row)) = parsed else {
+            damaged(Family::Message, &key);
+            continue;
+        };
+        found.last_message = found.last_message.max(id.get());
+        let expires_at_ms = row.expires_at_ms();
+        let total = row.receivers;
+        let Some((receivers, bytes, _)) = row.receivers() else {
+            damaged(Family::Message, &key);
+            continue;
+        };
+        let mut have_it = HashSet::new();
+        while let Some((key, _)) = &next_done {
+            let mut key = Take(key);
+            let (message, session) = (key.u64().unwrap_or(0), key.u64().unwrap_or(0));
+            if message > id.get() {
+                break;
+            }
+            if message == id.get() {
+                have_it.insert(session);
+            }
+            next_done = done.next().transpose()?;
+        }
+        let waits = |session: u64| sessions.contains(&session) && !have_it.contains(&session);
+        let mut left = 0;
+        for to in receivers.iter().filter(|to| waits(to.session.get())) {
+            left += 1;
+            queues.entry(to.session).or_default().push(Parked::new(id, bytes, expires_at_ms));
+        }
+        match left {
+            0 => orphans.delete_cf(&messages, &key),
+            // Its rows of those that have it are deleted with it.
+            left if total > 1 => drop(found.counts.insert(id.get(), left)),
+            _ => {}
+        }
+    }
+    db.write(orphans).map_err(|error| database.wrong(error.as_ref()))?;
+    Ok(queues)
+}
+
+fn restore_sessions(database: &Database, db: &Db, queues: &mut Queues, to: &mut dyn Restore) -> Result<(), StoreError> {
+    let mut subscription_rows = Rows::new(database, db, Family::Subscription)?;
+    let mut inflight_rows = Rows::new(database, db, Family::Inflight)?;
+    let mut received_rows = Rows::new(database, db, Family::Received)?;
+    for row in rows(database, db, Family::Session)? {
+        let (key, row) = row?;
+        let Some((session, row)) = Take(&key).id().zip(rows::take_session(&row)) else {
+            damaged(Family::Session, &key);
+            continue;
+        };
+        let mut subscriptions = Vec::new();
+        subscription_rows.of(database, session, |key, row| {
+            let filter = Filter::parse(std::str::from_utf8(key).ok()?).ok()?;
+            subscriptions.push((filter, rows::take_subscription(row)?));
+            Some(())
+        })?;
+        let mut inflight: Vec<Handshake> = Vec::new();
+        inflight_rows.of(database, session, |key, row| {
+            inflight.push((Take(key).u16()?, rows::take_inflight(row)?.message()));
+            Some(())
+        })?;
+        let mut received = Vec::new();
+        received_rows.of(database, session, |key, _| {
+            received.push(Take(key).u16()?);
+            Some(())
+        })?;
+        let sent: HashSet<MessageId> = inflight.iter().filter_map(|(_, message)| message.map(|(id, _)| id)).collect();
+        let mut parked: VecDeque<Parked> = queues.remove(&session).unwrap_or_default().into();
+        if !sent.is_empty() {
+            parked.retain(|parked| !sent.contains(&parked.id));
+        }
+        let rows::SessionRow { client, expiry, closed_at_ms, will } = row;
+        to.session(RestoredSession {
+            session,
+            client,
+            expiry,
+            closed_at_ms,
+            will,
+            subscriptions,
+            parked: parked.into(),
+            inflight,
+            received,
+        });
+    }
+    Ok(())
+}

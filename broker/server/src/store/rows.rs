@@ -1,0 +1,403 @@
+//! How rows look: big-endian numbers, texts and blobs behind their lengths, so that keys sort and never run together.
+
+use std::net::IpAddr;
+use std::num::{NonZeroU32, NonZeroU64};
+
+use bytes::Bytes;
+use smallvec::SmallVec;
+use wasmqtt_protocol::codec::{Qos, RetainHandling, SubscribeOptions};
+use wasmqtt_protocol::ports::{BanPattern, Client, Receiver};
+use wasmqtt_protocol::router::{Message, MessageId, SessionId, Subscription};
+use wasmqtt_protocol::session::WillMessage;
+
+/// Column families. A new one, or another form of a row, needs a new [`super::SCHEMA`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub(super) enum Family {
+    /// `schema` → u32.
+    Meta,
+    /// Session → client, expiry, when it was left, will.
+    Session,
+    /// Session, Topic Filter → options, Subscription Identifier.
+    Subscription,
+    /// Message → properties, receivers, payload.
+    Message,
+    /// Message, Session: this one of several receivers does not need it any more.
+    Done,
+    /// Session, Packet Identifier → handshake towards the client.
+    Inflight,
+    /// Session, Packet Identifier: a QoS 2 message of the client that waits for PUBREL.
+    Received,
+    /// Topic Name → message.
+    Retained,
+    /// Pattern → until when, note.
+    Ban,
+}
+
+impl Family {
+    pub(super) const ALL: [Self; 9] = [
+        Self::Meta,
+        Self::Session,
+        Self::Subscription,
+        Self::Message,
+        Self::Done,
+        Self::Inflight,
+        Self::Received,
+        Self::Retained,
+        Self::Ban,
+    ];
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Meta => "meta",
+            Self::Session => "session",
+            Self::Subscription => "subscription",
+            Self::Message => "message",
+            Self::Done => "done",
+            Self::Inflight => "inflight",
+            Self::Received => "received",
+            Self::Retained => "retained",
+            Self::Ban => "ban",
+        }
+    }
+}
+
+/// Appends to a row.
+pub(super) trait Put {
+    fn put_u8(&mut self, value: u8);
+    fn put_u16(&mut self, value: u16);
+    fn put_u32(&mut self, value: u32);
+    fn put_u64(&mut self, value: u64);
+    fn put_blob(&mut self, value: &[u8]);
+}
+
+impl Put for Vec<u8> {
+    fn put_u8(&mut self, value: u8) {
+        self.push(value);
+    }
+    fn put_u16(&mut self, value: u16) {
+        self.extend_from_slice(&value.to_be_bytes());
+    }
+    fn put_u32(&mut self, value: u32) {
+        self.extend_from_slice(&value.to_be_bytes());
+    }
+    fn put_u64(&mut self, value: u64) {
+        self.extend_from_slice(&value.to_be_bytes());
+    }
+    fn put_blob(&mut self, value: &[u8]) {
+        self.put_u32(value.len() as u32);
+        self.extend_from_slice(value);
+    }
+}
+
+/// Reads a row; `None`: it is damaged.
+pub(super) struct Take<'a>(pub(super) &'a [u8]);
+
+impl<'a> Take<'a> {
+    fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let (head, rest) = self.0.split_first_chunk()?;
+        self.0 = rest;
+        Some(*head)
+    }
+
+    pub(super) fn u8(&mut self) -> Option<u8> {
+        self.array().map(u8::from_be_bytes)
+    }
+
+    pub(super) fn u16(&mut self) -> Option<u16> {
+        self.array().map(u16::from_be_bytes)
+    }
+
+    pub(super) fn u32(&mut self) -> Option<u32> {
+        self.array().map(u32::from_be_bytes)
+    }
+
+    pub(super) fn u64(&mut self) -> Option<u64> {
+        self.array().map(u64::from_be_bytes)
+    }
+
+    pub(super) fn id(&mut self) -> Option<NonZeroU64> {
+        self.u64().and_then(NonZeroU64::new)
+    }
+
+    pub(super) fn blob(&mut self) -> Option<&'a [u8]> {
+        let length = self.u32()? as usize;
+        let (blob, rest) = self.0.split_at_checked(length)?;
+        self.0 = rest;
+        Some(blob)
+    }
+
+    pub(super) fn text(&mut self) -> Option<&'a str> {
+        std::str::from_utf8(self.blob()?).ok()
+    }
+}
+
+const RETAIN: u8 = 0b0100;
+const SEALED: u8 = 0b1000;
+const EXPIRES: u8 = 0b1_0000;
+
+/// What all forms of a message begin with.
+fn put_head(to: &mut Vec<u8>, message: &Message, sealed: bool) {
+    let retain = if message.retain { RETAIN } else { 0 };
+    let is_sealed = if sealed { SEALED } else { 0 };
+    let expires = if message.expires_at_ms.is_some() { EXPIRES } else { 0 };
+    to.put_u8(message.qos as u8 | retain | is_sealed | expires);
+    if let Some(at_ms) = message.expires_at_ms {
+        to.put_u64(at_ms);
+    }
+}
+
+struct Head {
+    qos: Qos,
+    retain: bool,
+    sealed: bool,
+    expires_at_ms: Option<u64>,
+}
+
+fn take_head(row: &mut Take<'_>) -> Option<Head> {
+    let bits = row.u8()?;
+    let expires_at_ms = if bits & EXPIRES != 0 { Some(row.u64()?) } else { None };
+    let qos = Qos::from_bits(bits & 0b11)?;
+    Some(Head { qos, retain: bits & RETAIN != 0, sealed: bits & SEALED != 0, expires_at_ms })
+}
+
+fn message(head: &Head, topic: &str, properties: &[u8], payload: &[u8]) -> Message {
+    Message {
+        topic: topic.into(),
+        payload: Bytes::copy_from_slice(payload),
+        properties: Bytes::copy_from_slice(properties),
+        qos: head.qos,
+        retain: head.retain,
+        expires_at_ms: head.expires_at_ms,
+        publisher: None,
+    }
+}
+
+/// Row of [`Family::Message`].
+pub(super) fn put_message(to: &mut Vec<u8>, message: &Message, sealed: bool, receivers: &[Receiver<'_>]) {
+    put_head(to, message, sealed);
+    to.put_blob(message.topic.as_bytes());
+    to.put_blob(&message.properties);
+    to.put_u32(receivers.len() as u32);
+    for Receiver { session, wish } in receivers {
+        to.put_u64(session.get());
+        to.put_u8(wish.qos as u8 | if wish.retain { RETAIN } else { 0 });
+        let ids = &wish.ids[..wish.ids.len().min(usize::from(u16::MAX))];
+        to.put_u16(ids.len() as u16);
+        for id in ids {
+            to.put_u32(id.get());
+        }
+    }
+    to.extend_from_slice(&message.payload);
+}
+
+/// One receiver in a row of [`Family::Message`].
+pub(super) struct To {
+    pub(super) session: SessionId,
+    pub(super) qos: Qos,
+    pub(super) retain: bool,
+    pub(super) ids: SmallVec<[NonZeroU32; 1]>,
+}
+
+fn take_receiver(row: &mut Take<'_>) -> Option<To> {
+    let session = row.id()?;
+    let bits = row.u8()?;
+    let count = row.u16()?;
+    let ids = (0..count).map(|_| row.u32().and_then(NonZeroU32::new)).collect::<Option<_>>()?;
+    Some(To { session, qos: Qos::from_bits(bits & 0b11)?, retain: bits & RETAIN != 0, ids })
+}
+
+/// A row of [`Family::Message`] that is being read.
+pub(super) struct MessageRow<'a> {
+    head: Head,
+    topic: &'a str,
+    properties: &'a [u8],
+    pub(super) receivers: usize,
+    rest: Take<'a>,
+}
+
+impl<'a> MessageRow<'a> {
+    pub(super) fn parse(row: &'a [u8]) -> Option<Self> {
+        let mut row = Take(row);
+        let head = take_head(&mut row)?;
+        let (topic, properties) = (row.text()?, row.blob()?);
+        let receivers = row.u32()? as usize;
+        Some(Self { head, topic, properties, receivers, rest: row })
+    }
+
+    pub(super) fn sealed(&self) -> bool {
+        self.head.sealed
+    }
+
+    pub(super) fn expires_at_ms(&self) -> Option<u64> {
+        self.head.expires_at_ms
+    }
+
+    /// Receivers, and what is counted for each; the payload is not looked at.
+    pub(super) fn receivers(self) -> Option<(Vec<To>, usize, Message)> {
+        let mut row = self.rest;
+        // Each takes eleven bytes at least; a damaged number must not reserve memory.
+        let mut receivers = Vec::with_capacity(self.receivers.min(row.0.len() / 11 + 1));
+        for _ in 0..self.receivers {
+            receivers.push(take_receiver(&mut row)?);
+        }
+        let payload = row.0;
+        let bytes = wasmqtt_protocol::session::queued_bytes(self.topic.len(), self.properties.len(), payload.len());
+        Some((receivers, bytes, message(&self.head, self.topic, self.properties, payload)))
+    }
+}
+
+/// Row of [`Family::Retained`], whose key is the Topic Name.
+pub(super) fn put_retained(to: &mut Vec<u8>, message: &Message, sealed: bool) {
+    put_head(to, message, sealed);
+    to.put_blob(&message.properties);
+    to.extend_from_slice(&message.payload);
+}
+
+pub(super) fn take_retained(topic: &[u8], row: &[u8]) -> Option<(Message, bool)> {
+    let mut row = Take(row);
+    let head = take_head(&mut row)?;
+    let properties = row.blob()?;
+    Some((message(&head, std::str::from_utf8(topic).ok()?, properties, row.0), head.sealed))
+}
+
+/// Row of [`Family::Session`].
+pub(super) fn put_session(
+    to: &mut Vec<u8>,
+    client: &Client,
+    expiry: u32,
+    closed_at_ms: Option<u64>,
+    will: Option<&WillMessage>,
+) {
+    for text in [&client.client_id, &client.principal, &client.listener] {
+        to.put_blob(text.as_bytes());
+    }
+    to.put_u32(expiry);
+    to.put_u64(closed_at_ms.unwrap_or(0));
+    to.put_u8(will.is_some().into());
+    if let Some(will) = will {
+        to.put_u32(will.delay);
+        to.put_u8(will.expiry.is_some().into());
+        to.put_u32(will.expiry.unwrap_or(0));
+        put_head(to, &will.message, false);
+        to.put_blob(will.message.topic.as_bytes());
+        to.put_blob(&will.message.properties);
+        to.extend_from_slice(&will.message.payload);
+    }
+}
+
+/// What a row of [`Family::Session`] says.
+pub(super) struct SessionRow {
+    pub(super) client: Client,
+    pub(super) expiry: u32,
+    pub(super) closed_at_ms: Option<u64>,
+    pub(super) will: Option<WillMessage>,
+}
+
+pub(super) fn take_session(row: &[u8]) -> Option<SessionRow> {
+    let mut row = Take(row);
+    let client = Client { client_id: row.text()?.into(), principal: row.text()?.into(), listener: row.text()?.into() };
+    let (expiry, closed) = (row.u32()?, row.u64()?);
+    let will = if row.u8()? == 0 {
+        None
+    } else {
+        let (delay, has_expiry, will_expiry) = (row.u32()?, row.u8()?, row.u32()?);
+        let head = take_head(&mut row)?;
+        let (topic, properties) = (row.text()?, row.blob()?);
+        let message = message(&head, topic, properties, row.0);
+        Some(WillMessage { message, expiry: (has_expiry != 0).then_some(will_expiry), delay })
+    };
+    Some(SessionRow { client, expiry, closed_at_ms: (closed != 0).then_some(closed), will })
+}
+
+/// Row of [`Family::Subscription`].
+pub(super) fn put_subscription(to: &mut Vec<u8>, subscription: &Subscription) {
+    let options = &subscription.options;
+    let bits = options.qos as u8
+        | u8::from(options.no_local) << 2
+        | u8::from(options.retain_as_published) << 3
+        | (options.retain_handling as u8) << 4;
+    to.put_u8(bits);
+    to.put_u32(subscription.id.map_or(0, NonZeroU32::get));
+}
+
+pub(super) fn take_subscription(row: &[u8]) -> Option<Subscription> {
+    let mut row = Take(row);
+    let bits = row.u8()?;
+    let retain_handling = match bits >> 4 {
+        0 => RetainHandling::Send,
+        1 => RetainHandling::SendIfNew,
+        2 => RetainHandling::DoNotSend,
+        _ => return None,
+    };
+    let options = SubscribeOptions {
+        qos: Qos::from_bits(bits & 0b11)?,
+        no_local: bits & 0b100 != 0,
+        retain_as_published: bits & 0b1000 != 0,
+        retain_handling,
+    };
+    Some(Subscription { options, id: NonZeroU32::new(row.u32()?) })
+}
+
+/// Key of a row that belongs to one Session.
+pub(super) fn session_key(to: &mut Vec<u8>, session: SessionId, rest: &[u8]) {
+    to.put_u64(session.get());
+    to.extend_from_slice(rest);
+}
+
+const RELEASE: u8 = 3;
+
+/// Row of [`Family::Inflight`]; `None`: it waits for PUBCOMP.
+pub(super) fn put_inflight(to: &mut Vec<u8>, message: Option<(MessageId, Qos)>) {
+    to.put_u8(message.map_or(RELEASE, |(_, qos)| qos as u8));
+    to.put_u64(message.map_or(0, |(id, _)| id.get()));
+}
+
+/// What a row of [`Family::Inflight`] waits for.
+pub(super) enum Handshake {
+    /// PUBACK or PUBREC.
+    Message(MessageId, Qos),
+    /// PUBCOMP.
+    Release,
+}
+
+impl Handshake {
+    pub(super) fn message(self) -> Option<(MessageId, Qos)> {
+        match self {
+            Self::Message(id, qos) => Some((id, qos)),
+            Self::Release => None,
+        }
+    }
+}
+
+pub(super) fn take_inflight(row: &[u8]) -> Option<Handshake> {
+    let mut row = Take(row);
+    match row.u8()? {
+        RELEASE => Some(Handshake::Release),
+        bits => Some(Handshake::Message(row.id()?, Qos::from_bits(bits)?)),
+    }
+}
+
+/// Key of a row of [`Family::Ban`].
+pub(super) fn ban_key(pattern: &BanPattern) -> String {
+    match pattern {
+        BanPattern::ClientId(client_id) => format!("client:{client_id}"),
+        BanPattern::Username(username) => format!("user:{username}"),
+        BanPattern::Address { network, prefix } => format!("address:{network}/{prefix}"),
+    }
+}
+
+pub(super) fn take_ban(key: &[u8], row: &[u8]) -> Option<(BanPattern, u64, String)> {
+    let (kind, value) = std::str::from_utf8(key).ok()?.split_once(':')?;
+    let pattern = match kind {
+        "client" => BanPattern::ClientId(value.into()),
+        "user" => BanPattern::Username(value.into()),
+        "address" => {
+            let (network, prefix) = value.rsplit_once('/')?;
+            BanPattern::Address { network: network.parse::<IpAddr>().ok()?, prefix: prefix.parse().ok()? }
+        }
+        _ => return None,
+    };
+    let mut row = Take(row);
+    Some((pattern, row.u64()?, row.text()?.to_owned()))
+}
