@@ -34,12 +34,18 @@ impl Broker {
 
     /// The same in a folder that has something in it already; relative paths of the configuration begin there.
     pub fn start_in(folder: TempDir, config: &str) -> Self {
+        Self::start_with(folder, config, &[])
+    }
+
+    /// The same with more in its environment.
+    pub fn start_with(folder: TempDir, config: &str, environment: &[(&str, &Path)]) -> Self {
         let stand_in = std::env::var(STAND_IN).ok();
         let (mut command, known) = match stand_in {
             Some(name) => stand_in_command(&name, folder.path()),
             None => (broker_command(config, folder.path()), None),
         };
         let mut child = command
+            .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -142,6 +148,13 @@ impl Broker {
         let status = self.wait();
         assert!(status.success(), "{status} after SIGTERM");
         self.log()
+    }
+
+    /// SIGKILL; gives back the folder, for another one.
+    pub fn crash(mut self) -> TempDir {
+        self.signal(Signal::KILL);
+        let _ = self.wait();
+        std::mem::replace(&mut self.folder, tempfile::tempdir().expect("a temporary folder"))
     }
 
     /// Waits for the end, which something else brings about.

@@ -6,6 +6,8 @@
 
 mod broker; // the process
 mod client; // one Network Connection
+pub mod disk; // one that forgets, one that is full
+pub mod lasting; // clients that outlive the broker
 mod packet; // packets that own their data
 pub mod raw; // packets by hand
 pub mod traffic; // load in the background

@@ -80,6 +80,7 @@ fuzz_target!(|data: &[u8]| {
                         qos,
                         retain: false,
                         ids: &[],
+                        id: None,
                     },
                     None,
                     &mut frames,

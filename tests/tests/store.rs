@@ -1,0 +1,319 @@
+//! What outlives the broker, and what happens when it cannot be kept.
+
+use std::path::Path;
+use std::process::Output;
+use std::time::{Duration, Instant};
+
+use wasmqtt_tests::{Broker, Client, Got, Message, Options, Version, Will, disk, wasmqtt};
+
+const V5: Version = Version::V5;
+const CONFIG: &str = "[store]\ndurability = \"os\"\n";
+
+fn lasting(client_id: &str) -> Options {
+    Options::new(V5, client_id).resume().session_expiry(3600)
+}
+
+fn restart(broker: Broker) -> Broker {
+    Broker::start_in(broker.crash(), CONFIG)
+}
+
+/// Subscriptions with their options and identifiers, queued messages with their properties, in order. MQTT 5.0 §4.1.
+#[test]
+fn a_session_goes_on_after_the_broker_was_killed() {
+    let broker = Broker::start(CONFIG);
+    let mut keeper = broker.connect(&lasting("keeper"));
+    assert_eq!(keeper.subscribe_with(Some(7), &[("a/#", wasmqtt_tests::at_most(2))]), [2]);
+    assert_eq!(keeper.subscribe("gone", 1), 1);
+    keeper.unsubscribe(&["gone"]);
+    keeper.disconnect();
+    let mut publisher = broker.connect(&Options::new(V5, "publisher"));
+    for n in 0..5 {
+        let message = Message::new("a/b", format!("{n}")).qos(1 + n % 2).user("n", &n.to_string()).expiry(600);
+        assert_eq!(publisher.publish(&message), 0);
+    }
+    assert_eq!(publisher.publish(&Message::new("gone", "x").qos(1)), 0x10);
+    let broker = restart(broker);
+    let mut keeper = broker.connect(&lasting("keeper"));
+    assert!(keeper.connack.session_present);
+    for n in 0..5_u8 {
+        let message = keeper.message();
+        assert_eq!((message.text(), message.qos), (n.to_string().as_str(), 1 + n % 2));
+        assert_eq!(message.user, [("n".to_owned(), n.to_string())]);
+        assert!(message.expiry.is_some_and(|left| (590..=600).contains(&left)), "{message:?}");
+        assert_eq!(message.subscription_ids, [7]);
+    }
+    keeper.check_silent();
+}
+
+/// Both directions of the QoS 2 handshake. [MQTT-4.3.3-10], [MQTT-4.4.0-1]
+#[test]
+fn handshakes_go_on_where_they_were() {
+    let broker = Broker::start(CONFIG);
+    let mut keeper = broker.connect(&lasting("keeper"));
+    assert_eq!(keeper.subscribe("q", 2), 2);
+    let mut publisher = broker.connect(&lasting("publisher"));
+    let id = publisher.send_publish(&Message::new("q", "once").qos(2));
+    publisher.recv_where(|got| matches!(got, Got::Pubrec(other, 0) if *other == id).then_some(()));
+    let sent = keeper.recv_publish();
+    let broker = restart(broker);
+    // The message was taken over: the same packet again is no second message.
+    let mut publisher = broker.connect(&lasting("publisher"));
+    publisher.send_publish(&Message::new("q", "once").qos(2).id(id).dup());
+    publisher.recv_where(|got| matches!(got, Got::Pubrec(other, 0) if *other == id).then_some(()));
+    let mut keeper = broker.connect(&lasting("keeper"));
+    let again = keeper.recv_publish();
+    assert_eq!((again.id, again.dup, again.text()), (sent.id, true, "once"));
+    keeper.check_silent();
+}
+
+#[test]
+fn retained_messages_outlive_the_broker_and_removed_ones_do_not() {
+    let broker = Broker::start(CONFIG);
+    let mut publisher = broker.connect(&Options::new(V5, "publisher"));
+    for (topic, payload) in [("r/1", "one"), ("r/2", "two"), ("r/1", "")] {
+        publisher.publish(&Message::new(topic, payload).qos(1).retained());
+    }
+    let broker = restart(broker);
+    let mut client = broker.connect(&Options::new(V5, "client"));
+    client.subscribe("r/#", 0);
+    let Got::Publish(message) = client.recv() else { panic!("nothing is retained") };
+    assert_eq!((message.topic.as_str(), message.text(), message.retain), ("r/2", "two", true));
+    client.check_silent();
+}
+
+/// A client that was connected when the broker was killed is gone; one with a delay may come back in time.
+/// MQTT 5.0 §3.1.2.5.
+#[test]
+fn wills_of_clients_that_were_there_are_published() {
+    let broker = Broker::start(CONFIG);
+    let mut watcher = broker.connect(&lasting("watcher"));
+    assert_eq!(watcher.subscribe("will/#", 1), 1);
+    let with_will = |name: &str, delay| {
+        let will = Some(Will { message: Message::new(&format!("will/{name}"), "gone").qos(1), delay });
+        Options { will, ..lasting(name) }
+    };
+    broker.connect(&with_will("polite", None)).disconnect();
+    // Nothing is answered to DISCONNECT: give it time to be kept.
+    std::thread::sleep(Duration::from_millis(300));
+    let _at_once = broker.connect(&with_will("at-once", None));
+    let _late = broker.connect(&with_will("late", Some(1)));
+    let _back = broker.connect(&with_will("back", Some(60)));
+    let broker = restart(broker);
+    let _back = broker.connect(&lasting("back"));
+    let mut watcher = broker.connect(&lasting("watcher"));
+    assert_eq!(watcher.message().topic, "will/at-once");
+    assert_eq!(watcher.message().topic, "will/late");
+    watcher.check_silent();
+}
+
+/// MQTT 5.0 §3.1.2.11.2.
+#[test]
+fn sessions_expire_while_no_broker_runs() {
+    let broker = Broker::start(CONFIG);
+    for (client_id, expiry) in [("short", 1), ("long", 3600)] {
+        let mut client = broker.connect(&Options::new(V5, client_id).resume().session_expiry(expiry));
+        client.subscribe("a", 1);
+        client.disconnect();
+    }
+    let folder = broker.crash();
+    std::thread::sleep(Duration::from_secs(2));
+    let broker = Broker::start_in(folder, CONFIG);
+    for (client_id, present) in [("short", false), ("long", true)] {
+        assert_eq!(broker.connect(&lasting(client_id)).connack.session_present, present, "{client_id}");
+    }
+}
+
+#[test]
+fn bans_outlive_the_broker() {
+    let config = format!(
+        "{CONFIG}[[plugin]]\nname = \"probe\"\npath = \"{}\"\nconfig = {{ events = \"subscribed\" }}\n\
+         grants = {{ publish = [\"#\"], disconnect = true, ban = true, revoke = true }}\n",
+        wasmqtt_guests::component("probe").display()
+    );
+    let broker = Broker::start(&config);
+    let mut banned = broker.connect(&Options::new(V5, "banned"));
+    banned.subscribe("ban/me", 0);
+    assert!(matches!(banned.recv(), Got::Disconnect(0x98, ..)));
+    // Kept a moment later.
+    std::thread::sleep(Duration::from_millis(100));
+    let broker = Broker::start_in(broker.crash(), &config);
+    broker.check_refused(&Options::new(V5, "banned"), 0x8A);
+    broker.connect(&Options::new(V5, "other")).disconnect();
+}
+
+/// A slow client gets its messages from the store, in order, however many there are.
+#[test]
+fn a_long_queue_is_read_back_in_order() {
+    let broker = Broker::start("[store]\ndurability = \"os\"\n[limits]\nqueue_messages_max = 100000\n");
+    let mut keeper = broker.connect(&lasting("keeper"));
+    keeper.subscribe("a", 1);
+    keeper.disconnect();
+    let mut publisher = broker.connect(&Options::new(V5, "publisher"));
+    let ids: Vec<u16> = (0..5000).map(|n| publisher.send_publish(&Message::new("a", format!("{n}")).qos(1))).collect();
+    for id in ids {
+        assert!(matches!(publisher.recv(), Got::Puback(other, _) if other == id));
+    }
+    let mut keeper = broker.connect(&lasting("keeper"));
+    for n in 0..5000 {
+        assert_eq!(keeper.message().text(), n.to_string());
+    }
+    keeper.check_silent();
+}
+
+fn fill(policy: &str) -> (Broker, Vec<u8>) {
+    let config = "[limits]\nqueue_messages_max = 3\n";
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let address =
+        std::net::TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a free port");
+    let listener = format!("[[listener]]\nbind = \"{address}\"\nqueue_full = \"{policy}\"\n");
+    let broker = Broker::start_in(folder, &format!("{config}{listener}"));
+    let mut keeper = Client::open(address, V5);
+    keeper.send_connect(&lasting("keeper"));
+    assert!(matches!(keeper.recv(), Got::Connack(_)));
+    keeper.subscribe("a", 1);
+    keeper.disconnect();
+    let mut publisher = broker.connect(&Options::new(V5, "publisher"));
+    let reasons = (0..5).map(|n| publisher.publish(&Message::new("a", format!("{n}")).qos(1))).collect();
+    (broker, reasons)
+}
+
+fn queued(broker: &Broker, count: usize) -> Vec<String> {
+    let mut keeper = broker.connect(&lasting("keeper"));
+    let texts = keeper.texts(count);
+    keeper.check_silent();
+    texts
+}
+
+#[test]
+fn a_full_queue_drops_or_refuses_as_its_listener_says() {
+    let (broker, reasons) = fill("drop-newest");
+    assert_eq!((reasons, queued(&broker, 3)), (vec![0; 5], vec!["0".into(), "1".into(), "2".into()]));
+    let (broker, reasons) = fill("drop-oldest");
+    assert_eq!((reasons, queued(&broker, 3)), (vec![0; 5], vec!["2".into(), "3".into(), "4".into()]));
+    let (broker, reasons) = fill("reject-publish");
+    assert_eq!((reasons, queued(&broker, 3)), (vec![0, 0, 0, 0x97, 0x97], vec!["0".into(), "1".into(), "2".into()]));
+    let mut publisher = broker.connect(&Options::new(V5, "publisher"));
+    assert_eq!(publisher.publish(&Message::new("a", "room again").qos(1)), 0);
+}
+
+/// What needs the store is refused, everything else goes on, and it recovers by itself.
+#[test]
+fn a_full_disk_refuses_what_would_have_to_be_kept() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (library, full) = (disk::library(folder.path()), folder.path().join("full"));
+    let broker = Broker::start_with(
+        folder,
+        "[store]\ndurability = \"fsync\"\n",
+        &[("LD_PRELOAD", &library), ("DISK_FULL", &full)],
+    );
+    let mut keeper = broker.connect(&lasting("keeper"));
+    keeper.subscribe("kept", 1);
+    keeper.disconnect();
+    let mut publisher = broker.connect(&Options::new(V5, "publisher"));
+    assert_eq!(publisher.publish(&Message::new("kept", "before").qos(1)), 0);
+    std::fs::write(&full, "").expect("write");
+    // The first one finds out; it is acknowledged when it is kept, which is later.
+    let first = publisher.send_publish(&Message::new("kept", "first").qos(1));
+    broker.await_log("store cannot be written", 1);
+    let mut other = broker.connect(&Options::new(V5, "other"));
+    assert_eq!(other.publish(&Message::new("kept", "refused").qos(1)), 0x97);
+    assert_eq!(other.publish(&Message::new("retained", "refused").qos(1).retained()), 0x97);
+    broker.check_refused(&lasting("new"), 0x97);
+    assert_eq!(other.subscribe("live", 1), 1);
+    assert_eq!(other.publish(&Message::new("live", "goes on").qos(1)), 0);
+    assert_eq!(other.message().text(), "goes on");
+    std::fs::remove_file(&full).expect("delete");
+    broker.await_log("store can be written again", 1);
+    publisher.recv_where(|got| matches!(got, Got::Puback(id, 0) if *id == first).then_some(()));
+    assert_eq!(other.publish(&Message::new("kept", "after").qos(1)), 0);
+    let broker = Broker::start_in(broker.crash(), "");
+    assert_eq!(queued(&broker, 3), ["before", "first", "after"]);
+}
+
+fn run(folder: &Path, arguments: &[&str]) -> Output {
+    wasmqtt().current_dir(folder).args(arguments).args(["--config", "wasmqtt.toml"]).output().expect("the binary runs")
+}
+
+fn text_of(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+/// One folder, one broker.
+#[test]
+fn a_second_broker_is_refused() {
+    let broker = Broker::start(CONFIG);
+    let second = run(broker.folder(), &["serve"]);
+    assert!(!second.status.success() && text_of(&second).contains("another broker uses it"), "{}", text_of(&second));
+}
+
+#[test]
+fn operators_look_at_a_store_check_it_and_move_it() {
+    let broker = Broker::start(CONFIG);
+    let mut keeper = broker.connect(&lasting("keeper"));
+    keeper.subscribe("a", 1);
+    keeper.disconnect();
+    let mut publisher = broker.connect(&Options::new(V5, "publisher"));
+    publisher.publish(&Message::new("a", "queued").qos(1));
+    publisher.publish(&Message::new("r", "retained").qos(1).retained());
+    let backup = broker.folder().join("backup");
+    let done = run(broker.folder(), &["store", "backup", "backup"]);
+    assert!(done.status.success() && backup.join("CURRENT").is_file(), "{}", text_of(&done));
+    publisher.publish(&Message::new("a", "after the backup").qos(1));
+    let busy = run(broker.folder(), &["store", "stats"]);
+    assert!(!busy.status.success() && text_of(&busy).contains("another broker uses it"), "{}", text_of(&busy));
+
+    let folder = broker.crash();
+    let stats = run(folder.path(), &["store", "stats", "--json"]);
+    let text = text_of(&stats);
+    for family in ["\"family\": \"session\",\n    \"rows\": 1", "\"family\": \"message\",\n    \"rows\": 2"] {
+        assert!(text.contains(family), "{family} is not in {text}");
+    }
+    assert!(text_of(&run(folder.path(), &["store", "check"])).contains("ok"));
+    assert!(run(folder.path(), &["store", "compact"]).status.success());
+    let exported = run(folder.path(), &["store", "export", "all.jsonl"]);
+    assert!(exported.status.success(), "{}", text_of(&exported));
+    let lines = std::fs::read_to_string(folder.path().join("all.jsonl")).expect("written");
+    assert!(lines.contains("message to a for 1 Sessions") && lines.contains("retained on r"), "{lines}");
+
+    std::fs::remove_dir_all(folder.path().join("data/store")).expect("delete");
+    let imported = run(folder.path(), &["store", "import", "all.jsonl"]);
+    assert!(imported.status.success(), "{}", text_of(&imported));
+    let broker = Broker::start_in(folder, CONFIG);
+    assert_eq!(queued(&broker, 2), ["queued", "after the backup"]);
+
+    let folder = broker.crash();
+    std::fs::remove_dir_all(folder.path().join("data/store")).expect("delete");
+    std::fs::rename(folder.path().join("backup"), folder.path().join("data/store")).expect("put back");
+    let broker = Broker::start_in(folder, CONFIG);
+    assert_eq!(queued(&broker, 1), ["queued"]);
+}
+
+/// Files that are damaged are an error that says so, not a crash and not silence.
+#[test]
+fn damaged_files_are_noticed() {
+    let broker = Broker::start(CONFIG);
+    let mut keeper = broker.connect(&lasting("keeper"));
+    keeper.subscribe("a", 1);
+    keeper.disconnect();
+    let mut publisher = broker.connect(&Options::new(V5, "publisher"));
+    for n in 0..200 {
+        publisher.publish(&Message::new("a", format!("{n}-{}", "x".repeat(500))).qos(1));
+    }
+    let folder = broker.crash();
+    assert!(run(folder.path(), &["store", "compact"]).status.success());
+    let store = folder.path().join("data/store");
+    for entry in std::fs::read_dir(&store).expect("the store").flatten() {
+        let path = entry.path();
+        if path.extension().is_some_and(|extension| extension == "sst") {
+            let mut bytes = std::fs::read(&path).expect("read");
+            let middle = bytes.len() / 4;
+            bytes[middle..middle + 8].copy_from_slice(b"damaged!");
+            std::fs::write(&path, bytes).expect("write");
+        }
+    }
+    let begun = Instant::now();
+    let served = run(folder.path(), &["serve", "--listen", "127.0.0.1:0"]);
+    assert!(!served.status.success() && begun.elapsed() < Duration::from_secs(20));
+    let text = text_of(&served);
+    assert!(text.contains("data/store") && text.to_lowercase().contains("corrupt"), "{text}");
+}
