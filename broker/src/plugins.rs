@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use wasmqtt_host::{HostConfig, PluginHost};
-use wasmqtt_protocol::ports::{NoPlugins, Plugins};
+use wasmqtt_protocol::ports::{Buckets, NoPlugins, Plugins};
+use wasmqtt_server::store::RocksStore;
 
 use crate::settings::Settings;
 
@@ -14,7 +15,7 @@ use crate::settings::Settings;
 const CACHE_FOLDER: &str = "plugin-cache";
 
 /// Loads every plugin of the settings; `None` if there can be none, and then there is no Wasm runtime either.
-pub(crate) fn start(settings: &Settings) -> anyhow::Result<Option<Arc<PluginHost>>> {
+pub(crate) fn start(settings: &Settings, store: Option<&Arc<RocksStore>>) -> anyhow::Result<Option<Arc<PluginHost>>> {
     if settings.plugin_dir.is_none() && settings.plugins.is_empty() {
         return Ok(None);
     }
@@ -26,6 +27,7 @@ pub(crate) fn start(settings: &Settings) -> anyhow::Result<Option<Arc<PluginHost
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             shards => shards,
         },
+        buckets: store.map(|store| Arc::clone(store) as Arc<dyn Buckets>),
         ..HostConfig::default()
     };
     Ok(Some(PluginHost::start(config).context("load plugins")?))

@@ -41,9 +41,10 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("start background threads")?;
+    let store = settings.store.clone().map(RocksStore::open).transpose()?;
     let plugins = {
         let _entered = runtime.enter();
-        plugins::start(&settings)?
+        plugins::start(&settings, store.as_ref())?
     };
     check_exposure(&settings, plugins.as_ref().is_some_and(|plugins| plugins.has_auth()))?;
 
@@ -55,7 +56,6 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
         shards: settings.shards,
         sys_interval: SYS_INTERVAL,
     };
-    let store = settings.store.map(RocksStore::open).transpose()?;
     let port: Arc<dyn ports::Store> = match &store {
         Some(store) => Arc::clone(store) as Arc<dyn ports::Store>,
         None => Arc::new(ports::Memory),
@@ -80,11 +80,11 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
         }
     });
     server.stop(DRAIN_GRACE);
-    if let Some(store) = store {
-        store.stop();
-    }
     if let Some(plugins) = plugins {
         plugins.stop();
+    }
+    if let Some(store) = store {
+        store.stop();
     }
     info!("stopped");
     // A plugin that still waits for something must not hold up the end.

@@ -125,7 +125,7 @@ fn builds_that_cannot_serve_are_rejected_and_the_old_one_goes_on() {
     std::fs::create_dir(&mode).expect("make a folder");
     let config = format!(
         "[plugins]\ndir = \"plugins\"\n[[plugin]]\nname = \"auth\"\nconfig = {{ user = \"secret\", init_file = \"/mode/init\" }}\n\
-         grants = {{ files = [{{ host = \"{}\", guest = \"/mode\" }}] }}\nlimits = {{ cpu_ms = 200, deadline_ms = 2000 }}\n",
+         grants = {{ files = [{{ host = \"{}\", guest = \"/mode\" }}] }}\nlimits = {{ cpu_ms = 200, deadline_ms = 20000 }}\n",
         mode.display()
     );
     let broker = Broker::start_in(folder, &config);

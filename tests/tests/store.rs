@@ -141,6 +141,88 @@ fn bans_outlive_the_broker() {
     broker.connect(&Options::new(V5, "other")).disconnect();
 }
 
+/// What plugins keep in `wasi:keyvalue`.
+#[test]
+fn buckets_outlive_the_broker() {
+    let config = format!(
+        "{CONFIG}[[plugin]]\nname = \"counter\"\npath = \"{}\"\ngrants = {{ keyvalue_mib = 1 }}\n",
+        wasmqtt_guests::component("misbehave").display()
+    );
+    let counting = Options { username: Some("count".into()), ..Options::new(V5, "c") };
+    let mut folder = tempfile::tempdir().expect("a temporary folder");
+    for round in 1..=2 {
+        let broker = Broker::start_in(folder, &config);
+        broker.connect(&counting).disconnect();
+        // Kept a moment later.
+        std::thread::sleep(Duration::from_millis(100));
+        folder = broker.crash();
+        let exported = text_of(&run(folder.path(), &["store", "export"]));
+        let line = exported.lines().find(|line| line.contains("plugin counter, bucket count: asked"));
+        assert!(line.is_some_and(|line| line.contains(&format!("\"0{round}00000000000000\""))), "{exported}");
+    }
+}
+
+/// What a plugin collects is kept with the message, and comes again until the plugin has it.
+#[test]
+fn what_plugins_collect_outlives_the_broker() {
+    let config = |fails: &str| {
+        format!(
+            "{CONFIG}[[plugin]]\nname = \"tap\"\npath = \"{}\"\nconfig = {{ filters = \"fed/#\", committed = \"true\", \
+             committed_fails = \"{fails}\" }}\ngrants = {{ publish = [\"#\"], disconnect = true, ban = true, revoke = true }}\n",
+            wasmqtt_guests::component("probe").display()
+        )
+    };
+    let collected = |folder: &Path| {
+        let exported = text_of(&run(folder, &["store", "export"]));
+        exported.lines().filter(|line| line.contains("for plugins tap")).count()
+    };
+    let broker = Broker::start(&config("true"));
+    let mut publisher = broker.connect(&Options::new(V5, "publisher"));
+    for n in 0..3 {
+        assert_eq!(publisher.publish(&Message::new(&format!("fed/{n}"), "x").qos(1)), 0x10);
+    }
+    let folder = broker.crash();
+    assert_eq!(collected(folder.path()), 3);
+    let broker = Broker::start_in(folder, &config("false"));
+    // The store hears of it a moment later.
+    std::thread::sleep(Duration::from_millis(500));
+    let folder = broker.crash();
+    assert_eq!(collected(folder.path()), 0);
+}
+
+/// The store has the sealed form alone, and subscribers the open one. See `plugins/payload-seal`.
+#[test]
+fn what_is_sealed_is_stored_sealed_and_comes_out_open() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    std::fs::write(folder.path().join("key"), "0f".repeat(32)).expect("write");
+    let config = format!(
+        "{CONFIG}[[plugin]]\nname = \"seal\"\npath = \"{}\"\nconfig = {{ key_file = \"/key\" }}\n\
+         grants = {{ files = [{{ host = \"key\", guest = \"/key\" }}] }}\n",
+        wasmqtt_guests::component("payload-seal").display()
+    );
+    let broker = Broker::start_in(folder, &config);
+    let mut keeper = broker.connect(&lasting("keeper"));
+    keeper.subscribe("a", 1);
+    keeper.disconnect();
+    let mut publisher = broker.connect(&Options::new(V5, "publisher"));
+    publisher.publish(&Message::new("a", "plain text").qos(1).retained());
+    let folder = broker.crash();
+    let plain = "706c61696e2074657874";
+    let exported = text_of(&run(folder.path(), &["store", "export"]));
+    assert!(exported.contains("message to a") && !exported.contains(plain), "{exported}");
+    let broker = Broker::start_in(folder, &config);
+    assert_eq!(queued(&broker, 1), ["plain text"]);
+    let mut late = broker.connect(&Options::new(V5, "late"));
+    late.subscribe("a", 0);
+    assert_eq!(late.message().text(), "plain text");
+    // Without the plugin nobody gets the sealed form.
+    let folder = broker.crash();
+    let broker = Broker::start_in(folder, CONFIG);
+    let mut late = broker.connect(&Options::new(V5, "late"));
+    late.subscribe("a", 0);
+    late.check_silent();
+}
+
 /// A slow client gets its messages from the store, in order, however many there are.
 #[test]
 fn a_long_queue_is_read_back_in_order() {

@@ -102,9 +102,12 @@ async fn feed(plugin: Arc<Plugin>) {
     while let Some((messages, cursor)) = next(&plugin, &plugin.feed).await {
         let count = messages.len();
         let payload = plugin.serving.load().as_ref().is_some_and(|serving| serving.registration().payload);
-        match seat.ask(&plugin, &Committed { messages, payload }).await {
+        match seat.ask(&plugin, &Committed { messages: messages.clone(), payload }).await {
             Ok(true) => {
                 plugin.feed.pass(cursor, count);
+                if let Some(serving) = plugin.serving.load_full() {
+                    serving.fed(&messages);
+                }
                 if failures > 0 {
                     info!(plugin = %plugin.name, failures, "plugin takes messages again");
                 }

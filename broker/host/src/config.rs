@@ -1,15 +1,17 @@
 //! What the operator says about plugins.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
+use wasmqtt_protocol::ports::Buckets;
 use wasmqtt_protocol::topic::Filter;
 
 use crate::chain::Trial;
 use crate::network::{HttpGrant, SocketGrant};
 
 /// Everything [`crate::PluginHost::start`] needs.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct HostConfig {
     /// Every `*.wasm` in it is loaded; `None`: only configured ones.
     pub dir: Option<PathBuf>,
@@ -21,6 +23,8 @@ pub struct HostConfig {
     pub shards: usize,
     /// A changed file is looked at when it has been quiet this long.
     pub debounce: Duration,
+    /// Keeps what plugins have in buckets; `None`: it ends with the broker.
+    pub buckets: Option<Arc<dyn Buckets>>,
 }
 
 impl Default for HostConfig {
@@ -31,6 +35,7 @@ impl Default for HostConfig {
             cache_dir: PathBuf::from("plugin-cache"),
             shards: 1,
             debounce: Duration::from_millis(20),
+            buckets: None,
         }
     }
 }

@@ -18,6 +18,7 @@ use crate::engine::Clock;
 use crate::exports::Indices;
 use crate::grants::{self, Mounts};
 use crate::guest::{Guest, Limits};
+use crate::hook::Shown;
 use crate::instance::{Dead, Pooled, Running, metered, one_line};
 use crate::plugin::Plugin;
 use crate::registration::Registration;
@@ -156,6 +157,28 @@ impl Generation {
             keyvalue_bytes: self.plugin.buckets.bytes(),
             metrics_lost: self.plugin.metrics.lost(),
             metrics: self.plugin.metrics.snapshot(),
+        }
+    }
+
+    /// The plugin has these messages for good, as far as the broker is concerned.
+    pub(crate) fn fed(&self, messages: &[Shown]) {
+        let ids: Vec<_> = messages.iter().filter_map(|shown| shown.fed).collect();
+        if let Some(broker) = self.services.door.get()
+            && !ids.is_empty()
+        {
+            broker.fed(&self.name, ids);
+        }
+    }
+
+    /// Too many messages waited for `committed`.
+    pub(crate) fn lost(&self, messages: &[Shown]) {
+        if messages.is_empty() {
+            return;
+        }
+        self.fed(messages);
+        if self.plugin.may_complain() {
+            let (plugin, dropped) = (&self.name, self.plugin.feed.dropped());
+            tracing::error!(%plugin, dropped, "messages for `committed` are dropped: limits.feed_messages_max");
         }
     }
 

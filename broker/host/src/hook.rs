@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use wasmqtt_protocol::codec::{PublishProperties, ReasonCode};
 use wasmqtt_protocol::ports::{Client, Submission};
-use wasmqtt_protocol::router::Message;
+use wasmqtt_protocol::router::{Message, MessageId};
 
 use crate::bindings::failure;
 use crate::bindings::storage_hook::exports::wasmqtt::plugin::storage_hook as wit;
@@ -43,11 +43,13 @@ impl Change {
 pub(crate) struct Shown {
     pub(crate) message: Arc<Message>,
     pub(crate) client: Option<Arc<Client>>,
+    /// The name under which the store keeps it for those that collect it.
+    pub(crate) fed: Option<MessageId>,
 }
 
 impl From<&Submission> for Shown {
     fn from(sent: &Submission) -> Self {
-        Self { message: Arc::clone(&sent.message), client: sent.client.clone() }
+        Self { message: Arc::clone(&sent.message), client: sent.client.clone(), fed: sent.fed }
     }
 }
 
@@ -166,7 +168,7 @@ fn columns(messages: &[Shown], with_payload: bool) -> wit::Batch {
         property_ends: Vec::with_capacity(count),
         bits: Vec::with_capacity(count),
     };
-    for Shown { message, client } in messages {
+    for Shown { message, client, .. } in messages {
         batch.topics.push_str(&message.topic);
         batch.topic_ends.push(batch.topics.len() as u32);
         batch.clients.push_str(client.as_ref().map_or("", |client| &client.client_id));

@@ -1,10 +1,12 @@
 //! `wasi:keyvalue`: what a plugin keeps beside its instances and builds, in buckets of its own.
 //!
-//! All instances on all shards see the same buckets; each function is atomic. They are in memory and end with the broker.
+//! All instances on all shards see the same buckets; each function is atomic. They are in memory, and where the broker
+//! has a store, each change is told to it.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use wasmqtt_protocol::ports::Buckets as Store;
 use wasmtime::component::Resource;
 
 use crate::guest::Guest;
@@ -72,6 +74,7 @@ pub(crate) struct Buckets(Mutex<Kept>);
 struct Kept {
     buckets: BTreeMap<String, Entries>,
     bytes: usize,
+    store: Option<(Arc<dyn Store>, Arc<str>)>,
 }
 
 fn other<T>(text: impl Into<String>) -> Result<T, store::Error> {
@@ -79,6 +82,23 @@ fn other<T>(text: impl Into<String>) -> Result<T, store::Error> {
 }
 
 impl Buckets {
+    /// With what the store has of this plugin.
+    pub(crate) fn new(plugin: &Arc<str>, store: Option<&Arc<dyn Store>>) -> Self {
+        let Some(store) = store else { return Self::default() };
+        let mut kept = Kept::default();
+        match store.load(plugin) {
+            Ok(values) => {
+                for (bucket, key, value) in values {
+                    // It was within the bounds when it was set.
+                    let _ = kept.set(&bucket, &key, value, usize::MAX);
+                }
+            }
+            Err(error) => tracing::error!(%plugin, %error, "buckets cannot be read"),
+        }
+        kept.store = Some((Arc::clone(store), Arc::clone(plugin)));
+        Self(Mutex::new(kept))
+    }
+
     fn kept(&self) -> MutexGuard<'_, Kept> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -105,6 +125,9 @@ impl Kept {
             return other(format!("full: grants.keyvalue_mib allows {} MiB", bytes_max >> 20));
         }
         self.bytes = bytes;
+        if let Some((store, plugin)) = &self.store {
+            store.keep(plugin, bucket, key, Some(&value));
+        }
         self.buckets.entry(bucket.to_owned()).or_default().insert(key.to_owned(), value);
         Ok(())
     }
@@ -113,6 +136,9 @@ impl Kept {
         let Some(entries) = self.buckets.get_mut(bucket) else { return };
         let Some(value) = entries.remove(key) else { return };
         self.bytes -= cost(key, &value);
+        if let Some((store, plugin)) = &self.store {
+            store.keep(plugin, bucket, key, None);
+        }
         if entries.is_empty() {
             self.buckets.remove(bucket);
             self.bytes -= bucket.len() + OVERHEAD_BYTES;

@@ -42,7 +42,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use arc_swap::ArcSwap;
-use wasmqtt_protocol::ports::{Access, Broker, Client, Plugins, ShardPlugins};
+use wasmqtt_protocol::ports::{Access, Broker, Client, Plugins, ShardPlugins, Submission};
 
 pub use config::{FileGrant, Grants, HostConfig, Mode, OnError, PluginConfig, PluginLimits, Rollout};
 pub use explain::Opinion;
@@ -52,6 +52,7 @@ pub use network::{HttpGrant, SocketGrant};
 pub use registration::Registered;
 
 use chain::Chain;
+use hook::Shown;
 use loader::Loader;
 use services::Door;
 use versions::Versions;
@@ -267,6 +268,17 @@ impl Drop for PluginHost {
 impl Plugins for PluginHost {
     fn attach(&self, broker: Arc<dyn Broker>) {
         let _ = self.door.set(broker);
+    }
+
+    fn feed_again(&self, plugin: &str, message: Submission) -> bool {
+        let chain = self.chain.load();
+        let Some(link) = chain.link(plugin) else { return false };
+        let takes = link.serving.exports.storage_hook.is_some() && link.serving.registration().committed;
+        if takes {
+            let lost = link.serving.plugin.feed.push(std::iter::once(Shown::from(&message)));
+            link.serving.lost(&lost);
+        }
+        takes
     }
 
     fn shard(&self, index: usize) -> Box<dyn ShardPlugins> {

@@ -367,7 +367,7 @@ impl Loader {
         let (shards, feed_messages_max) = (self.config.shards, config.limits.feed_messages_max);
         let known = self.known.entry(config.name.clone()).or_insert_with(|| Known {
             builds: 0,
-            plugin: Plugin::new(&config.name, bit, shards, feed_messages_max),
+            plugin: Plugin::new(&config.name, bit, shards, feed_messages_max, self.config.buckets.as_ref()),
             refused: None,
         });
         if let Some(link) = running {

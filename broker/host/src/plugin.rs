@@ -3,10 +3,11 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
 use tokio::sync::Notify;
-use wasmqtt_protocol::ports::Event;
+use wasmqtt_protocol::ports::{Buckets as Store, Event};
 
 use crate::counters::Counters;
 use crate::generation::Generation;
@@ -18,6 +19,8 @@ use crate::metrics::Metrics;
 const EVENTS_MAX: usize = 10_000;
 /// Changes of filters that wait for one plugin.
 const INTEREST_MAX: usize = 100_000;
+/// Between two lines about messages that are dropped.
+const COMPLAINT_PAUSE: Duration = Duration::from_secs(10);
 /// Bytes of messages that wait for one plugin.
 const FEED_BYTES_MAX: usize = 256 << 20;
 
@@ -38,22 +41,42 @@ pub(crate) struct Plugin {
     /// The build that serves.
     pub(crate) serving: ArcSwapOption<Generation>,
     gone: AtomicBool,
+    /// When messages that were dropped were last complained of.
+    complained: Mutex<Option<Instant>>,
 }
 
 impl Plugin {
-    pub(crate) fn new(name: &str, bit: u64, shards: usize, feed_messages_max: usize) -> Arc<Self> {
+    pub(crate) fn new(
+        name: &str,
+        bit: u64,
+        shards: usize,
+        feed_messages_max: usize,
+        store: Option<&Arc<dyn Store>>,
+    ) -> Arc<Self> {
+        let name: Arc<str> = name.into();
         Arc::new(Self {
-            name: name.into(),
             bit,
             counters: Counters::new(shards),
             metrics: Metrics::default(),
-            buckets: Buckets::default(),
+            buckets: Buckets::new(&name, store),
             feed: Queue::new(feed_messages_max, FEED_BYTES_MAX),
             events: Queue::new(EVENTS_MAX, usize::MAX),
             interest: Queue::new(INTEREST_MAX, usize::MAX),
             serving: ArcSwapOption::empty(),
             gone: AtomicBool::new(false),
+            complained: Mutex::default(),
+            name,
         })
+    }
+
+    /// Once in a while.
+    pub(crate) fn may_complain(&self) -> bool {
+        let mut last = self.complained.lock().unwrap_or_else(PoisonError::into_inner);
+        let may = last.is_none_or(|at| at.elapsed() >= COMPLAINT_PAUSE);
+        if may {
+            *last = Some(Instant::now());
+        }
+        may
     }
 
     /// No build serves any more.
@@ -127,7 +150,9 @@ impl<T: Weight + Clone> Queue<T> {
         self.items.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn push(&self, new: impl Iterator<Item = T>) {
+    /// Gives back what had to make room.
+    pub(crate) fn push(&self, new: impl Iterator<Item = T>) -> Vec<T> {
+        let mut gone = Vec::new();
         let mut items = self.items();
         for item in new {
             items.bytes += item.bytes();
@@ -137,10 +162,12 @@ impl<T: Weight + Clone> Queue<T> {
                 items.bytes -= oldest.bytes();
                 items.passed += 1;
                 self.dropped.fetch_add(1, Ordering::Relaxed);
+                gone.push(oldest);
             }
         }
         drop(items);
         self.notify.notify_one();
+        gone
     }
 
     /// The oldest, which stay, and the cursor before them.

@@ -30,7 +30,7 @@ struct Work {
 impl Work {
     fn shown(&self, at_rest: bool) -> Shown {
         let kept = self.kept.as_ref().filter(|_| at_rest);
-        Shown { message: Arc::clone(kept.unwrap_or(&self.delivered)), client: self.client.clone() }
+        Shown { message: Arc::clone(kept.unwrap_or(&self.delivered)), client: self.client.clone(), fed: None }
     }
 
     fn apply(&mut self, change: Change, at_rest: bool) {
@@ -52,7 +52,7 @@ impl Work {
 }
 
 impl From<Submission> for Work {
-    fn from(Submission { plugins, client, message }: Submission) -> Self {
+    fn from(Submission { plugins, client, message, .. }: Submission) -> Self {
         Self { plugins, client, delivered: message, kept: None, discarded: None }
     }
 }

@@ -235,9 +235,16 @@ impl ShardPlugins for View {
                     && slot.is_for_listener(sent.client.as_ref().map_or("", |client| &client.listener))
             };
             if slot.generation.registration().committed && messages.iter().any(|sent| is_wanted(&sent)) {
-                slot.generation.plugin.feed.push(messages.iter().filter(is_wanted).map(Shown::from));
+                let lost = slot.generation.plugin.feed.push(messages.iter().filter(is_wanted).map(Shown::from));
+                slot.generation.lost(&lost);
             }
         }
+    }
+
+    fn names(&self, plugins: u64) -> Vec<Arc<str>> {
+        let slots = self.slots();
+        let named = slots.iter().filter(|slot| plugins & slot.generation.plugin.bit != 0);
+        named.map(|slot| Arc::clone(&slot.generation.name)).collect()
     }
 
     fn wanted_events(&self) -> u32 {

@@ -64,7 +64,7 @@ fn message(topic: &str, payload: &str) -> Message {
 fn submission(broker: &Broker, client_id: &str, topic: &str, payload: &str) -> Submission {
     let interest = broker.shard.interest(topic);
     let plugins = interest.before | interest.committed;
-    Submission { plugins, client: Some(client(client_id)), message: Arc::new(message(topic, payload)) }
+    Submission { plugins, client: Some(client(client_id)), message: Arc::new(message(topic, payload)), fed: None }
 }
 
 /// What becomes of each: the payload, or the reason of the discard.

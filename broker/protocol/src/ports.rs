@@ -21,7 +21,8 @@ pub use broker::{BanPattern, Broker, Outgoing, Refusal};
 pub use events::{Event, EventKind};
 pub use hook::{Accepted, Interest, Submission};
 pub use store::{
-    Change, Load, Loaded, Memory, Receiver, Restore, RestoredSession, ShardStore, Store, StoreError, Ticket,
+    Buckets, Change, Load, Loaded, Memory, Receiver, Restore, RestoredSession, ShardStore, Store, StoreError, Ticket,
+    Value,
 };
 
 /// A call into a plugin; polled on the shard that made it. Dropping it cancels the call.
@@ -166,6 +167,10 @@ pub trait ShardPlugins {
     }
     /// A Topic Filter has got its first subscriber, or lost its last one. Must not block.
     fn interest_changed(&self, _filter: &str, _is_wanted: bool) {}
+    /// Names of the plugins that these bits stand for.
+    fn names(&self, _plugins: u64) -> Vec<Arc<str>> {
+        Vec::new()
+    }
     /// Hands over messages that are kept, in order; [`Submission::plugins`] says to whom. Must not block.
     fn committed(&self, _messages: Vec<Submission>) {}
     /// Kinds of events that somebody wants, as a set of [`EventKind::bit`]. Asked once per [`Self::epoch`].
@@ -186,6 +191,11 @@ pub trait Plugins: Send + Sync {
     fn attach(&self, _broker: Arc<dyn Broker>) {}
     /// Called once on each shard's thread.
     fn shard(&self, index: usize) -> Box<dyn ShardPlugins>;
+    /// Hands over a message that a plugin had not taken for good when the broker ended, oldest first; `false`: there is
+    /// no such plugin, or it collects no messages.
+    fn feed_again(&self, _plugin: &str, _message: Submission) -> bool {
+        false
+    }
 }
 
 /// No plugins at all.

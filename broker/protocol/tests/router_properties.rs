@@ -213,15 +213,9 @@ proptest! {
         topics.sort_unstable();
         prop_assert_eq!(topics, model.keys().map(String::as_str).collect::<Vec<_>>());
         let expired = retained.len() - model.len();
-        let mut swept = 0;
-        loop {
-            let step = retained.sweep_expired(now, 2);
-            prop_assert!(step <= 2);
-            swept += step;
-            if step == 0 { break; }
-        }
+        let swept = std::iter::from_fn(|| retained.remove_expired(now)).count();
         prop_assert_eq!((swept, retained.len()), (expired, model.len()));
-        retained.sweep_expired(u64::MAX, usize::MAX);
+        while retained.remove_expired(u64::MAX).is_some() {}
         for (topic, at) in &model {
             prop_assert_eq!(retained.remove(topic), at.is_none());
         }

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use tracing::info;
 use wasmqtt_protocol::codec::ReasonCode;
 use wasmqtt_protocol::ports::{BanPattern, Broker, Outgoing, Refusal};
+use wasmqtt_protocol::router::MessageId;
 use wasmqtt_protocol::topic::is_valid_topic_name;
 
 use crate::mailbox::Mail;
@@ -50,6 +51,10 @@ impl Broker for Control {
             mailbox.send(Mail::Banned);
         }
         Ok(())
+    }
+
+    fn fed(&self, plugin: &Arc<str>, ids: Vec<MessageId>) {
+        self.0.mailboxes[0].send(Mail::Fed(Arc::clone(plugin), ids));
     }
 
     fn plugins_changed(&self) {

@@ -29,6 +29,8 @@ pub(crate) enum Mail {
     Publish(Box<Outgoing>),
     /// A plugin wants a client to go.
     Disconnect(Arc<str>, ReasonCode),
+    /// A plugin has messages that the store kept for it.
+    Fed(Arc<str>, Vec<MessageId>),
     /// The store is to know of a ban.
     KeepBan(BanPattern, u64, Box<str>),
     /// Somebody was banned; who is in may have to go.

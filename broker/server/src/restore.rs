@@ -9,7 +9,7 @@ use wasmqtt_protocol::access::Permits;
 use wasmqtt_protocol::ports::{
     Accepted, BanPattern, Client, Plugins, Restore, RestoredSession, ShardPlugins, Store, StoreError, Submission,
 };
-use wasmqtt_protocol::router::Message;
+use wasmqtt_protocol::router::{Message, MessageId};
 use wasmqtt_protocol::session::Session;
 
 use crate::shard::{Sessions, Standing};
@@ -36,6 +36,7 @@ pub(crate) fn restore(
         retained: 0,
         sealed: Vec::new(),
         plugins: plugins.shard(0),
+        all_plugins: plugins,
         runtime,
     };
     store.restore(&mut filling)?;
@@ -57,6 +58,7 @@ struct Filling<'a> {
     retained: usize,
     sealed: Vec<Message>,
     plugins: Box<dyn ShardPlugins>,
+    all_plugins: &'a dyn Plugins,
     runtime: &'a tokio::runtime::Handle,
 }
 
@@ -78,7 +80,8 @@ impl Filling<'_> {
         if self.sealed.is_empty() {
             return;
         }
-        let submit = |message: Message| Submission { plugins: u64::MAX, client: None, message: Arc::new(message) };
+        let submit =
+            |message: Message| Submission { plugins: u64::MAX, client: None, message: Arc::new(message), fed: None };
         let sealed: Vec<Submission> = std::mem::take(&mut self.sealed).into_iter().map(submit).collect();
         let opened = self.runtime.block_on(self.plugins.after_load(sealed.clone()));
         for (sealed, opened) in sealed.iter().zip(opened) {
@@ -145,6 +148,17 @@ impl Restore for Filling<'_> {
         if self.sealed.len() >= SEALED_MAX {
             self.open_sealed();
         }
+    }
+
+    fn fed(&mut self, plugin: &str, id: MessageId, client: Option<Client>, message: Message, sealed: bool) -> bool {
+        let (client, message) = (client.map(Arc::new), Arc::new(message));
+        let mut sent = Submission { plugins: u64::MAX, client, message, fed: Some(id) };
+        if sealed {
+            let opened = self.runtime.block_on(self.plugins.after_load(vec![sent.clone()]));
+            let Some(Accepted::Keep(message)) = opened.into_iter().next() else { return true };
+            sent.message = message;
+        }
+        self.all_plugins.feed_again(plugin, sent)
     }
 
     fn ban(&mut self, pattern: BanPattern, until_ms: u64, note: &str) {

@@ -75,7 +75,8 @@ fn told(change: Change<'_>) -> String {
         }
         Change::Step { session, step } => format!("{session} {step:?}"),
         Change::Retained { message, .. } => format!("retained {}", message.topic),
-        Change::RetainedRemoved { topic } => format!("removed {topic}"),
+        Change::RetainedRemoved { topic, .. } => format!("removed {topic}"),
+        Change::Fed { id, .. } | Change::FedDone { id, .. } => format!("fed {id}"),
         Change::Ban { note, .. } => format!("ban {note}"),
     }
 }
@@ -148,8 +149,8 @@ fn promises_leave_after_the_commit() {
     guest.publish("a/1", 1, true);
     guest.expect_silence();
     keeper.expect(PUBLISH);
-    let sent = "1 Sent { packet_id: 1, id: 2, qos: AtLeastOnce }";
-    assert_eq!(store.take(), ["retained a/1", "queued 2 a/1 1:AtLeastOnce", sent]);
+    let sent = "1 Sent { packet_id: 1, id: 3, qos: AtLeastOnce }";
+    assert_eq!(store.take(), ["retained a/1", "queued 3 a/1 1:AtLeastOnce", sent]);
     store.commit_all();
     guest.expect(PUBACK);
 }

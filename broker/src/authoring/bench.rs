@@ -146,7 +146,7 @@ fn submission(topic: &str, plugins: u64) -> Submission {
         expires_at_ms: None,
         publisher: None,
     };
-    Submission { plugins, client: Some(client()), message: Arc::new(message) }
+    Submission { plugins, client: Some(client()), message: Arc::new(message), fed: None }
 }
 
 fn shown(report: &Report) -> String {

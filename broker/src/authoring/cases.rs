@@ -182,7 +182,8 @@ impl Case {
         if interest.before == 0 {
             return Ok(json!({ "outcome": "not shown" }));
         }
-        let sent = Submission { plugins: interest.before, client: Some(self.client()), message: Arc::new(message) };
+        let sent =
+            Submission { plugins: interest.before, client: Some(self.client()), message: Arc::new(message), fed: None };
         let accepted = bench.run(bench.shard.before_store(vec![sent])).into_iter().next();
         let text = |message: &Message| String::from_utf8_lossy(&message.payload).into_owned();
         Ok(match accepted.context("no answer")? {

@@ -41,6 +41,7 @@ impl Broker {
             cache_dir: folder.path().join("cache"),
             shards: 1,
             debounce: Duration::from_millis(20),
+            buckets: None,
         })?;
         let shard = host.shard(0);
         drop(entered);

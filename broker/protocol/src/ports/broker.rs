@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::codec::{Qos, ReasonCode};
+use crate::router::MessageId;
 
 /// A message that a plugin publishes.
 #[derive(Debug, Clone)]
@@ -71,4 +72,6 @@ pub trait Broker: Send + Sync {
     fn plugins_changed(&self);
     /// Forgets what `acl` plugins decided for one client, or for all.
     fn revoke(&self, client_id: Option<&str>);
+    /// A plugin has these messages for good ([`super::Submission::fed`]): the store need not keep them for it.
+    fn fed(&self, _plugin: &Arc<str>, _ids: Vec<MessageId>) {}
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::Client;
 use crate::codec::ReasonCode;
-use crate::router::Message;
+use crate::router::{Message, MessageId};
 
 /// Plugins that want messages of one topic, each a bit; the bits belong to one [`super::ShardPlugins::epoch`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -24,6 +24,8 @@ pub struct Submission {
     pub client: Option<Arc<Client>>,
     /// The message.
     pub message: Arc<Message>,
+    /// The name under which the store keeps it for those that collect it; `None`: it does not.
+    pub fed: Option<MessageId>,
 }
 
 /// What storage hooks make of a message.

@@ -1,5 +1,7 @@
 //! The store.
 
+use std::sync::Arc;
+
 use super::{BanPattern, Client};
 use crate::codec::Qos;
 use crate::router::{Message, MessageId, SessionId, SessionKey, Subscription};
@@ -63,6 +65,8 @@ pub enum Change<'a> {
     },
     /// A topic has another retained message.
     Retained {
+        /// Larger than that of every earlier change of this topic, whichever shard told of it.
+        version: MessageId,
         /// The message.
         message: &'a Message,
         /// Storage hooks have to open it before anybody gets it.
@@ -70,8 +74,30 @@ pub enum Change<'a> {
     },
     /// A topic has no retained message any more.
     RetainedRemoved {
+        /// As above.
+        version: MessageId,
         /// Topic Name.
         topic: &'a str,
+    },
+    /// Plugins collect a message.
+    Fed {
+        /// A new name.
+        id: MessageId,
+        /// Its publisher; `None`: the broker or a plugin.
+        client: Option<&'a Client>,
+        /// The message.
+        message: &'a Message,
+        /// Storage hooks have to open it before anybody gets it.
+        sealed: bool,
+        /// Never empty.
+        plugins: &'a [Arc<str>],
+    },
+    /// A plugin has it for good.
+    FedDone {
+        /// Which.
+        plugin: &'a str,
+        /// Of the message.
+        id: MessageId,
     },
     /// Somebody is kept out until then; a time in the past lets them in again.
     Ban {
@@ -176,6 +202,8 @@ pub trait Restore {
     fn session(&mut self, session: RestoredSession);
     /// A retained message; `sealed`: storage hooks have to open it.
     fn retained(&mut self, message: Message, sealed: bool);
+    /// A message that this plugin has not taken for good; `false`: nobody wants it any more.
+    fn fed(&mut self, plugin: &str, id: MessageId, client: Option<Client>, message: Message, sealed: bool) -> bool;
     /// Somebody who is kept out.
     fn ban(&mut self, pattern: BanPattern, until_ms: u64, note: &str);
 }
@@ -195,6 +223,20 @@ pub trait Store: Send + Sync {
     /// Called once on each shard's thread. `wake` has the shard look at [`ShardStore::committed`] and
     /// [`ShardStore::loaded`].
     fn shard(&self, index: usize, wake: Box<dyn Fn() + Send + Sync>) -> Box<dyn ShardStore>;
+}
+
+/// A bucket, a key in it, and its value.
+pub type Value = (String, String, Vec<u8>);
+
+/// Keeps what plugins have in buckets (`wasi:keyvalue`).
+pub trait Buckets: Send + Sync {
+    /// All values of one plugin.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    fn load(&self, plugin: &str) -> Result<Vec<Value>, StoreError>;
+    /// Has a value kept, or (`None`) deleted, a moment later and in this order.
+    fn keep(&self, plugin: &str, bucket: &str, key: &str, value: Option<&[u8]>);
 }
 
 /// Nothing outlives the broker: `durability = "memory"`.

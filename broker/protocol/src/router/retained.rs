@@ -116,13 +116,11 @@ impl Retained {
         });
     }
 
-    /// Removes expired messages, at most `budget`; how many it were. [MQTT-3.3.2-5]
-    pub fn sweep_expired(&mut self, now_ms: u64, budget: usize) -> usize {
-        for done in 0..budget {
-            let Some((_, topic)) = self.expiring.first().filter(|(at, _)| *at <= now_ms).cloned() else { return done };
-            self.remove(&topic);
-        }
-        budget
+    /// Removes an expired message; gives its topic. [MQTT-3.3.2-5]
+    pub fn remove_expired(&mut self, now_ms: u64) -> Option<Box<str>> {
+        let (_, topic) = self.expiring.first().filter(|(at, _)| *at <= now_ms).cloned()?;
+        self.remove(&topic);
+        Some(topic)
     }
 }
 
@@ -155,7 +153,8 @@ mod tests {
         let mut found = Vec::new();
         retained.matching("#", 5, &mut found);
         assert_eq!(found.len(), 1);
-        assert_eq!(retained.sweep_expired(100, 10), 1);
+        assert_eq!(retained.remove_expired(100).as_deref(), Some("a"));
+        assert_eq!(retained.remove_expired(100), None);
         assert_eq!(retained.len(), 1);
     }
 

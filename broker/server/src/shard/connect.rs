@@ -266,10 +266,10 @@ impl Shard {
         if let Some((at, timer)) = conn.timer.take() {
             self.timers.cancel(at, timer);
         }
-        self.grant(id, key, &opening.request, grant);
-        self.store_opened(id, key);
         self.sessions.set_conn(key.slot, Some(id));
         self.set_deadlines(key, None, None);
+        self.grant(id, key, &opening.request, grant);
+        self.store_opened(id, key);
         if let Some(keep_alive) = keep_alive {
             self.set_conn_timer(id, self.now_ms + keep_alive, Timer::KeepAlive { id, epoch });
         }

@@ -6,7 +6,7 @@ use smallvec::SmallVec;
 use tracing::debug;
 use wasmqtt_protocol::access::{Action, Verdict};
 use wasmqtt_protocol::codec::Qos;
-use wasmqtt_protocol::ports::{Accepted, Change, Load, Loaded, Receiver, ShardStore, Submission, Ticket};
+use wasmqtt_protocol::ports::{Accepted, Change, Client, Load, Loaded, Receiver, ShardStore, Submission, Ticket};
 use wasmqtt_protocol::router::{Message, MessageId, SessionId, SessionKey, Subscription, Target};
 use wasmqtt_protocol::session::{Incoming, Step, WillMessage};
 use wasmqtt_protocol::topic::Filter;
@@ -54,11 +54,31 @@ impl Durable {
         }
     }
 
+    /// A topic has another retained message (and whether it is sealed), or none any more. Called under the lock of the
+    /// retained messages, so that numbers are in the order of the changes.
+    pub(super) fn write_retained(&mut self, topic: &str, message: Option<(&Message, bool)>) {
+        if !self.is_on {
+            return;
+        }
+        let version = self.store.new_message();
+        self.write(match message {
+            Some((message, sealed)) => Change::Retained { version, message, sealed },
+            None => Change::RetainedRemoved { version, topic },
+        });
+    }
+
     /// A retained message is on its way to a new subscription.
     pub(super) fn keep(&mut self, message: &Message, receiver: Receiver<'_>) -> MessageId {
         let id = self.store.new_message();
         self.store.write(Change::Queued { id, message, sealed: false, receivers: &[receiver] });
         id
+    }
+
+    /// A plugin has a message that was kept for it.
+    pub(super) fn write_fed(&mut self, plugin: &str, id: MessageId) {
+        if self.is_on {
+            self.store.write(Change::FedDone { plugin, id });
+        }
     }
 
     /// What nobody waits for.
@@ -192,6 +212,25 @@ impl Shard {
         self.store_for(incoming, &receivers)
     }
 
+    /// Plugins collect a message: it is kept until they have it.
+    pub(super) fn store_fed(
+        &mut self,
+        plugins: u64,
+        client: Option<&Client>,
+        incoming: &Incoming<'_>,
+    ) -> Option<MessageId> {
+        if !self.durable.is_on() || self.durable.is_failing() {
+            return None;
+        }
+        let (names, id) = (self.plugins.names(plugins), self.durable.store.new_message());
+        let (message, sealed) = (incoming.kept(), incoming.kept_as.is_some());
+        if names.is_empty() {
+            return None;
+        }
+        self.durable.write(Change::Fed { id, client, message, sealed, plugins: &names });
+        Some(id)
+    }
+
     pub(super) fn store_for(&mut self, incoming: &Incoming<'_>, receivers: &[Receiver<'_>]) -> Option<MessageId> {
         if receivers.is_empty() {
             return None;
@@ -249,6 +288,7 @@ impl Shard {
                 plugins: u64::MAX,
                 client: None,
                 message: Arc::clone(&kept.message),
+                fed: None,
             };
             let messages: Vec<Submission> = messages.map(submit).collect();
             if messages.is_empty() {

@@ -67,7 +67,7 @@ impl Shard {
         }
         let conn = &mut self.conns[id];
         conn.submitted += 1;
-        let sent = Submission { plugins, client, message: Arc::clone(incoming.message()) };
+        let sent = Submission { plugins, client, message: Arc::clone(incoming.message()), fed: None };
         self.hooks.batch.push(Pending { conn: Some((id, conn.epoch)), slot, qos: incoming.qos, packet_id, sent });
     }
 
@@ -80,7 +80,7 @@ impl Shard {
             return;
         }
         let qos = message.qos;
-        let sent = Submission { plugins, client, message };
+        let sent = Submission { plugins, client, message, fed: None };
         self.hooks.batch.push(Pending { conn: None, slot: 0, qos, packet_id: None, sent });
     }
 
@@ -155,7 +155,8 @@ impl Shard {
     /// Lets plugins have a message as soon as it is kept.
     #[cold]
     pub(super) fn feed(&mut self, plugins: u64, client: Option<Arc<Client>>, incoming: &Incoming<'_>) {
-        let sent = Submission { plugins, client, message: Arc::clone(incoming.message()) };
+        let fed = self.store_fed(plugins, client.as_deref(), incoming);
+        let sent = Submission { plugins, client, message: Arc::clone(incoming.message()), fed };
         self.hooks.feed.push_back((self.durable.ticket(), sent));
     }
 

@@ -235,6 +235,7 @@ impl Shard {
             Mail::KeepBan(pattern, until_ms, note) => {
                 self.durable.write(Change::Ban { pattern: &pattern, until_ms, note: &note });
             }
+            Mail::Fed(plugin, ids) => ids.iter().for_each(|id| self.durable.write_fed(&plugin, *id)),
             Mail::Banned => self.end_banned(),
             // Each turn looks.
             Mail::Look => {}

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use tracing::debug;
 use wasmqtt_protocol::access::Verdict;
 use wasmqtt_protocol::codec::{PacketId, Publish, Qos, ReasonCode, Version};
-use wasmqtt_protocol::ports::{Change, EventKind};
+use wasmqtt_protocol::ports::EventKind;
 use wasmqtt_protocol::router::{Group, Merged, MessageId, Target, pick};
 use wasmqtt_protocol::session::{Delivered, Delivery, Incoming, QueuePolicy, Step, Wish};
 
@@ -114,10 +114,9 @@ impl Shard {
         let mut retained = self.shared.retained_mut();
         if incoming.payload.is_empty() {
             retained.remove(incoming.topic);
-            self.durable.write(Change::RetainedRemoved { topic: incoming.topic });
+            self.durable.write_retained(incoming.topic, None);
         } else if retained.set(Arc::clone(incoming.message())).is_ok() {
-            let (message, sealed) = (incoming.kept(), incoming.kept_as.is_some());
-            self.durable.write(Change::Retained { message, sealed });
+            self.durable.write_retained(incoming.topic, Some((incoming.kept(), incoming.kept_as.is_some())));
         } else {
             debug!(topic = incoming.topic, "retained message not kept: the store of retained messages is full");
             self.tally.dropped += 1;

@@ -1,6 +1,7 @@
 //! What this shard must do at an instant: Keep Alive, Session Expiry, Will Delay, housekeeping.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use wasmqtt_protocol::codec::ReasonCode;
 use wasmqtt_protocol::router::SessionKey;
@@ -139,7 +140,7 @@ impl Shard {
             Timer::Check(key) => self.check_subscriptions(key),
             Timer::Grant { id, epoch } => self.on_grant_end(id, epoch),
             Timer::Sweep => {
-                self.shared.retained_mut().sweep_expired(self.now_ms, SWEEP_BUDGET);
+                self.sweep_retained();
                 self.timers.set(self.now_ms + 1000, Timer::Sweep);
             }
             Timer::Queues => {
@@ -150,6 +151,15 @@ impl Shard {
                 self.publish_sys();
                 self.timers.set(self.now_ms + self.shared.config.sys_interval.as_millis() as u64, Timer::Sys);
             }
+        }
+    }
+
+    fn sweep_retained(&mut self) {
+        let shared = Arc::clone(&self.shared);
+        let mut retained = shared.retained_mut();
+        for _ in 0..SWEEP_BUDGET {
+            let Some(topic) = retained.remove_expired(self.now_ms) else { return };
+            self.durable.write_retained(&topic, None);
         }
     }
 

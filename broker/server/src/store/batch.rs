@@ -14,9 +14,11 @@ use super::rows::{self, Family, Put};
 pub(super) enum Kind {
     Put,
     Delete,
-    /// A message for so many Sessions is put.
+    /// Put or deleted, unless a row of that key with a larger number was before.
+    Retained(MessageId, bool),
+    /// A message for so many Sessions, or plugins, is put.
     Message(u32),
-    /// A Session does not need a message any more. The key is that of [`Family::Done`].
+    /// One of them does not need a message of this family any more. The key is that of [`Family::Done`].
     Done,
 }
 
@@ -83,12 +85,12 @@ impl Batch {
         self.row(family, Kind::Delete, key, |_| {});
     }
 
-    fn done(&mut self, session: SessionId, id: MessageId) {
+    fn done(&mut self, family: Family, receiver: u64, id: MessageId) {
         let key = |to: &mut Vec<u8>| {
             to.put_u64(id.get());
-            to.put_u64(session.get());
+            to.put_u64(receiver);
         };
-        self.row(Family::Done, Kind::Done, key, |_| {});
+        self.row(family, Kind::Done, key, |_| {});
     }
 
     pub(super) fn add(&mut self, change: Change<'_>) {
@@ -114,14 +116,25 @@ impl Batch {
                 |to| rows::put_message(to, message, sealed, receivers),
             ),
             Change::Step { session, step } => self.step(session, step),
-            Change::Retained { message, sealed } => self.put(
+            Change::Fed { id, client, message, sealed, plugins } => self.row(
+                Family::Feed,
+                Kind::Message(plugins.len() as u32),
+                |to| to.put_u64(id.get()),
+                |to| rows::put_feed(to, client, message, sealed, plugins),
+            ),
+            Change::FedDone { plugin, id } => self.done(Family::Feed, rows::plugin_number(plugin), id),
+            Change::Retained { version, message, sealed } => self.row(
                 Family::Retained,
+                Kind::Retained(version, true),
                 |to| to.extend_from_slice(message.topic.as_bytes()),
                 |to| rows::put_retained(to, message, sealed),
             ),
-            Change::RetainedRemoved { topic } => {
-                self.delete(Family::Retained, |to| to.extend_from_slice(topic.as_bytes()));
-            }
+            Change::RetainedRemoved { version, topic } => self.row(
+                Family::Retained,
+                Kind::Retained(version, false),
+                |to| to.extend_from_slice(topic.as_bytes()),
+                |_| {},
+            ),
             Change::Ban { pattern, until_ms, note } => self.put(
                 Family::Ban,
                 |to| to.extend_from_slice(rows::ban_key(pattern).as_bytes()),
@@ -130,6 +143,17 @@ impl Batch {
                     to.put_blob(note.as_bytes());
                 },
             ),
+        }
+    }
+
+    /// A value of a plugin, or (`None`) its end.
+    pub(super) fn value(&mut self, plugin: &str, bucket: &str, key: &str, value: Option<&[u8]>) {
+        let name = rows::value_key(plugin, Some((bucket, key)));
+        match value {
+            Some(value) => {
+                self.put(Family::KeyValue, |to| to.extend_from_slice(&name), |to| to.extend_from_slice(value));
+            }
+            None => self.delete(Family::KeyValue, |to| to.extend_from_slice(&name)),
         }
     }
 
@@ -145,14 +169,14 @@ impl Batch {
             Step::Releasing { packet_id, id } => {
                 handshake(packet_id, None);
                 if let Some(id) = id {
-                    self.done(session, id);
+                    self.done(Family::Message, session.get(), id);
                 }
             }
             Step::Done { packet_id, id } => {
                 if let Some(packet_id) = packet_id {
                     self.delete(Family::Inflight, key(packet_id));
                 }
-                self.done(session, id);
+                self.done(Family::Message, session.get(), id);
             }
             Step::Released { packet_id } => self.delete(Family::Inflight, key(packet_id)),
             Step::Received { packet_id } => self.put(Family::Received, key(packet_id), |_| {}),

@@ -23,11 +23,13 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use wasmqtt_protocol::ports::{Change, Load, Loaded, Restore, ShardStore, Store, StoreError, Ticket};
+use rocksdb::{Direction, IteratorMode};
+use wasmqtt_protocol::ports::{Buckets, Change, Load, Loaded, Restore, ShardStore, Store, StoreError, Ticket, Value};
 use wasmqtt_protocol::router::{MessageId, SessionId};
 
 use self::batch::Batch;
 use self::database::Database;
+use self::rows::Family;
 use self::writer::{Job, Writer};
 
 pub use self::tools::{Damage, FamilyStats, Offline};
@@ -122,6 +124,8 @@ pub struct RocksStore {
     database: Arc<Database>,
     lines: Arc<Lines>,
     jobs: OnceLock<Sender<Job>>,
+    /// Changes from before there was a thread to write them.
+    early: Mutex<Vec<Job>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -133,7 +137,7 @@ impl RocksStore {
     pub fn open(config: StoreConfig) -> Result<Arc<Self>, StoreError> {
         let database = Arc::new(Database::open(&config)?);
         let (lines, jobs, threads) = (Arc::new(Lines::new()), OnceLock::new(), Mutex::default());
-        Ok(Arc::new(Self { config, database, lines, jobs, threads }))
+        Ok(Arc::new(Self { config, database, lines, jobs, early: Mutex::default(), threads }))
     }
 
     /// Writes and syncs what shards have handed over, and ends the threads.
@@ -155,6 +159,7 @@ impl RocksStore {
             jobs: for_writer,
             reader: loads,
             counts,
+            retained: writer::Versions::default(),
             durability: self.config.durability,
             sync_interval: self.config.sync_interval,
         };
@@ -168,6 +173,10 @@ impl RocksStore {
             spawn("store-reader", Box::new(move || reader::run(&database, &lines, &for_reader)))?,
         ];
         self.threads.lock().unwrap_or_else(PoisonError::into_inner).extend(threads);
+        let mut early = self.early.lock().unwrap_or_else(PoisonError::into_inner);
+        for job in early.drain(..) {
+            let _ = jobs.send(job);
+        }
         let _ = self.jobs.set(jobs);
         Ok(())
     }
@@ -177,6 +186,40 @@ impl Drop for RocksStore {
     fn drop(&mut self) {
         self.lines.stopping.store(true, Ordering::Release);
         self.stop();
+    }
+}
+
+/// Changes that come from no shard.
+const NO_SHARD: usize = SHARDS_MAX - 1;
+
+impl Buckets for RocksStore {
+    fn load(&self, plugin: &str) -> Result<Vec<Value>, StoreError> {
+        let held = self.database.held();
+        let db = held.db().ok_or_else(|| self.database.wrong("it is not open"))?;
+        let prefix = rows::value_key(plugin, None);
+        let from = IteratorMode::From(&prefix, Direction::Forward);
+        let mut values = Vec::new();
+        for row in db.iterator_cf(&database::column(db, Family::KeyValue)?, from) {
+            let (key, value) = row.map_err(|error| self.database.wrong(&error.to_string()))?;
+            let Some(rest) = key.strip_prefix(&prefix[..]) else { break };
+            if let Some((bucket, key)) = rows::take_value_key(rest) {
+                values.push((bucket, key, value.into()));
+            }
+        }
+        Ok(values)
+    }
+
+    fn keep(&self, plugin: &str, bucket: &str, key: &str, value: Option<&[u8]>) {
+        let mut batch = Batch::default();
+        batch.value(plugin, bucket, key, value);
+        self.lines.waiting_bytes.fetch_add(batch.len_bytes(), Ordering::Relaxed);
+        let mut early = self.early.lock().unwrap_or_else(PoisonError::into_inner);
+        let job = Job::Batch { shard: NO_SHARD, ticket: 0, batch };
+        match self.jobs.get() {
+            Some(jobs) => drop(jobs.send(job)),
+            // Plugins begin before the broker does.
+            None => early.push(job),
+        }
     }
 }
 
@@ -289,6 +332,7 @@ mod tests {
         sessions: Vec<RestoredSession>,
         retained: Vec<(Message, bool)>,
         bans: Vec<(BanPattern, u64, String)>,
+        fed: Vec<String>,
     }
 
     impl Restore for All {
@@ -297,6 +341,11 @@ mod tests {
         }
         fn retained(&mut self, message: Message, sealed: bool) {
             self.retained.push((message, sealed));
+        }
+        fn fed(&mut self, plugin: &str, _: MessageId, client: Option<Client>, message: Message, _: bool) -> bool {
+            let client_id = client.map_or("-".into(), |client| client.client_id.to_string());
+            self.fed.push(format!("{plugin} {client_id} {}", message.topic));
+            plugin != "gone"
         }
         fn ban(&mut self, pattern: BanPattern, until_ms: u64, note: &str) {
             self.bans.push((pattern, until_ms, note.to_owned()));
@@ -379,9 +428,12 @@ mod tests {
             Step::ReceivedDone { packet_id: packet_id(8) },
         ];
         steps.into_iter().for_each(|step| shard.write(Change::Step { session: one, step }));
-        shard.write(Change::Retained { message: &message("r/1", None), sealed: true });
-        shard.write(Change::Retained { message: &message("r/2", None), sealed: false });
-        shard.write(Change::RetainedRemoved { topic: "r/2" });
+        for (topic, sealed) in [("r/1", true), ("r/2", false)] {
+            let version = shard.new_message();
+            shard.write(Change::Retained { version, message: &message(topic, None), sealed });
+        }
+        let version = shard.new_message();
+        shard.write(Change::RetainedRemoved { version, topic: "r/2" });
         let pattern = BanPattern::Address { network: "10.0.0.0".parse().expect("an address"), prefix: 8 };
         shard.write(Change::Ban { pattern: &pattern, until_ms: 99, note: "why" });
         settle(&mut *shard);
@@ -447,6 +499,34 @@ mod tests {
         let stats = Offline::open(folder.path()).and_then(|store| store.stats(|_| {})).expect("is read");
         let rows = |name: &str| stats.iter().find(|family| family.family == name).map(|family| family.rows);
         assert_eq!((rows("message"), rows("done"), rows("session")), (Some(0), Some(0), Some(2)));
+    }
+
+    /// Each plugin gets what it has not taken; what is for nobody any more goes.
+    #[test]
+    fn what_plugins_collect_comes_back() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let (store, _) = open(folder.path());
+        let mut shard = store.shard(0, Box::new(|| {}));
+        let publisher = client("c");
+        let plugins: [Arc<str>; 2] = ["tap".into(), "gone".into()];
+        let ids: Vec<MessageId> = (0..3).map(|_| shard.new_message()).collect();
+        for (id, plugins) in [(ids[0], &plugins[..]), (ids[1], &plugins[..1]), (ids[2], &plugins[1..])] {
+            let (client, message) = (Some(&publisher), message("t", None));
+            shard.write(Change::Fed { id, client, message: &message, sealed: false, plugins });
+        }
+        shard.write(Change::FedDone { plugin: "tap", id: ids[1] });
+        settle(&mut *shard);
+        drop((shard, store));
+        let (store, all) = open(folder.path());
+        assert_eq!(all.fed, ["tap c t", "gone c t", "gone c t"]);
+        drop(store);
+        let (store, all) = open(folder.path());
+        assert_eq!(all.fed, ["tap c t", "gone c t"]);
+        let mut shard = store.shard(0, Box::new(|| {}));
+        shard.write(Change::FedDone { plugin: "tap", id: ids[0] });
+        settle(&mut *shard);
+        drop((shard, store));
+        assert!(open(folder.path()).1.fed.is_empty());
     }
 
     #[test]

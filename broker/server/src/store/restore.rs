@@ -88,6 +88,7 @@ pub(super) fn restore(database: &Database, to: &mut dyn Restore) -> Result<Found
             None => damaged(Family::Retained, &topic),
         }
     }
+    restore_feed(database, db, to, &mut found)?;
     for row in rows(database, db, Family::Ban)? {
         let (key, row) = row?;
         match rows::take_ban(&key, &row) {
@@ -167,6 +168,35 @@ fn queues(database: &Database, db: &Db, sessions: &HashSet<u64>, found: &mut Fou
     }
     db.write(orphans).map_err(|error| database.wrong(error.as_ref()))?;
     Ok(queues)
+}
+
+/// Messages that plugins have not taken. Those that nobody wants any more are deleted.
+fn restore_feed(database: &Database, db: &Db, to: &mut dyn Restore, found: &mut Found) -> Result<(), StoreError> {
+    let (feed, done) = (column(db, Family::Feed)?, column(db, Family::Done)?);
+    let mut orphans = WriteBatch::default();
+    for row in rows(database, db, Family::Feed)? {
+        let (key, row) = row?;
+        let Some((id, row)) = Take(&key).id().zip(rows::take_feed(&row)) else {
+            damaged(Family::Feed, &key);
+            continue;
+        };
+        found.last_message = found.last_message.max(id.get());
+        let rows::FeedRow { client, message, sealed, plugins } = row;
+        let mut left = 0;
+        for plugin in &plugins {
+            let done_key = [&key[..], &rows::plugin_number(plugin).to_be_bytes()].concat();
+            let has_it = db.get_pinned_cf(&done, done_key).map_err(|error| database.wrong(&error.to_string()))?;
+            if has_it.is_none() && to.fed(plugin, id, client.clone(), message.clone(), sealed) {
+                left += 1;
+            }
+        }
+        match left {
+            0 => orphans.delete_cf(&feed, &key),
+            left if plugins.len() > 1 => drop(found.counts.insert(id.get(), left)),
+            _ => {}
+        }
+    }
+    db.write(orphans).map_err(|error| database.wrong(&error.to_string()))
 }
 
 fn restore_sessions(database: &Database, db: &Db, queues: &mut Queues, to: &mut dyn Restore) -> Result<(), StoreError> {

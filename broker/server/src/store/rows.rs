@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::num::{NonZeroU32, NonZeroU64};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use smallvec::SmallVec;
@@ -32,10 +33,14 @@ pub(super) enum Family {
     Retained,
     /// Pattern → until when, note.
     Ban,
+    /// Plugin, bucket, key → value.
+    KeyValue,
+    /// Message → properties, publisher, plugins that collect it, payload.
+    Feed,
 }
 
 impl Family {
-    pub(super) const ALL: [Self; 9] = [
+    pub(super) const ALL: [Self; 11] = [
         Self::Meta,
         Self::Session,
         Self::Subscription,
@@ -45,6 +50,8 @@ impl Family {
         Self::Received,
         Self::Retained,
         Self::Ban,
+        Self::KeyValue,
+        Self::Feed,
     ];
 
     pub(super) fn name(self) -> &'static str {
@@ -58,6 +65,8 @@ impl Family {
             Self::Received => "received",
             Self::Retained => "retained",
             Self::Ban => "ban",
+            Self::KeyValue => "kv",
+            Self::Feed => "feed",
         }
     }
 }
@@ -247,6 +256,56 @@ impl<'a> MessageRow<'a> {
     }
 }
 
+/// What stands for a plugin beside Sessions in [`Family::Done`]: FNV-1a of its name.
+pub(super) fn plugin_number(name: &str) -> u64 {
+    name.bytes().fold(0xCBF2_9CE4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3))
+}
+
+/// Row of [`Family::Feed`].
+pub(super) fn put_feed(
+    to: &mut Vec<u8>,
+    client: Option<&Client>,
+    message: &Message,
+    sealed: bool,
+    plugins: &[Arc<str>],
+) {
+    put_head(to, message, sealed);
+    to.put_blob(message.topic.as_bytes());
+    to.put_blob(&message.properties);
+    to.put_u8(client.is_some().into());
+    for text in client.into_iter().flat_map(|client| [&client.client_id, &client.principal, &client.listener]) {
+        to.put_blob(text.as_bytes());
+    }
+    to.put_u32(plugins.len() as u32);
+    for plugin in plugins {
+        to.put_blob(plugin.as_bytes());
+    }
+    to.extend_from_slice(&message.payload);
+}
+
+/// What a row of [`Family::Feed`] says.
+pub(super) struct FeedRow {
+    pub(super) client: Option<Client>,
+    pub(super) message: Message,
+    pub(super) sealed: bool,
+    pub(super) plugins: Vec<String>,
+}
+
+pub(super) fn take_feed(row: &[u8]) -> Option<FeedRow> {
+    let mut row = Take(row);
+    let head = take_head(&mut row)?;
+    let (topic, properties) = (row.text()?, row.blob()?);
+    let client = match row.u8()? {
+        0 => None,
+        _ => {
+            Some(Client { client_id: row.text()?.into(), principal: row.text()?.into(), listener: row.text()?.into() })
+        }
+    };
+    let count = row.u32()?;
+    let plugins = (0..count).map(|_| row.text().map(str::to_owned)).collect::<Option<_>>()?;
+    Some(FeedRow { client, message: message(&head, topic, properties, row.0), sealed: head.sealed, plugins })
+}
+
 /// Row of [`Family::Retained`], whose key is the Topic Name.
 pub(super) fn put_retained(to: &mut Vec<u8>, message: &Message, sealed: bool) {
     put_head(to, message, sealed);
@@ -376,6 +435,24 @@ pub(super) fn take_inflight(row: &[u8]) -> Option<Handshake> {
         RELEASE => Some(Handshake::Release),
         bits => Some(Handshake::Message(row.id()?, Qos::from_bits(bits)?)),
     }
+}
+
+/// Key of a row of [`Family::KeyValue`]; with an empty bucket and key the beginning of all of a plugin.
+pub(super) fn value_key(plugin: &str, bucket_and_key: Option<(&str, &str)>) -> Vec<u8> {
+    let mut to = Vec::new();
+    to.put_blob(plugin.as_bytes());
+    if let Some((bucket, key)) = bucket_and_key {
+        to.put_blob(bucket.as_bytes());
+        to.extend_from_slice(key.as_bytes());
+    }
+    to
+}
+
+/// Bucket and key, of a key without its plugin.
+pub(super) fn take_value_key(rest: &[u8]) -> Option<(String, String)> {
+    let mut rest = Take(rest);
+    let bucket = rest.text()?.to_owned();
+    Some((bucket, std::str::from_utf8(rest.0).ok()?.to_owned()))
 }
 
 /// Key of a row of [`Family::Ban`].

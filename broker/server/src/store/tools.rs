@@ -237,6 +237,10 @@ fn fault(family: Family, key: &[u8], value: &[u8], sessions: &hashbrown::HashSet
     let owner = || Take(key).u64().is_some_and(|session| sessions.contains(&session));
     let is_good = match family {
         Family::Meta | Family::Done => true,
+        Family::KeyValue => {
+            let mut rest = Take(key);
+            rest.text().is_some() && rows::take_value_key(rest.0).is_some()
+        }
         Family::Session => Take(key).id().is_some() && rows::take_session(value).is_some(),
         Family::Subscription => {
             let filter = key.get(8..).and_then(|filter| std::str::from_utf8(filter).ok());
@@ -246,6 +250,7 @@ fn fault(family: Family, key: &[u8], value: &[u8], sessions: &hashbrown::HashSet
         Family::Inflight => key.len() == 10 && rows::take_inflight(value).is_some(),
         Family::Received => key.len() == 10,
         Family::Retained => rows::take_retained(key, value).is_some(),
+        Family::Feed => rows::take_feed(value).is_some(),
         Family::Ban => rows::take_ban(key, value).is_some(),
     };
     let belongs = !matches!(family, Family::Subscription | Family::Inflight | Family::Received) || owner();
@@ -261,6 +266,12 @@ fn about(family: Family, key: &[u8], value: &[u8]) -> Option<String> {
     let session = || Take(key).u64().unwrap_or(0);
     Some(match family {
         Family::Meta => return None,
+        Family::KeyValue => {
+            let mut rest = Take(key);
+            let plugin = rest.text()?;
+            let (bucket, key) = rows::take_value_key(rest.0)?;
+            format!("plugin {plugin}, bucket {bucket}: {key}")
+        }
         Family::Session => format!("Session of {}", rows::take_session(value)?.client.client_id),
         Family::Subscription => format!("Session {}: {}", session(), std::str::from_utf8(key.get(8..)?).ok()?),
         Family::Message => {
@@ -270,6 +281,10 @@ fn about(family: Family, key: &[u8], value: &[u8]) -> Option<String> {
         Family::Retained => {
             let (message, _) = rows::take_retained(key, value)?;
             format!("retained on {}, {} bytes", message.topic, message.payload.len())
+        }
+        Family::Feed => {
+            let row = rows::take_feed(value)?;
+            format!("message to {} for plugins {}", row.message.topic, row.plugins.join(", "))
         }
         Family::Ban => std::str::from_utf8(key).ok()?.to_owned(),
         Family::Done | Family::Inflight | Family::Received => format!("Session {}", session()),

@@ -17,6 +17,8 @@ use super::{Durability, Lines};
 
 /// Bytes of one write.
 const GROUP_BYTES_MAX: usize = 16 << 20;
+/// Longer than any turn of a shard.
+const LATELY: Duration = Duration::from_secs(5);
 /// Between two attempts to write when the last one failed.
 const RETRY_PAUSE: Duration = Duration::from_millis(250);
 /// Between two lines about it.
@@ -39,8 +41,37 @@ pub(super) struct Writer {
     pub(super) reader: Sender<(usize, Load)>,
     /// Messages for several Sessions: how many of these still need each.
     pub(super) counts: HashMap<u64, u32>,
+    pub(super) retained: Versions,
     pub(super) durability: Durability,
     pub(super) sync_interval: Duration,
+}
+
+/// Numbers of retained messages that were written lately. Changes of one topic by several shards come in any order, but
+/// not far apart.
+pub(super) struct Versions {
+    lately: HashMap<Vec<u8>, u64>,
+    before: HashMap<Vec<u8>, u64>,
+    since: Instant,
+}
+
+impl Default for Versions {
+    fn default() -> Self {
+        Self { lately: HashMap::new(), before: HashMap::new(), since: Instant::now() }
+    }
+}
+
+impl Versions {
+    fn is_newer(&mut self, topic: &[u8], version: u64) -> bool {
+        if self.since.elapsed() >= LATELY {
+            (self.before, self.since) = (std::mem::take(&mut self.lately), Instant::now());
+        }
+        let known = [&self.lately, &self.before].into_iter().filter_map(|map| map.get(topic)).max();
+        if known.is_some_and(|known| *known > version) {
+            return false;
+        }
+        self.lately.insert(topic.to_vec(), version);
+        true
+    }
 }
 
 /// What is written together.
@@ -113,13 +144,15 @@ impl Writer {
         }
         loop {
             let due = (*last_sync + self.sync_interval).saturating_duration_since(Instant::now());
+            if due.is_zero() {
+                self.sync();
+                *last_sync = Instant::now();
+                continue;
+            }
             match self.jobs.recv_timeout(due) {
                 Ok(job) => return Some(job),
                 Err(RecvTimeoutError::Disconnected) => return None,
-                Err(RecvTimeoutError::Timeout) => {
-                    self.sync();
-                    *last_sync = Instant::now();
-                }
+                Err(RecvTimeoutError::Timeout) => {}
             }
         }
     }
@@ -134,7 +167,16 @@ impl Writer {
     fn commit(&mut self, batches: &[(usize, Ticket, Batch)]) {
         let mut plan = Plan::default();
         for row in batches.iter().flat_map(|(_, _, batch)| batch.rows()) {
-            plan.add(row, &mut self.counts);
+            match row.kind {
+                Kind::Retained(version, is_put) if self.retained.is_newer(row.key, version.get()) => {
+                    plan.writes.push(Some(match is_put {
+                        true => Write::Put(row.family, row.key, row.value),
+                        false => Write::Delete(row.family, row.key),
+                    }));
+                }
+                Kind::Retained(..) => {}
+                _ => plan.add(row, &mut self.counts),
+            }
         }
         let mut complaint: Option<Instant> = None;
         while let Err(why) = self.write(&plan) {
@@ -231,6 +273,7 @@ impl<'a> Plan<'a> {
                 }
                 self.put(row);
             }
+            Kind::Retained(..) => {}
             Kind::Delete => {
                 if !self.forget((row.family, row.key)) {
                     self.writes.push(Some(Write::Delete(row.family, row.key)));
@@ -255,16 +298,16 @@ impl<'a> Plan<'a> {
         match counts.get_mut(&id) {
             Some(left) if *left > 1 => {
                 *left -= 1;
-                self.put(row);
+                self.writes.push(Some(Write::Put(Family::Done, row.key, row.value)));
             }
             Some(_) => {
                 counts.remove(&id);
-                self.writes.push(Some(Write::Delete(Family::Message, message)));
+                self.writes.push(Some(Write::Delete(row.family, message)));
                 self.writes.push(Some(Write::AllDone(id)));
             }
             None => {
-                if !self.forget((Family::Message, message)) {
-                    self.writes.push(Some(Write::Delete(Family::Message, message)));
+                if !self.forget((row.family, message)) {
+                    self.writes.push(Some(Write::Delete(row.family, message)));
                 }
             }
         }
@@ -302,7 +345,7 @@ mod tests {
         plan.add(row(Family::Message, Kind::Message(1), &id, b"m"), &mut counts);
         plan.add(row(Family::Inflight, Kind::Put, &handshake, &[1]), &mut counts);
         plan.add(row(Family::Inflight, Kind::Delete, &handshake, &[]), &mut counts);
-        plan.add(row(Family::Done, Kind::Done, &done, &[]), &mut counts);
+        plan.add(row(Family::Message, Kind::Done, &done, &[]), &mut counts);
         assert_eq!(left(&plan), []);
     }
 
@@ -312,7 +355,7 @@ mod tests {
         let (mut plan, mut counts) = (Plan::default(), HashMap::new());
         // PUBREC and PUBCOMP of a message that was sent before.
         plan.add(row(Family::Inflight, Kind::Put, &handshake, &[3]), &mut counts);
-        plan.add(row(Family::Done, Kind::Done, &done, &[]), &mut counts);
+        plan.add(row(Family::Message, Kind::Done, &done, &[]), &mut counts);
         plan.add(row(Family::Inflight, Kind::Delete, &handshake, &[]), &mut counts);
         let expected = [
             Write::Put(Family::Inflight, &handshake, &[3]),
@@ -323,13 +366,20 @@ mod tests {
     }
 
     #[test]
+    fn an_older_change_of_a_topic_does_not_undo_a_newer_one() {
+        let mut versions = Versions::default();
+        assert!(versions.is_newer(b"a", 5) && !versions.is_newer(b"a", 4));
+        assert!(versions.is_newer(b"b", 4) && versions.is_newer(b"a", 6));
+    }
+
+    #[test]
     fn a_message_goes_when_its_last_receiver_has_it() {
         let id = key(7);
         let keys = [done_key(7, 1), done_key(7, 2), done_key(7, 3)];
         let (mut plan, mut counts) = (Plan::default(), HashMap::new());
         plan.add(row(Family::Message, Kind::Message(3), &id, b"m"), &mut counts);
         for key in &keys {
-            plan.add(row(Family::Done, Kind::Done, key, &[]), &mut counts);
+            plan.add(row(Family::Message, Kind::Done, key, &[]), &mut counts);
         }
         let expected = [
             Write::Put(Family::Message, &id, b"m"),

@@ -136,6 +136,9 @@ impl StorageHook for Probe {
     }
 
     fn committed(&self, messages: &Batch) -> Result<(), String> {
+        if self.is("committed_fails", "true") {
+            return Err("as told".into());
+        }
         for message in messages.iter() {
             if message.topic.ends_with("/not-yet") && self.seen.get() == 0 {
                 self.seen.set(1);
