@@ -160,8 +160,7 @@ fn config_show_prints_every_value() {
     let folder = TempDir::new().expect("temporary folder");
     fs::write(folder.path().join("some.toml"), "[limits]\nmaximum_qos = 1\n").expect("file");
     let shown = text(&output(folder.path(), &["config", "show", "some.toml"]).stdout);
-    for line in
-        ["maximum_qos = 1", "packet_bytes_max = 1048576", "bind = \"127.0.0.1:1883\"", "durability = \"fsync\""]
+    for line in ["maximum_qos = 1", "packet_bytes_max = 1048576", "bind = \"127.0.0.1:1883\"", "durability = \"fsync\""]
     {
         assert!(shown.lines().any(|shown| shown == line), "{line} is not in\n{shown}");
     }

@@ -159,7 +159,9 @@ pub trait ShardPlugins {
     /// Shows messages that come back from the store to the hooks that sealed them; [`Accepted::Discard`]: it cannot be
     /// delivered.
     fn after_load(&self, messages: Vec<Submission>) -> Call<Vec<Accepted>> {
-        Box::pin(std::future::ready(messages.into_iter().map(|sent| Accepted::Keep(sent.message)).collect()))
+        // Whoever sealed them is not here.
+        let closed = || Accepted::Discard(ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR);
+        Box::pin(std::future::ready(messages.iter().map(|_| closed()).collect()))
     }
     /// Some plugin wants to know which filters have subscribers. Asked once per [`Self::epoch`].
     fn wants_interest(&self) -> bool {

@@ -57,7 +57,8 @@ impl Durable {
     /// A topic has another retained message (and whether it is sealed), or none any more. Called under the lock of the
     /// retained messages, so that numbers are in the order of the changes.
     pub(super) fn write_retained(&mut self, topic: &str, message: Option<(&Message, bool)>) {
-        if !self.is_on {
+        // What the broker says of itself is true while it runs.
+        if !self.is_on || topic.starts_with("$SYS/") {
             return;
         }
         let version = self.store.new_message();

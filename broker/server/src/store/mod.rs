@@ -1,8 +1,8 @@
 //! What outlives the broker: Sessions, their subscriptions and messages, retained messages, bans. In RocksDB.
 //!
-//! Shards turn the changes of each of their turns into rows ([`batch`], [`rows`]) and hand them to one thread
-//! ([`writer`]), which writes what came from all of them together, syncs once, and tells them how far it is. Another
-//! thread ([`reader`]) reads messages that Sessions want back. [`restore`] reads everything when the broker starts.
+//! Shards turn the changes of each of their turns into rows (`batch`, `rows`) and hand them to one thread
+//! (`writer`), which writes what came from all of them together, syncs once, and tells them how far it is. Another
+//! thread (`reader`) reads messages that Sessions want back. `restore` reads everything when the broker starts.
 //!
 //! A message is one row, with all its receivers in it; it goes when the last of them has it. Which messages wait for a
 //! Session is not written anywhere else: the broker knows that from these rows.
@@ -200,7 +200,7 @@ impl Buckets for RocksStore {
         let from = IteratorMode::From(&prefix, Direction::Forward);
         let mut values = Vec::new();
         for row in db.iterator_cf(&database::column(db, Family::KeyValue)?, from) {
-            let (key, value) = row.map_err(|error| self.database.wrong(&error.to_string()))?;
+            let (key, value) = row.map_err(|error| self.database.wrong(error.as_ref()))?;
             let Some(rest) = key.strip_prefix(&prefix[..]) else { break };
             if let Some((bucket, key)) = rows::take_value_key(rest) {
                 values.push((bucket, key, value.into()));
@@ -427,7 +427,9 @@ mod tests {
             Step::Received { packet_id: packet_id(8) },
             Step::ReceivedDone { packet_id: packet_id(8) },
         ];
-        steps.into_iter().for_each(|step| shard.write(Change::Step { session: one, step }));
+        for step in steps {
+            shard.write(Change::Step { session: one, step });
+        }
         for (topic, sealed) in [("r/1", true), ("r/2", false)] {
             let version = shard.new_message();
             shard.write(Change::Retained { version, message: &message(topic, None), sealed });

@@ -185,7 +185,7 @@ fn restore_feed(database: &Database, db: &Db, to: &mut dyn Restore, found: &mut 
         let mut left = 0;
         for plugin in &plugins {
             let done_key = [&key[..], &rows::plugin_number(plugin).to_be_bytes()].concat();
-            let has_it = db.get_pinned_cf(&done, done_key).map_err(|error| database.wrong(&error.to_string()))?;
+            let has_it = db.get_pinned_cf(&done, done_key).map_err(|error| database.wrong(error.as_ref()))?;
             if has_it.is_none() && to.fed(plugin, id, client.clone(), message.clone(), sealed) {
                 left += 1;
             }
@@ -196,7 +196,7 @@ fn restore_feed(database: &Database, db: &Db, to: &mut dyn Restore, found: &mut 
             _ => {}
         }
     }
-    db.write(orphans).map_err(|error| database.wrong(&error.to_string()))
+    db.write(orphans).map_err(|error| database.wrong(error.as_ref()))
 }
 
 fn restore_sessions(database: &Database, db: &Db, queues: &mut Queues, to: &mut dyn Restore) -> Result<(), StoreError> {

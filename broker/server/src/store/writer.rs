@@ -169,9 +169,10 @@ impl Writer {
         for row in batches.iter().flat_map(|(_, _, batch)| batch.rows()) {
             match row.kind {
                 Kind::Retained(version, is_put) if self.retained.is_newer(row.key, version.get()) => {
-                    plan.writes.push(Some(match is_put {
-                        true => Write::Put(row.family, row.key, row.value),
-                        false => Write::Delete(row.family, row.key),
+                    plan.writes.push(Some(if is_put {
+                        Write::Put(row.family, row.key, row.value)
+                    } else {
+                        Write::Delete(row.family, row.key)
                     }));
                 }
                 Kind::Retained(..) => {}
