@@ -75,7 +75,7 @@ fn retained_messages_outlive_the_broker_and_removed_ones_do_not() {
     }
     let broker = restart(broker);
     // `$SYS` is not kept.
-    assert!(broker.log().contains("retained=1 "), "{}", broker.log());
+    broker.await_log("retained=1 ", 1);
     let mut client = broker.connect(&Options::new(V5, "client"));
     client.subscribe("r/#", 0);
     let Got::Publish(message) = client.recv() else { panic!("nothing is retained") };

@@ -79,9 +79,64 @@ struct Once {
     verdict: Verdict,
 }
 
-/// One client's permissions.
+/// One client's permissions. A pointer as long as nothing is known: most clients that are away have nothing else.
 #[derive(Debug, Default)]
-pub struct Permits {
+pub struct Permits(Option<Box<Known>>);
+
+impl Permits {
+    /// What CONNECT brought. Without rules and not `complete`, everything is asked.
+    pub fn new(rules: Vec<Rule>, complete: bool) -> Self {
+        if rules.is_empty() && !complete {
+            return Self::default();
+        }
+        Self(Some(Box::new(Known { rules, complete, ..Known::default() })))
+    }
+
+    /// Has something to say by itself.
+    pub fn has_rules(&self) -> bool {
+        self.0.as_ref().is_some_and(|known| known.has_rules())
+    }
+
+    /// May it publish to `topic`, and until when is that so, in milliseconds? `None`: nobody knows yet. `route` stands
+    /// for the topic, and is never used for another.
+    pub fn publish(&mut self, now_ms: u64, route: u64, topic: &str) -> Option<(Verdict, u64)> {
+        self.0.as_mut()?.publish(now_ms, route, topic)
+    }
+
+    /// May it subscribe to `filter` (without `$share/…/`)? Also: until when, in milliseconds; `None`: nobody knows yet.
+    pub fn subscribe(&mut self, now_ms: u64, filter: &str) -> Option<(Verdict, u64)> {
+        self.0.as_mut()?.subscribe(now_ms, filter)
+    }
+
+    /// Keeps what the plugins said.
+    pub fn learn(&mut self, now_ms: u64, action: Action, topic: Arc<str>, decision: Decision) {
+        self.0.get_or_insert_default().learn(now_ms, action, topic, decision);
+    }
+
+    /// The packet was handled: what was said for it alone is forgotten.
+    pub fn packet_done(&mut self) {
+        if let Some(known) = &mut self.0 {
+            known.once.clear();
+        }
+    }
+
+    /// Forgets all leases. Rules stay.
+    pub fn revoke(&mut self) {
+        match &mut self.0 {
+            Some(known) if known.has_rules() => known.revoke(),
+            _ => self.0 = None,
+        }
+    }
+
+    /// What decides without asking, in words, and what it says; `None`: nothing does.
+    pub fn explain(&self, now_ms: u64, action: Action, topic: &str) -> Option<(String, Verdict)> {
+        self.0.as_ref()?.explain(now_ms, action, topic)
+    }
+}
+
+/// What is known about one client.
+#[derive(Debug, Default)]
+struct Known {
     rules: Vec<Rule>,
     /// What no rule is about is denied, not asked.
     complete: bool,
@@ -91,20 +146,12 @@ pub struct Permits {
     memo: HashMap<u64, (Verdict, u64), foldhash::fast::RandomState>,
 }
 
-impl Permits {
-    /// What CONNECT brought. Without rules and not `complete`, everything is asked.
-    pub fn new(rules: Vec<Rule>, complete: bool) -> Self {
-        Self { rules, complete, ..Self::default() }
-    }
-
-    /// Has nothing to say by itself.
-    pub fn has_rules(&self) -> bool {
+impl Known {
+    fn has_rules(&self) -> bool {
         self.complete || !self.rules.is_empty()
     }
 
-    /// May it publish to `topic`, and until when is that so, in milliseconds? `None`: nobody knows yet. `route` stands
-    /// for the topic, and is never used for another.
-    pub fn publish(&mut self, now_ms: u64, route: u64, topic: &str) -> Option<(Verdict, u64)> {
+    fn publish(&mut self, now_ms: u64, route: u64, topic: &str) -> Option<(Verdict, u64)> {
         if let Some(known) = self.memo.get(&route).copied().filter(|(_, until_ms)| now_ms < *until_ms) {
             return Some(known);
         }
@@ -118,13 +165,11 @@ impl Permits {
         Some(found)
     }
 
-    /// May it subscribe to `filter` (without `$share/…/`)? Also: until when, in milliseconds; `None`: nobody knows yet.
-    pub fn subscribe(&mut self, now_ms: u64, filter: &str) -> Option<(Verdict, u64)> {
+    fn subscribe(&mut self, now_ms: u64, filter: &str) -> Option<(Verdict, u64)> {
         self.find(now_ms, Action::Subscribe, filter)
     }
 
-    /// Keeps what the plugins said.
-    pub fn learn(&mut self, now_ms: u64, action: Action, topic: Arc<str>, decision: Decision) {
+    fn learn(&mut self, now_ms: u64, action: Action, topic: Arc<str>, decision: Decision) {
         // Nothing granted means denied.
         let verdict = decision.verdict.unwrap_or(Verdict::Deny(ReasonCode::NOT_AUTHORIZED));
         let lease = decision.lease.filter(|lease| lease.seconds > 0);
@@ -150,20 +195,13 @@ impl Permits {
         self.held.push(new);
     }
 
-    /// The packet was handled: what was said for it alone is forgotten.
-    pub fn packet_done(&mut self) {
-        self.once.clear();
-    }
-
-    /// Forgets all leases. Rules stay.
-    pub fn revoke(&mut self) {
+    fn revoke(&mut self) {
         self.held.clear();
         self.once.clear();
         self.memo.clear();
     }
 
-    /// What decides without asking, in words, and what it says; `None`: nothing does.
-    pub fn explain(&self, now_ms: u64, action: Action, topic: &str) -> Option<(String, Verdict)> {
+    fn explain(&self, now_ms: u64, action: Action, topic: &str) -> Option<(String, Verdict)> {
         let applies_to = |rule: &&Rule| {
             rule.action.is_none_or(|of| of == action)
                 && applies(action, rule.filter.topic_filter(), verdict_of(rule), topic)
@@ -308,7 +346,8 @@ mod tests {
             permits.learn(0, Action::Publish, Arc::clone(&topic), decision(Verdict::Allow, None, 60));
             assert_eq!(publish(&mut permits, 0, u64::from(n), &topic), Some(Verdict::Allow));
         }
-        assert_eq!(permits.held.len(), LEASES_MAX);
-        assert!(permits.memo.len() <= MEMO_MAX);
+        let known = permits.0.as_ref().expect("something is known");
+        assert_eq!(known.held.len(), LEASES_MAX);
+        assert!(known.memo.len() <= MEMO_MAX);
     }
 }
