@@ -117,6 +117,8 @@ fn sessions_expire_while_no_broker_runs() {
         client.subscribe("a", 1);
         client.disconnect();
     }
+    // Nothing is answered to DISCONNECT: give it time to be kept.
+    std::thread::sleep(Duration::from_millis(300));
     let folder = broker.crash();
     std::thread::sleep(Duration::from_secs(2));
     let broker = Broker::start_in(folder, CONFIG);
