@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use hashbrown::{HashMap, HashSet};
-use rocksdb::{DBIteratorWithThreadMode, IteratorMode, WriteBatch};
+use rocksdb::{DBIteratorWithThreadMode, IteratorMode, ReadOptions, WriteBatch};
 use tracing::warn;
 use wasmqtt_protocol::ports::{Restore, RestoredSession, StoreError};
 use wasmqtt_protocol::router::{MessageId, SessionId};
@@ -37,7 +37,7 @@ struct Rows<'a> {
 impl<'a> Rows<'a> {
     fn new(database: &Database, db: &'a Db, family: Family) -> Result<Self, StoreError> {
         let column = column(db, family)?;
-        let mut rows = Self { family, rest: db.iterator_cf(&column, IteratorMode::Start), next: None };
+        let mut rows = Self { family, rest: db.iterator_cf_opt(&column, once(), IteratorMode::Start), next: None };
         rows.step(database)?;
         Ok(rows)
     }
@@ -66,6 +66,13 @@ impl<'a> Rows<'a> {
         }
         Ok(())
     }
+}
+
+/// What is read once need not push anything out of the cache.
+fn once() -> ReadOptions {
+    let mut options = ReadOptions::default();
+    options.fill_cache(false);
+    options
 }
 
 fn damaged(family: Family, key: &[u8]) {
@@ -105,7 +112,7 @@ pub(super) fn rows<'a>(
     family: Family,
 ) -> Result<impl Iterator<Item = Result<Pair, StoreError>> + use<'a>, StoreError> {
     let column = column(db, family)?;
-    let rows = db.iterator_cf(&column, IteratorMode::Start);
+    let rows = db.iterator_cf_opt(&column, once(), IteratorMode::Start);
     Ok(rows.map(|row| row.map_err(|error| database.wrong(error.as_ref()))))
 }
 
