@@ -149,8 +149,8 @@ fn promises_leave_after_the_commit() {
     guest.publish("a/1", 1, true);
     guest.expect_silence();
     keeper.expect(PUBLISH);
-    let sent = "1 Sent { packet_id: 1, id: 3, qos: AtLeastOnce }";
-    assert_eq!(store.take(), ["retained a/1", "queued 3 a/1 1:AtLeastOnce", sent]);
+    let sent = "1 Sent { packet_id: 1, id: 2, qos: AtLeastOnce }";
+    assert_eq!(store.take(), ["retained a/1", "queued 2 a/1 1:AtLeastOnce", sent]);
     store.commit_all();
     guest.expect(PUBACK);
 }

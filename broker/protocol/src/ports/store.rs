@@ -65,8 +65,6 @@ pub enum Change<'a> {
     },
     /// A topic has another retained message.
     Retained {
-        /// Larger than that of every earlier change of this topic, whichever shard told of it.
-        version: MessageId,
         /// The message.
         message: &'a Message,
         /// Storage hooks have to open it before anybody gets it.
@@ -74,8 +72,6 @@ pub enum Change<'a> {
     },
     /// A topic has no retained message any more.
     RetainedRemoved {
-        /// As above.
-        version: MessageId,
         /// Topic Name.
         topic: &'a str,
     },

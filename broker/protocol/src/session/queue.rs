@@ -187,16 +187,15 @@ impl Queue {
             return Vec::new();
         }
         let mut expired = Vec::new();
-        let mut place = 0;
-        self.parked.retain(|parked| {
-            place += 1;
-            let goes = place <= looked_at && parked.is_expired(now_ms);
-            if goes {
+        let front: Vec<Parked> = self.parked.drain(..looked_at).collect();
+        for parked in front.into_iter().rev() {
+            if parked.is_expired(now_ms) {
+                self.parked_bytes -= parked.bytes as usize;
                 expired.push(parked.id);
+            } else {
+                self.parked.push_front(parked);
             }
-            !goes
-        });
-        self.parked_bytes = self.parked.iter().map(|parked| parked.bytes as usize).sum();
+        }
         expired
     }
 

@@ -163,7 +163,7 @@ impl Session {
     pub fn wants_load(&self) -> bool {
         self.link.is_some()
             && !self.steps.loading
-            && (self.queue.missing().next().is_some() || self.inflight.missing().next().is_some())
+            && (self.queue.missing().next().is_some() || self.inflight.waits_for_store())
     }
 
     /// Messages that have to come from the store before more can be sent, and a number to tell their arrival by; `None`:

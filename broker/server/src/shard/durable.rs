@@ -55,16 +55,16 @@ impl Durable {
     }
 
     /// A topic has another retained message (and whether it is sealed), or none any more. Called under the lock of the
-    /// retained messages, so that numbers are in the order of the changes.
+    /// retained messages, and followed there by [`Durable::hand_over`]: changes of one topic by several shards reach the
+    /// store in their order.
     pub(super) fn write_retained(&mut self, topic: &str, message: Option<(&Message, bool)>) {
         // What the broker says of itself is true while it runs.
-        if !self.is_on || topic.starts_with("$SYS/") {
+        if topic.starts_with("$SYS/") {
             return;
         }
-        let version = self.store.new_message();
         self.write(match message {
-            Some((message, sealed)) => Change::Retained { version, message, sealed },
-            None => Change::RetainedRemoved { version, topic },
+            Some((message, sealed)) => Change::Retained { message, sealed },
+            None => Change::RetainedRemoved { topic },
         });
     }
 

@@ -121,6 +121,7 @@ impl Shard {
             debug!(topic = incoming.topic, "retained message not kept: the store of retained messages is full");
             self.tally.dropped += 1;
         }
+        self.durable.hand_over();
     }
 
     fn forward(&mut self, route: &Route, incoming: &Incoming<'_>) -> bool {

@@ -158,9 +158,10 @@ impl Shard {
         let shared = Arc::clone(&self.shared);
         let mut retained = shared.retained_mut();
         for _ in 0..SWEEP_BUDGET {
-            let Some(topic) = retained.remove_expired(self.now_ms) else { return };
+            let Some(topic) = retained.remove_expired(self.now_ms) else { break };
             self.durable.write_retained(&topic, None);
         }
+        self.durable.hand_over();
     }
 
     /// Drops messages that waited longer than they may, a part of the Sessions each time.

@@ -14,8 +14,6 @@ use super::rows::{self, Family, Put};
 pub(super) enum Kind {
     Put,
     Delete,
-    /// Put or deleted, unless a row of that key with a larger number was before.
-    Retained(MessageId, bool),
     /// A message for so many Sessions, or plugins, is put.
     Message(u32),
     /// One of them does not need a message of this family any more. The key is that of [`Family::Done`].
@@ -123,18 +121,14 @@ impl Batch {
                 |to| rows::put_feed(to, client, message, sealed, plugins),
             ),
             Change::FedDone { plugin, id } => self.done(Family::Feed, rows::plugin_number(plugin), id),
-            Change::Retained { version, message, sealed } => self.row(
+            Change::Retained { message, sealed } => self.put(
                 Family::Retained,
-                Kind::Retained(version, true),
                 |to| to.extend_from_slice(message.topic.as_bytes()),
                 |to| rows::put_retained(to, message, sealed),
             ),
-            Change::RetainedRemoved { version, topic } => self.row(
-                Family::Retained,
-                Kind::Retained(version, false),
-                |to| to.extend_from_slice(topic.as_bytes()),
-                |_| {},
-            ),
+            Change::RetainedRemoved { topic } => {
+                self.delete(Family::Retained, |to| to.extend_from_slice(topic.as_bytes()));
+            }
             Change::Ban { pattern, until_ms, note } => self.put(
                 Family::Ban,
                 |to| to.extend_from_slice(rows::ban_key(pattern).as_bytes()),

@@ -140,8 +140,9 @@ impl RocksStore {
         Ok(Arc::new(Self { config, database, lines, jobs, early: Mutex::default(), threads }))
     }
 
-    /// Writes and syncs what shards have handed over, and ends the threads.
+    /// Writes and syncs what shards have handed over, unless it cannot be written, and ends the threads.
     pub fn stop(&self) {
+        self.lines.stopping.store(true, Ordering::Release);
         if let Some(jobs) = self.jobs.get() {
             let _ = jobs.send(Job::Stop);
         }
@@ -159,7 +160,6 @@ impl RocksStore {
             jobs: for_writer,
             reader: loads,
             counts,
-            retained: writer::Versions::default(),
             durability: self.config.durability,
             sync_interval: self.config.sync_interval,
         };
@@ -184,7 +184,6 @@ impl RocksStore {
 
 impl Drop for RocksStore {
     fn drop(&mut self) {
-        self.lines.stopping.store(true, Ordering::Release);
         self.stop();
     }
 }
@@ -431,11 +430,9 @@ mod tests {
             shard.write(Change::Step { session: one, step });
         }
         for (topic, sealed) in [("r/1", true), ("r/2", false)] {
-            let version = shard.new_message();
-            shard.write(Change::Retained { version, message: &message(topic, None), sealed });
+            shard.write(Change::Retained { message: &message(topic, None), sealed });
         }
-        let version = shard.new_message();
-        shard.write(Change::RetainedRemoved { version, topic: "r/2" });
+        shard.write(Change::RetainedRemoved { topic: "r/2" });
         let pattern = BanPattern::Address { network: "10.0.0.0".parse().expect("an address"), prefix: 8 };
         shard.write(Change::Ban { pattern: &pattern, until_ms: 99, note: "why" });
         settle(&mut *shard);

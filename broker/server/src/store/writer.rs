@@ -17,8 +17,6 @@ use super::{Durability, Lines};
 
 /// Bytes of one write.
 const GROUP_BYTES_MAX: usize = 16 << 20;
-/// Longer than any turn of a shard.
-const LATELY: Duration = Duration::from_secs(5);
 /// Between two attempts to write when the last one failed.
 const RETRY_PAUSE: Duration = Duration::from_millis(250);
 /// Between two lines about it.
@@ -41,37 +39,8 @@ pub(super) struct Writer {
     pub(super) reader: Sender<(usize, Load)>,
     /// Messages for several Sessions: how many of these still need each.
     pub(super) counts: HashMap<u64, u32>,
-    pub(super) retained: Versions,
     pub(super) durability: Durability,
     pub(super) sync_interval: Duration,
-}
-
-/// Numbers of retained messages that were written lately. Changes of one topic by several shards come in any order, but
-/// not far apart.
-pub(super) struct Versions {
-    lately: HashMap<Vec<u8>, u64>,
-    before: HashMap<Vec<u8>, u64>,
-    since: Instant,
-}
-
-impl Default for Versions {
-    fn default() -> Self {
-        Self { lately: HashMap::new(), before: HashMap::new(), since: Instant::now() }
-    }
-}
-
-impl Versions {
-    fn is_newer(&mut self, topic: &[u8], version: u64) -> bool {
-        if self.since.elapsed() >= LATELY {
-            (self.before, self.since) = (std::mem::take(&mut self.lately), Instant::now());
-        }
-        let known = [&self.lately, &self.before].into_iter().filter_map(|map| map.get(topic)).max();
-        if known.is_some_and(|known| *known > version) {
-            return false;
-        }
-        self.lately.insert(topic.to_vec(), version);
-        true
-    }
 }
 
 /// What is written together.
@@ -167,17 +136,7 @@ impl Writer {
     fn commit(&mut self, batches: &[(usize, Ticket, Batch)]) {
         let mut plan = Plan::default();
         for row in batches.iter().flat_map(|(_, _, batch)| batch.rows()) {
-            match row.kind {
-                Kind::Retained(version, is_put) if self.retained.is_newer(row.key, version.get()) => {
-                    plan.writes.push(Some(if is_put {
-                        Write::Put(row.family, row.key, row.value)
-                    } else {
-                        Write::Delete(row.family, row.key)
-                    }));
-                }
-                Kind::Retained(..) => {}
-                _ => plan.add(row, &mut self.counts),
-            }
+            plan.add(row, &mut self.counts);
         }
         let mut complaint: Option<Instant> = None;
         while let Err(why) = self.write(&plan) {
@@ -274,7 +233,6 @@ impl<'a> Plan<'a> {
                 }
                 self.put(row);
             }
-            Kind::Retained(..) => {}
             Kind::Delete => {
                 if !self.forget((row.family, row.key)) {
                     self.writes.push(Some(Write::Delete(row.family, row.key)));
@@ -364,13 +322,6 @@ mod tests {
             Write::Delete(Family::Inflight, &handshake),
         ];
         assert_eq!(left(&plan), expected);
-    }
-
-    #[test]
-    fn an_older_change_of_a_topic_does_not_undo_a_newer_one() {
-        let mut versions = Versions::default();
-        assert!(versions.is_newer(b"a", 5) && !versions.is_newer(b"a", 4));
-        assert!(versions.is_newer(b"b", 4) && versions.is_newer(b"a", 6));
     }
 
     #[test]
