@@ -4,6 +4,7 @@
 //! has a store, each change is told to it.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use wasmqtt_protocol::ports::Buckets as Store;
@@ -60,9 +61,13 @@ const PAGE_KEYS: usize = 1000;
 /// Bytes that one call returns.
 const ANSWER_BYTES_MAX: usize = 4 << 20;
 
-/// A bucket that a guest has open: its name.
+/// A bucket that a guest has open.
 #[allow(unreachable_pub, reason = "the generated module re-exports it")]
-pub struct Bucket(String);
+pub struct Bucket {
+    name: String,
+    /// The cursor that was given out last, and the key it stands for: a listing goes on from there, however long it is.
+    listed: Option<(u64, String)>,
+}
 
 type Entries = BTreeMap<String, Vec<u8>>;
 
@@ -124,24 +129,32 @@ impl Kept {
         if bytes > bytes_max {
             return other(format!("full: grants.keyvalue_mib allows {} MiB", bytes_max >> 20));
         }
+        self.tell(bucket, key, Some(&value))?;
         self.bytes = bytes;
-        if let Some((store, plugin)) = &self.store {
-            store.keep(plugin, bucket, key, Some(&value));
-        }
         self.buckets.entry(bucket.to_owned()).or_default().insert(key.to_owned(), value);
         Ok(())
     }
 
-    fn delete(&mut self, bucket: &str, key: &str) {
-        let Some(entries) = self.buckets.get_mut(bucket) else { return };
-        let Some(value) = entries.remove(key) else { return };
-        self.bytes -= cost(key, &value);
-        if let Some((store, plugin)) = &self.store {
-            store.keep(plugin, bucket, key, None);
+    fn delete(&mut self, bucket: &str, key: &str) -> Result<(), store::Error> {
+        if self.get(bucket, key).is_none() {
+            return Ok(());
         }
+        self.tell(bucket, key, None)?;
+        let Some(entries) = self.buckets.get_mut(bucket) else { return Ok(()) };
+        self.bytes -= entries.remove(key).map_or(0, |value| cost(key, &value));
         if entries.is_empty() {
             self.buckets.remove(bucket);
             self.bytes -= bucket.len() + OVERHEAD_BYTES;
+        }
+        Ok(())
+    }
+
+    fn tell(&self, bucket: &str, key: &str, value: Option<&[u8]>) -> Result<(), store::Error> {
+        match &self.store {
+            Some((store, plugin)) if !store.keep(plugin, bucket, key, value) => {
+                other("the broker's store cannot take it now")
+            }
+            _ => Ok(()),
         }
     }
 
@@ -159,13 +172,13 @@ impl Kept {
         Ok(new)
     }
 
-    fn page(&self, bucket: &str, skip: u64) -> store::KeyResponse {
-        let skip_keys = usize::try_from(skip).unwrap_or(usize::MAX);
+    /// The keys behind `last`.
+    fn page(&self, bucket: &str, last: Option<&str>) -> (Vec<String>, bool) {
+        let from = last.map_or(Bound::Unbounded, Bound::Excluded);
         let entries = self.buckets.get(bucket);
-        let mut keys = entries.into_iter().flat_map(BTreeMap::keys);
-        let page: Vec<String> = keys.by_ref().skip(skip_keys).take(PAGE_KEYS).cloned().collect();
-        let cursor = keys.next().map(|_| skip + page.len() as u64);
-        store::KeyResponse { keys: page, cursor }
+        let mut keys = entries.into_iter().flat_map(|entries| entries.range::<str, _>((from, Bound::Unbounded)));
+        let page = keys.by_ref().take(PAGE_KEYS).map(|(key, _)| key.clone()).collect();
+        (page, keys.next().is_some())
     }
 }
 
@@ -175,7 +188,7 @@ fn cost(key: &str, value: &[u8]) -> usize {
 
 impl Guest {
     fn bucket(&self, bucket: &Resource<Bucket>) -> wasmtime::Result<String> {
-        Ok(self.table.get(bucket)?.0.clone())
+        Ok(self.table.get(bucket)?.name.clone())
     }
 
     fn kept(&self) -> MutexGuard<'_, Kept> {
@@ -198,7 +211,7 @@ impl store::Host for Guest {
         if identifier.len() > NAME_BYTES_MAX {
             return Ok(other(format!("a name of more than {NAME_BYTES_MAX} bytes")));
         }
-        Ok(Ok(self.table.push(Bucket(identifier))?))
+        Ok(Ok(self.table.push(Bucket { name: identifier, listed: None })?))
     }
 }
 
@@ -215,8 +228,7 @@ impl store::HostBucket for Guest {
 
     fn delete(&mut self, bucket: Resource<Bucket>, key: String) -> Answer<()> {
         let bucket = self.bucket(&bucket)?;
-        self.kept().delete(&bucket, &key);
-        Ok(Ok(()))
+        Ok(self.kept().delete(&bucket, &key))
     }
 
     fn exists(&mut self, bucket: Resource<Bucket>, key: String) -> Answer<bool> {
@@ -225,8 +237,19 @@ impl store::HostBucket for Guest {
     }
 
     fn list_keys(&mut self, bucket: Resource<Bucket>, cursor: Option<u64>) -> Answer<store::KeyResponse> {
-        let bucket = self.bucket(&bucket)?;
-        Ok(Ok(self.kept().page(&bucket, cursor.unwrap_or(0))))
+        let Bucket { name, listed } = self.table.get(&bucket)?;
+        let last = match (cursor, listed) {
+            (None | Some(0), _) => None,
+            (Some(cursor), Some((given, key))) if cursor == *given => Some(key.clone()),
+            _ => return Ok(other("not the cursor that this bucket gave last")),
+        };
+        let name = name.clone();
+        let (keys, is_more) = self.kept().page(&name, last.as_deref());
+        let next = cursor.unwrap_or(0) + keys.len() as u64;
+        let listed = keys.last().filter(|_| is_more).map(|key| (next, key.clone()));
+        let cursor = listed.as_ref().map(|(cursor, _)| *cursor);
+        self.table.get_mut(&bucket)?.listed = listed;
+        Ok(Ok(store::KeyResponse { keys, cursor }))
     }
 
     fn drop(&mut self, bucket: Resource<Bucket>) -> wasmtime::Result<()> {
@@ -268,10 +291,7 @@ impl batch::Host for Guest {
     fn delete_many(&mut self, bucket: Resource<Bucket>, keys: Vec<String>) -> Answer<()> {
         let bucket = self.bucket(&bucket)?;
         let mut kept = self.kept();
-        for key in &keys {
-            kept.delete(&bucket, key);
-        }
-        Ok(Ok(()))
+        Ok(keys.iter().try_for_each(|key| kept.delete(&bucket, key)))
     }
 }
 
@@ -288,8 +308,9 @@ mod tests {
         kept.set("b", "k", vec![0; MIB / 2], MIB).expect("fits");
         assert!(kept.set("c", "k", vec![0; MIB / 2], MIB).is_err(), "all buckets together");
         kept.set("b", "k", vec![1; MIB / 2], MIB).expect("takes the place of the old value");
-        kept.delete("b", "k");
-        kept.delete("b", "k");
+        for _ in 0..2 {
+            kept.delete("b", "k").expect("nobody minds");
+        }
         assert_eq!(kept.bytes, 0);
         assert!(
             (0..20_000).any(|n| kept.set("b", &n.to_string(), Vec::new(), MIB).is_err()),
@@ -313,10 +334,9 @@ mod tests {
         for n in 0..=PAGE_KEYS {
             kept.set("b", &format!("{n:05}"), Vec::new(), MIB).expect("fits");
         }
-        let first = kept.page("b", 0);
-        assert_eq!((first.keys.len(), first.cursor), (PAGE_KEYS, Some(PAGE_KEYS as u64)));
-        let last = kept.page("b", PAGE_KEYS as u64);
-        assert_eq!((last.keys, last.cursor), (vec!["01000".to_owned()], None));
-        assert!(kept.page("none", 0).keys.is_empty());
+        let (first, is_more) = kept.page("b", None);
+        assert_eq!((first.len(), is_more), (PAGE_KEYS, true));
+        assert_eq!(kept.page("b", first.last().map(String::as_str)), (vec!["01000".to_owned()], false));
+        assert!(kept.page("none", None).0.is_empty());
     }
 }

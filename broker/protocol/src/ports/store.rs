@@ -231,8 +231,8 @@ pub trait Buckets: Send + Sync {
     /// # Errors
     /// They cannot be read.
     fn load(&self, plugin: &str) -> Result<Vec<Value>, StoreError>;
-    /// Has a value kept, or (`None`) deleted, a moment later and in this order.
-    fn keep(&self, plugin: &str, bucket: &str, key: &str, value: Option<&[u8]>);
+    /// Has a value kept, or (`None`) deleted, a moment later and in this order; `false`: too much waits to be written.
+    fn keep(&self, plugin: &str, bucket: &str, key: &str, value: Option<&[u8]>) -> bool;
 }
 
 /// Nothing outlives the broker: `durability = "memory"`.

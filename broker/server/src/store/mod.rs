@@ -208,7 +208,10 @@ impl Buckets for RocksStore {
         Ok(values)
     }
 
-    fn keep(&self, plugin: &str, bucket: &str, key: &str, value: Option<&[u8]>) {
+    fn keep(&self, plugin: &str, bucket: &str, key: &str, value: Option<&[u8]>) -> bool {
+        if self.lines.waiting_bytes.load(Ordering::Relaxed) > CONGESTED_BYTES {
+            return false;
+        }
         let mut batch = Batch::default();
         batch.value(plugin, bucket, key, value);
         self.lines.waiting_bytes.fetch_add(batch.len_bytes(), Ordering::Relaxed);
@@ -219,6 +222,7 @@ impl Buckets for RocksStore {
             // Plugins begin before the broker does.
             None => early.push(job),
         }
+        true
     }
 }
 
