@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, Cache};
 use tokio::sync::Semaphore;
 use wasmqtt_protocol::access::{Action, Decision, Lease, Verdict};
 use wasmqtt_protocol::codec::ReasonCode;
@@ -112,7 +112,8 @@ impl Slot {
 
 /// See [`crate::PluginHost`].
 pub(crate) struct View {
-    chain: Arc<ArcSwap<Chain>>,
+    /// The one that serves: a look at it is one read of memory that nobody writes to.
+    chain: RefCell<Cache<Arc<ArcSwap<Chain>>, Arc<Chain>>>,
     shard: usize,
     /// The chain that `slots` were made for.
     seen: RefCell<Arc<Chain>>,
@@ -124,16 +125,22 @@ type Slots = Rc<[Rc<Slot>]>;
 
 impl View {
     pub(crate) fn new(chain: Arc<ArcSwap<Chain>>, shard: usize) -> Self {
-        Self { chain, shard, seen: RefCell::default(), slots: RefCell::new(Rc::from([])) }
+        Self {
+            chain: RefCell::new(Cache::new(chain)),
+            shard,
+            seen: RefCell::default(),
+            slots: RefCell::new(Rc::from([])),
+        }
     }
 
     /// The slots of the chain that serves now. Builds that go on keep theirs; calls under way keep what they began on.
     fn slots(&self) -> Slots {
-        let chain = self.chain.load();
-        if !Arc::ptr_eq(&chain, &self.seen.borrow()) {
+        let mut chain = self.chain.borrow_mut();
+        let chain = chain.load();
+        if !Arc::ptr_eq(chain, &self.seen.borrow()) {
             let old = Rc::clone(&self.slots.borrow());
             *self.slots.borrow_mut() = chain.links.iter().map(|link| self.slot(link, &old)).collect();
-            *self.seen.borrow_mut() = Arc::clone(&chain);
+            *self.seen.borrow_mut() = Arc::clone(chain);
         }
         Rc::clone(&self.slots.borrow())
     }
@@ -155,7 +162,7 @@ impl View {
 
 impl ShardPlugins for View {
     fn has_auth(&self) -> bool {
-        self.chain.load().has_auth()
+        self.chain.borrow_mut().load().has_auth()
     }
 
     fn authenticate(&self, request: Arc<AuthRequest>) -> Call<AuthOutcome> {
@@ -181,11 +188,12 @@ impl ShardPlugins for View {
     }
 
     fn has_acl(&self) -> bool {
-        self.chain.load().serving().any(|plugin| plugin.exports.acl.is_some())
+        self.chain.borrow_mut().load().serving().any(|plugin| plugin.exports.acl.is_some())
     }
 
     fn epoch(&self) -> (u64, u64) {
-        let chain = self.chain.load();
+        let mut chain = self.chain.borrow_mut();
+        let chain = chain.load();
         (chain.number, chain.acl_number)
     }
 
@@ -263,7 +271,7 @@ impl ShardPlugins for View {
     }
 
     fn status(&self) -> Vec<(String, String)> {
-        self.chain.load().links.iter().flat_map(|link| link.status().into_topics()).collect()
+        self.chain.borrow_mut().load().links.iter().flat_map(|link| link.status().into_topics()).collect()
     }
 }
 

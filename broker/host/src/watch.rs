@@ -2,12 +2,13 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
-use notify::{RecommendedWatcher, RecursiveMode};
-use notify_debouncer_full::{DebounceEventResult, Debouncer, RecommendedCache, new_debouncer};
+use notify::{Event, RecommendedWatcher, RecursiveMode, Watcher};
 use tracing::{debug, warn};
 
 use crate::HostError;
@@ -19,8 +20,15 @@ const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// How often builds on probation or on trial are looked after.
 const LOOK_AFTER_EVERY: Duration = Duration::from_millis(100);
 
+/// How often the wait for quiet files begins again: a plugin that is written to all the time holds up no other.
+const RESTARTS_MAX: usize = 20;
+
+/// Orders that may wait for the loader; who has one more waits to give it.
+const WAITING_MAX: usize = 16;
+
 enum Wake {
-    Rescan,
+    /// Nothing but a nudge: see [`Signal::changed`].
+    Changed,
     Order(Order, SyncSender<Result<(), HostError>>),
     Stop,
 }
@@ -35,82 +43,117 @@ pub(crate) enum Order {
 }
 
 /// Tells the loader's thread something.
-pub(crate) struct Signal(Sender<Wake>);
+#[derive(Clone)]
+pub(crate) struct Signal {
+    wake: SyncSender<Wake>,
+    /// Files may have changed since the loader last looked.
+    changed: Arc<AtomicBool>,
+}
 
 impl Signal {
+    /// Has all files looked at; waits for nothing.
     pub(crate) fn rescan(&self) {
-        let _ = self.0.send(Wake::Rescan);
+        self.changed.store(true, Ordering::Release);
+        // Where there is no room, the loader has something to wake up for, and sees the mark then.
+        let _ = self.wake.try_send(Wake::Changed);
     }
 
     /// Has it done, and waits until it is.
     pub(crate) fn order(&self, order: Order) -> Result<(), HostError> {
         let (reply, done) = sync_channel(1);
         let ended = || HostError::new("the plugin loader has ended");
-        self.0.send(Wake::Order(order, reply)).map_err(|_| ended())?;
+        self.wake.send(Wake::Order(order, reply)).map_err(|_| ended())?;
         done.recv().map_err(|_| ended())?
     }
 
     pub(crate) fn stop(&self) {
-        let _ = self.0.send(Wake::Stop);
+        let _ = self.wake.send(Wake::Stop);
     }
 }
 
-type Watcher = Debouncer<RecommendedWatcher, RecommendedCache>;
-
-/// Starts the loader's thread.
+/// Starts the loader's thread. A changed file is looked at when it has been quiet for `debounce`.
 pub(crate) fn start(loader: Loader, debounce: Duration) -> Result<(Signal, JoinHandle<()>), HostError> {
-    let (wake, woken) = channel();
+    let (wake, woken) = sync_channel(WAITING_MAX);
+    // What changed between the first load and the watch was not noticed.
+    let signal = Signal { wake, changed: Arc::new(AtomicBool::new(true)) };
     let mut watched = Watched::new(loader.folders());
-    let watcher = match watch(&mut watched, debounce, wake.clone()) {
+    let watcher = match watch(&mut watched, signal.clone()) {
         Ok(watcher) => Some(watcher),
         Err(error) => {
             warn!(%error, "no notice of changed plugins, looking every two seconds");
             None
         }
     };
+    let changed = Arc::clone(&signal.changed);
+    let watch = Watch { loader, watched, watcher, changed, debounce };
     let thread = std::thread::Builder::new().name("plugin-loader".into());
-    let thread = thread.spawn(move || run(loader, watched, watcher, &woken));
+    let thread = thread.spawn(move || watch.run(&woken));
     let thread = thread.map_err(|error| HostError::new(format!("cannot start the plugin loader: {error}")))?;
-    Ok((Signal(wake), thread))
+    Ok((signal, thread))
 }
 
-fn watch(watched: &mut Watched, debounce: Duration, wake: Sender<Wake>) -> notify::Result<Watcher> {
-    let notice = move |result: DebounceEventResult| {
+fn watch(watched: &mut Watched, signal: Signal) -> notify::Result<RecommendedWatcher> {
+    let notice = move |result: notify::Result<Event>| {
         // Reading a file is an event too, and it is what the loader does. After an error anything may have changed.
-        if result.map_or(true, |events| events.iter().any(|event| !event.kind.is_access())) {
-            let _ = wake.send(Wake::Rescan);
+        if result.map_or(true, |event| !event.kind.is_access()) {
+            signal.rescan();
         }
     };
-    let mut watcher = new_debouncer(debounce, None, notice)?;
+    let mut watcher = notify::recommended_watcher(notice)?;
     watched.renew(&mut watcher)?;
     Ok(watcher)
 }
 
-fn run(mut loader: Loader, mut watched: Watched, mut watcher: Option<Watcher>, woken: &Receiver<Wake>) {
-    lower_priority();
-    // What changed between the first load and the watch was not noticed.
-    let mut next = Ok(Wake::Rescan);
-    let mut looked = Instant::now();
-    loop {
-        match next {
-            Ok(Wake::Stop) | Err(RecvTimeoutError::Disconnected) => return,
-            Ok(Wake::Order(order, reply)) => drop(reply.send(obey(&mut loader, order))),
-            Ok(Wake::Rescan) => load(&mut loader),
-            Err(RecvTimeoutError::Timeout) if loader.looks_again() => load(&mut loader),
-            Err(RecvTimeoutError::Timeout) => {}
-        }
-        loader.check_probations();
-        if looked.elapsed() >= LOOK_EVERY {
-            looked = Instant::now();
-            // A folder that was moved, made again or is a link to another one now is not watched any more.
-            let renewed = watcher.as_mut().map(|watcher| watched.renew(watcher));
-            match renewed {
-                Some(Ok(false)) => {}
-                Some(Ok(true)) | None => load(&mut loader),
-                Some(Err(error)) => warn!(%error, "cannot watch the plugin folder again"),
+/// What the loader's thread has.
+struct Watch {
+    loader: Loader,
+    watched: Watched,
+    watcher: Option<RecommendedWatcher>,
+    changed: Arc<AtomicBool>,
+    debounce: Duration,
+}
+
+impl Watch {
+    fn run(mut self, woken: &Receiver<Wake>) {
+        lower_priority();
+        let mut looked = Instant::now();
+        loop {
+            if self.are_files_changed() || self.loader.looks_again() {
+                load(&mut self.loader);
+            }
+            self.loader.check_probations();
+            if looked.elapsed() >= LOOK_EVERY {
+                looked = Instant::now();
+                self.look_at_folders();
+            }
+            match woken.recv_timeout(if self.loader.is_restless() { LOOK_AFTER_EVERY } else { LOOK_EVERY }) {
+                Ok(Wake::Stop) | Err(RecvTimeoutError::Disconnected) => return,
+                Ok(Wake::Order(order, reply)) => drop(reply.send(obey(&mut self.loader, order))),
+                Ok(Wake::Changed) | Err(RecvTimeoutError::Timeout) => {}
             }
         }
-        next = woken.recv_timeout(if loader.is_restless() { LOOK_AFTER_EVERY } else { LOOK_EVERY });
+    }
+
+    /// Waits until they are quiet.
+    fn are_files_changed(&self) -> bool {
+        let mut is_changed = false;
+        for _ in 0..RESTARTS_MAX {
+            if !self.changed.swap(false, Ordering::AcqRel) {
+                break;
+            }
+            is_changed = true;
+            std::thread::sleep(self.debounce);
+        }
+        is_changed
+    }
+
+    /// A folder that was moved, made again or is a link to another one now is not watched any more.
+    fn look_at_folders(&mut self) {
+        match self.watcher.as_mut().map(|watcher| self.watched.renew(watcher)) {
+            Some(Ok(false)) => {}
+            Some(Ok(true)) | None => load(&mut self.loader),
+            Some(Err(error)) => warn!(%error, "cannot watch the plugin folder again"),
+        }
     }
 }
 
@@ -148,7 +191,7 @@ impl Watched {
     }
 
     /// Watches what is another folder by now; `true`: there was such a one.
-    fn renew(&mut self, watcher: &mut Watcher) -> notify::Result<bool> {
+    fn renew(&mut self, watcher: &mut RecommendedWatcher) -> notify::Result<bool> {
         let mut renewed = false;
         for (folder, known) in &mut self.0 {
             let now = real(folder);
@@ -157,7 +200,7 @@ impl Watched {
             }
             renewed = true;
             if let Some((path, ..)) = known.take() {
-                let _ = watcher.unwatch(path);
+                let _ = watcher.unwatch(&path);
             }
             if let Some((path, ..)) = &now {
                 watcher.watch(path, RecursiveMode::NonRecursive)?;
