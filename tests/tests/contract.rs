@@ -1,8 +1,8 @@
 //! The contract with plugins is frozen once it is published: a component that was built against it must load for ever.
 //!
-//! `tests/contract/VERSION/` has the files of `wit/` as they were when they were frozen, without comments. A change to a
-//! type or a function needs a new version of the package; `WASMQTT_BLESS=1 cargo test -p wasmqtt-tests --test contract`
-//! then writes it down. A version that is there is never written again, only new functions of imported interfaces and
+//! `tests/contract/` has a file for each version of each package of `wit/` as it was when it was frozen, without comments.
+//! A change to a type or a function needs a new version of the package;
+//! `WASMQTT_BLESS=1 cargo test --workspace --test contract` then writes it down. A version that is there is never written again, only new functions of imported interfaces and
 //! new interfaces may come to it.
 
 use std::collections::BTreeMap;
@@ -12,13 +12,18 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
+/// Those of one package, by name.
+fn files(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("a file").path());
+    let mut files: Vec<_> = entries.filter(|path| path.extension().is_some_and(|end| end == "wit")).collect();
+    files.sort();
+    files
+}
+
 /// Interfaces and worlds by name, each with its lines: without comments, blank lines and `@since`.
 fn items(folder: &Path) -> BTreeMap<String, Vec<String>> {
     let mut items = BTreeMap::new();
-    let mut files: Vec<_> =
-        std::fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("a file").path()).collect();
-    files.sort();
-    for file in files {
+    for file in files(folder) {
         let text = std::fs::read_to_string(&file).expect("UTF-8");
         let mut current: Option<(String, Vec<String>)> = None;
         for line in text.lines().map(str::trim) {
@@ -48,19 +53,19 @@ fn depth(lines: &[String]) -> usize {
     count('{') - count('}')
 }
 
-/// `0.1.0` of `package wasmqtt:plugin@0.1.0;`, which all files must have.
-fn version(folder: &Path) -> String {
-    let mut versions: Vec<String> = std::fs::read_dir(folder)
-        .expect("a folder")
-        .map(|entry| std::fs::read_to_string(entry.expect("a file").path()).expect("UTF-8"))
+/// `NAME@0.1.0` of `package NAME@0.1.0;`, which all files must have.
+fn package(folder: &Path) -> String {
+    let mut packages: Vec<String> = files(folder)
+        .iter()
+        .map(|file| std::fs::read_to_string(file).expect("UTF-8"))
         .map(|text| {
-            let package = text.lines().next().unwrap_or_default().trim_end_matches(';').to_owned();
-            package.strip_prefix("package wasmqtt:plugin@").expect("a package line").to_owned()
+            let line = text.lines().next().unwrap_or_default();
+            line.strip_prefix("package ").and_then(|line| line.strip_suffix(';')).expect("a package line").to_owned()
         })
         .collect();
-    versions.dedup();
-    let [version] = &versions[..] else { panic!("several versions: {versions:?}") };
-    version.clone()
+    packages.dedup();
+    let [package] = &packages[..] else { panic!("several packages: {packages:?}") };
+    package.clone()
 }
 
 /// Functions may come to what plugins import; everything else stays as it is.
@@ -79,11 +84,16 @@ fn is_kept(name: &str, frozen: &[String], now: &[String]) -> bool {
 
 #[test]
 fn a_published_interface_does_not_change_without_a_new_version() {
-    let wit = root().join("wit");
-    let version = version(&wit);
-    let now = items(&wit);
+    for folder in ["wit", "wit/deps/keyvalue"] {
+        check_frozen(&root().join(folder));
+    }
+}
+
+fn check_frozen(wit: &Path) {
+    let package = package(wit);
+    let now = items(wit);
     let folder = root().join("tests/contract");
-    let file = folder.join(format!("{version}.txt"));
+    let file = folder.join(format!("{}.txt", package.replace(':', "-")));
     let item = |(name, lines): (&String, &Vec<String>)| {
         [&[format!("{name} {{")], &indented(lines)[..], &["}".to_owned()]].concat()
     };
@@ -93,11 +103,11 @@ fn a_published_interface_does_not_change_without_a_new_version() {
         std::fs::write(&file, &text).expect("write");
     }
     let frozen_text = std::fs::read_to_string(&file)
-        .unwrap_or_else(|_| panic!("{version} is not frozen yet: WASMQTT_BLESS=1 writes {}", file.display()));
+        .unwrap_or_else(|_| panic!("{package} is not frozen yet: WASMQTT_BLESS=1 writes {}", file.display()));
     let frozen = parse(&frozen_text);
     for (name, lines) in &frozen {
-        let Some(present) = now.get(name) else { panic!("{name} is gone: {version} has it") };
-        assert!(is_kept(name, lines, present), "{name} is another than in {version}:\n{lines:#?}\n{present:#?}");
+        let Some(present) = now.get(name) else { panic!("{name} is gone: {package} has it") };
+        assert!(is_kept(name, lines, present), "{name} is another than in {package}:\n{lines:#?}\n{present:#?}");
     }
 }
 

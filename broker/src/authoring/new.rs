@@ -29,17 +29,19 @@ macro_rules! embedded {
 }
 
 /// The contract and the SDK, as this broker was built with them.
-const SHARED: [(&str, &str); 12] = embedded! {
+const SHARED: [(&str, &str); 14] = embedded! {
     "wit/types.wit" = "wit/types.wit",
     "wit/host.wit" = "wit/host.wit",
     "wit/plugin.wit" = "wit/plugin.wit",
     "wit/worlds.wit" = "wit/worlds.wit",
+    "wit/deps/keyvalue/keyvalue.wit" = "wit/deps/keyvalue/keyvalue.wit",
     "sdk/rust/src/lib.rs" = "sdk/rust/src/lib.rs",
     "sdk/rust/src/batch.rs" = "sdk/rust/src/batch.rs",
     "sdk/rust/src/bindings.rs" = "sdk/rust/src/bindings.rs",
     "sdk/rust/src/export.rs" = "sdk/rust/src/export.rs",
     "sdk/rust/src/host.rs" = "sdk/rust/src/host.rs",
     "sdk/rust/src/http.rs" = "sdk/rust/src/http.rs",
+    "sdk/rust/src/keyvalue.rs" = "sdk/rust/src/keyvalue.rs",
     "sdk/rust/src/testing.rs" = "sdk/rust/src/testing.rs",
     "sdk/rust/src/topic.rs" = "sdk/rust/src/topic.rs",
 };
@@ -57,6 +59,7 @@ wasip2 = { version = "2.0.1", optional = true }
 
 [features]
 http = ["dep:wasip2"]
+keyvalue = []
 "#;
 
 const MANIFEST: &str = r#"[package]
@@ -140,4 +143,34 @@ fn write(file: &Path, text: &str) -> anyhow::Result<()> {
     std::fs::create_dir_all(folder)
         .and_then(|()| std::fs::write(file, text))
         .with_context(|| format!("write {}", file.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A file that is left out is missed by whoever uses that part of the SDK, in a project of their own.
+    #[test]
+    fn everything_of_the_sdk_and_the_contract_comes_along() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let mut there = Vec::new();
+        for folder in ["wit", "wit/deps/keyvalue", "sdk/rust/src"] {
+            for entry in std::fs::read_dir(root.join(folder)).expect("a folder") {
+                let entry = entry.expect("an entry");
+                if entry.file_type().expect("a type").is_file() {
+                    there.push(format!("{folder}/{}", entry.file_name().display()));
+                }
+            }
+        }
+        let mut embedded = SHARED.map(|(to, _)| to.to_owned());
+        there.sort();
+        embedded.sort();
+        assert_eq!(there, embedded);
+        let manifest = std::fs::read_to_string(root.join("sdk/rust/Cargo.toml")).expect("the SDK's manifest");
+        let features = |manifest: &str| -> Vec<String> {
+            let lines = manifest.lines().skip_while(|line| *line != "[features]").skip(1);
+            lines.filter(|line| line.contains('=') && !line.starts_with('#')).map(str::to_owned).collect()
+        };
+        assert_eq!(features(&manifest), features(SDK_MANIFEST));
+    }
 }

@@ -63,31 +63,7 @@ mod imp {
 
     #[allow(unsafe_code, missing_docs, unreachable_pub, clippy::pedantic, reason = "generated")]
     mod bindings {
-        wit_bindgen::generate!({
-            inline: r"
-                package wasi:keyvalue@0.2.0-draft;
-
-                interface store {
-                    variant error { no-such-store, access-denied, other(string) }
-                    record key-response { keys: list<string>, cursor: option<u64> }
-                    resource bucket {
-                        get: func(key: string) -> result<option<list<u8>>, error>;
-                        set: func(key: string, value: list<u8>) -> result<_, error>;
-                        delete: func(key: string) -> result<_, error>;
-                        exists: func(key: string) -> result<bool, error>;
-                        list-keys: func(cursor: option<u64>) -> result<key-response, error>;
-                    }
-                    open: func(identifier: string) -> result<bucket, error>;
-                }
-
-                interface atomics {
-                    use store.{bucket, error};
-                    increment: func(bucket: borrow<bucket>, key: string, delta: u64) -> result<u64, error>;
-                }
-
-                world keyvalue { import store; import atomics; }
-            ",
-        });
+        wit_bindgen::generate!({ path: "../../wit/deps/keyvalue", world: "imports" });
     }
 
     #[derive(Debug)]
