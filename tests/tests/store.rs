@@ -295,6 +295,7 @@ fn a_full_disk_refuses_what_would_have_to_be_kept() {
     let mut keeper = broker.connect(&lasting("keeper"));
     keeper.subscribe("kept", 1);
     keeper.disconnect();
+    let mut visitor = broker.connect(&lasting("visitor"));
     let mut publisher = broker.connect(&Options::new(V5, "publisher"));
     assert_eq!(publisher.publish(&Message::new("kept", "before").qos(1)), 0);
     std::fs::write(&full, "").expect("write");
@@ -305,6 +306,7 @@ fn a_full_disk_refuses_what_would_have_to_be_kept() {
     assert_eq!(other.publish(&Message::new("kept", "refused").qos(1)), 0x97);
     assert_eq!(other.publish(&Message::new("retained", "refused").qos(1).retained()), 0x97);
     broker.check_refused(&lasting("new"), 0x97);
+    assert_eq!(visitor.subscribe("wanted", 1), 0x97);
     assert_eq!(other.subscribe("live", 1), 1);
     assert_eq!(other.publish(&Message::new("live", "goes on").qos(1)), 0);
     assert_eq!(other.message().text(), "goes on");
@@ -312,6 +314,7 @@ fn a_full_disk_refuses_what_would_have_to_be_kept() {
     broker.await_log("store can be written again", 1);
     publisher.recv_where(|got| matches!(got, Got::Puback(id, 0) if *id == first).then_some(()));
     assert_eq!(other.publish(&Message::new("kept", "after").qos(1)), 0);
+    assert_eq!(visitor.subscribe("wanted", 1), 1);
     let broker = Broker::start_in(broker.crash(), "");
     assert_eq!(queued(&broker, 3), ["before", "first", "after"]);
 }
