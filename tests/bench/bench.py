@@ -52,8 +52,8 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def wait_for(port, process):
-    for _ in range(200):
+def wait_for(port, process, seconds=10):
+    for _ in range(seconds * 20):
         if process.poll() is not None:
             raise BrokerFault(f"{process.args[0]} ended before it listened (exit status {process.returncode})")
         with socket.socket() as probe:
