@@ -6,6 +6,7 @@
 mod delivery;
 mod inflight;
 mod link;
+mod outbound;
 mod outbox;
 mod queue;
 mod state;
@@ -14,7 +15,8 @@ mod steps;
 pub use delivery::{Delivery, FrameCache, Incoming};
 pub use inflight::Inflight;
 pub use link::{Link, LinkLimits, ServerLimits};
+pub use outbound::{Delivered, Wish};
 pub use outbox::Outbox;
 pub use queue::{Parked, queued_bytes};
-pub use state::{Delivered, Event, Fault, QueuePolicy, Session, WillMessage, Wish};
+pub use state::{Event, Fault, QueuePolicy, Session, WillMessage};
 pub use steps::{Kept, Step};

@@ -1,21 +1,18 @@
 //! The Session itself.
 
-use std::num::{NonZeroU16, NonZeroU32};
+use std::num::NonZeroU16;
 use std::sync::Arc;
 
-use bytes::Bytes;
 use hashbrown::{HashMap, HashSet};
-use smallvec::SmallVec;
 
 use super::inflight::{Inflight, Phase};
 use super::queue::Queue;
 use super::steps::Steps;
-use super::{Delivery, FrameCache, Incoming, Link, Outbox, ServerLimits, Step};
+use super::{Link, Outbox, ServerLimits, Step};
 use crate::codec::{
-    Ack, Auth, Packet, PacketId, Publish, PublishHead, Qos, ReasonCode, Subscribe, Unsubscribe, UserProperties,
-    Version, encode, encode_publish_head, publish_len,
+    Ack, Auth, Packet, PacketId, Publish, Qos, ReasonCode, Subscribe, Unsubscribe, UserProperties, encode,
 };
-use crate::router::{Availability, Available, Message, MessageId, SessionKey, Subscription};
+use crate::router::{Availability, Available, Message, SessionKey, Subscription};
 use crate::topic::Filter;
 
 /// Published when the client goes without saying DISCONNECT. MQTT 5.0 §3.1.2.5.
@@ -68,30 +65,6 @@ const fn fault(reason: ReasonCode, text: &'static str) -> Fault {
     Fault { reason, text }
 }
 
-/// What became of a delivery.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Delivered {
-    /// In the outbox.
-    Sent,
-    /// Waits for the client, or for an acknowledgement of others before it.
-    Queued,
-    /// Too large for the client, expired, QoS 0 to a slow or absent client, or the queue is full.
-    Dropped,
-}
-
-/// How one Session wants a message.
-#[derive(Debug, Clone, Copy)]
-pub struct Wish<'a> {
-    /// The lower of the message's and the subscription's QoS.
-    pub qos: Qos,
-    /// RETAIN flag of the outgoing packet.
-    pub retain: bool,
-    /// Subscription Identifiers.
-    pub ids: &'a [NonZeroU32],
-    /// The name under which the store keeps the message for this Session; `None`: it does not.
-    pub id: Option<MessageId>,
-}
-
 /// What happens to a QoS 1 or 2 message when the queue of its receiver is full.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum QueuePolicy {
@@ -123,8 +96,8 @@ pub struct Session {
     pub(super) received: HashSet<u16, foldhash::fast::RandomState>,
     pub(super) link: Option<Box<Link>>,
     pub(super) expiry: u32,
-    availability: Arc<Availability>,
-    shares: usize,
+    pub(super) availability: Arc<Availability>,
+    pub(super) shares: usize,
 }
 
 impl Session {
@@ -440,252 +413,4 @@ impl Session {
         let ack = Ack { packet_id, reason, reason_string: None, user_properties: UserProperties::default() };
         self.send(&kind(ack), out);
     }
-
-    /// Sends a message, queues it, or drops it.
-    #[allow(
-        clippy::too_many_arguments,
-        reason = "the hot path: a struct built per subscriber costs more than it tells"
-    )]
-    pub fn deliver(
-        &mut self,
-        now_ms: u64,
-        incoming: &Incoming<'_>,
-        wish: Wish<'_>,
-        share: Option<&Arc<crate::router::Group>>,
-        frames: &mut FrameCache,
-        server: &ServerLimits,
-        out: Option<&mut Outbox>,
-    ) -> Delivered {
-        let online = match (&mut self.link, out) {
-            (Some(link), Some(out)) if out.len() < server.outbound_bytes_max => Some((link, out)),
-            _ => None,
-        };
-        if wish.qos == Qos::AtMostOnce {
-            return match online {
-                Some((link, out)) => link.send_publish(now_ms, incoming, wish, None, frames, out),
-                None => Delivered::Dropped,
-            };
-        }
-        if let Some((link, out)) = online
-            && self.queue.is_empty()
-            && !self.inflight.has_unsent()
-            && self.inflight.has_room()
-            && self.inflight.outstanding() < usize::from(link.limits.receive_maximum)
-        {
-            if !link.fits(now_ms, incoming, wish) {
-                self.steps.done(None, wish.id);
-                return Delivered::Dropped;
-            }
-            let packet_id = self.inflight.push_sent(kept(incoming, wish, share));
-            if let Some(id) = wish.id {
-                self.steps.note(Step::Sent { packet_id, id, qos: wish.qos });
-            }
-            link.send_publish(now_ms, incoming, wish, Some((packet_id, false)), frames, out);
-            self.refresh_availability(out.len(), server);
-            return Delivered::Sent;
-        }
-        self.enqueue(kept(incoming, wish, share), server)
-    }
-
-    fn enqueue(&mut self, delivery: Delivery, server: &ServerLimits) -> Delivered {
-        if self.shares > 0 && self.link.is_some() {
-            self.availability.set(Available::Busy);
-        }
-        let (messages_max, bytes_max) = (server.queue_messages_max, server.queue_bytes_max);
-        let mut delivered = Delivered::Queued;
-        while !self.queue.has_room_for(&delivery, messages_max, bytes_max) {
-            delivered = Delivered::Dropped;
-            if self.queue_policy != QueuePolicy::DropOldest || self.queue.is_empty() {
-                self.steps.done(None, delivery.id);
-                return delivered;
-            }
-            let oldest = self.queue.drop_oldest();
-            self.steps.done(None, oldest);
-        }
-        self.queue.push(delivery, self.steps.is_on() && self.link.is_none());
-        delivered
-    }
-
-    /// More can go out if the outbox gets room.
-    pub fn wants_pump(&self) -> bool {
-        !self.queue.is_empty() || self.inflight.has_unsent()
-    }
-
-    /// Sends what waits, as far as the client's Receive Maximum and the outbox allow.
-    pub fn pump(&mut self, now_ms: u64, server: &ServerLimits, out: &mut Outbox) {
-        let Some(link) = &mut self.link else { return };
-        let quota = usize::from(link.limits.receive_maximum);
-        let mut frames = FrameCache::default();
-        while self.inflight.has_unsent() && self.inflight.outstanding() < quota && out.len() < server.outbound_bytes_max
-        {
-            if self.inflight.waits_for_store() {
-                return;
-            }
-            let Some(slot) = self.inflight.next_unsent() else { break };
-            match &slot.phase {
-                Phase::Publish(delivery) => {
-                    let incoming = Incoming::from_message(&delivery.message);
-                    let id = delivery.id;
-                    let wish = Wish { qos: delivery.qos, retain: delivery.retain, ids: &delivery.ids, id };
-                    frames.reset();
-                    let packet_id = slot.packet_id;
-                    if link.fits(now_ms, &incoming, wish) {
-                        link.send_publish(now_ms, &incoming, wish, Some((packet_id, true)), &mut frames, out);
-                    } else {
-                        // The client takes less than last time. [MQTT-3.1.2-25]
-                        self.inflight.finish(packet_id);
-                        self.steps.done(Some(packet_id), id);
-                    }
-                }
-                Phase::Release => {
-                    let ack = Ack {
-                        packet_id: slot.packet_id,
-                        reason: ReasonCode::SUCCESS,
-                        reason_string: None,
-                        user_properties: UserProperties::default(),
-                    };
-                    out.append(|bytes| encode(link.version, &Packet::Pubrel(ack), bytes));
-                }
-                Phase::Done | Phase::Parked(..) => {}
-            }
-        }
-        while !self.inflight.has_unsent()
-            && self.inflight.outstanding() < quota
-            && self.inflight.has_room()
-            && out.len() < server.outbound_bytes_max
-        {
-            let Some(delivery) = self.queue.pop() else { break };
-            let message = Arc::clone(&delivery.message);
-            let ids = delivery.ids.clone();
-            let incoming = Incoming::from_message(&message);
-            let wish = Wish { qos: delivery.qos, retain: delivery.retain, ids: &ids, id: delivery.id };
-            if incoming.is_expired(now_ms) || !link.fits(now_ms, &incoming, wish) {
-                self.steps.done(None, wish.id);
-                continue;
-            }
-            let packet_id = self.inflight.push_sent(delivery);
-            if let Some(id) = wish.id {
-                self.steps.note(Step::Sent { packet_id, id, qos: wish.qos });
-            }
-            frames.reset();
-            link.send_publish(now_ms, &incoming, wish, Some((packet_id, false)), &mut frames, out);
-        }
-        self.refresh_availability(out.len(), server);
-    }
-
-    /// Tells the router whether Shared Subscriptions should count on this member.
-    pub fn refresh_availability(&self, outbound: usize, server: &ServerLimits) {
-        if self.shares == 0 {
-            return;
-        }
-        let Some(link) = &self.link else { return };
-        let ready = self.queue.is_empty()
-            && outbound < server.outbound_bytes_max
-            && self.inflight.outstanding() < usize::from(link.limits.receive_maximum);
-        self.availability.set(if ready { Available::Ready } else { Available::Busy });
-    }
-}
-
-fn kept(incoming: &Incoming<'_>, wish: Wish<'_>, share: Option<&Arc<crate::router::Group>>) -> Delivery {
-    Delivery {
-        message: Arc::clone(incoming.message()),
-        qos: wish.qos,
-        retain: wish.retain,
-        ids: SmallVec::from_slice(wish.ids),
-        id: wish.id,
-        share: share.cloned(),
-    }
-}
-
-impl Link {
-    /// The client takes packets of this size. What is larger counts as delivered. [MQTT-3.1.2-25]
-    fn fits(&self, now_ms: u64, incoming: &Incoming<'_>, wish: Wish<'_>) -> bool {
-        if self.limits.packet_bytes_max == u32::MAX {
-            return true;
-        }
-        let head = PublishHead {
-            dup: false,
-            qos: wish.qos,
-            retain: wish.retain,
-            topic: incoming.topic,
-            packet_id: (wish.qos != Qos::AtMostOnce).then_some(NonZeroU16::MIN),
-            topic_alias: (self.limits.topic_alias_maximum > 0).then_some(NonZeroU16::MIN),
-            message_expiry: incoming.expiry_left(now_ms),
-            subscription_ids: wish.ids,
-            properties: incoming.properties,
-        };
-        publish_len(self.version, &head, incoming.payload.len()) <= self.limits.packet_bytes_max as usize
-    }
-
-    fn send_publish(
-        &mut self,
-        now_ms: u64,
-        incoming: &Incoming<'_>,
-        wish: Wish<'_>,
-        packet: Option<(PacketId, bool)>,
-        frames: &mut FrameCache,
-        out: &mut Outbox,
-    ) -> Delivered {
-        if packet.is_none() && !self.fits(now_ms, incoming, wish) {
-            return Delivered::Dropped;
-        }
-        if wish.ids.is_empty() && self.limits.topic_alias_maximum == 0 {
-            let (frame, packet_id_at) = frames.frame(incoming, now_ms, self.version, wish.qos, wish.retain);
-            out.append(|bytes| {
-                let start = bytes.len();
-                bytes.extend_from_slice(frame);
-                if let Some((packet_id, dup)) = packet {
-                    bytes[start] |= u8::from(dup) << 3;
-                    let at = start + packet_id_at;
-                    bytes[at..at + 2].copy_from_slice(&packet_id.get().to_be_bytes());
-                }
-            });
-            if incoming.shares_payload() {
-                out.push_shared(shared_payload(incoming));
-            }
-            return Delivered::Sent;
-        }
-        let (topic, topic_alias) = self.alias_for(incoming.topic);
-        let head = PublishHead {
-            dup: packet.is_some_and(|(_, dup)| dup),
-            qos: wish.qos,
-            retain: wish.retain,
-            topic,
-            packet_id: packet.map(|(packet_id, _)| packet_id),
-            topic_alias,
-            message_expiry: incoming.expiry_left(now_ms),
-            subscription_ids: wish.ids,
-            properties: incoming.properties,
-        };
-        out.append(|bytes| encode_publish_head(self.version, &head, incoming.payload.len(), bytes));
-        if incoming.shares_payload() {
-            out.push_shared(shared_payload(incoming));
-        } else {
-            out.extend(incoming.payload);
-        }
-        Delivered::Sent
-    }
-
-    /// The first topics of a connection get aliases, until the client's maximum is used up.
-    fn alias_for<'a>(&mut self, topic: &'a str) -> (&'a str, Option<NonZeroU16>) {
-        if self.version != Version::V5 || self.limits.topic_alias_maximum == 0 {
-            return (topic, None);
-        }
-        if let Some(alias) = self.aliases_out.get(topic) {
-            return ("", Some(*alias));
-        }
-        let used = self.aliases_out.len();
-        if used >= usize::from(self.limits.topic_alias_maximum) {
-            return (topic, None);
-        }
-        let alias = u16::try_from(used + 1).ok().and_then(NonZeroU16::new);
-        if let Some(alias) = alias {
-            self.aliases_out.insert(topic.into(), alias);
-        }
-        (topic, alias)
-    }
-}
-
-fn shared_payload(incoming: &Incoming<'_>) -> Bytes {
-    incoming.message().payload.clone()
 }
