@@ -5,6 +5,7 @@ use std::sync::mpsc::{Receiver, SyncSender};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use tracing::{error, info};
 use wasmtime::Engine;
 use wasmtime::component::{Component, InstancePre, Linker};
 use wasmtime_wasi::WasiCtxBuilder;
@@ -66,6 +67,8 @@ pub(crate) struct Generation {
     /// All calls of this build.
     pub(crate) calls: AtomicU64,
     pub(crate) born: Instant,
+    /// For the log, once it is in the chain.
+    loading: Mutex<Option<Loading>>,
     /// Of the largest instance after `init`.
     memory_bytes: AtomicUsize,
     /// SHA-256 of the component.
@@ -75,6 +78,14 @@ pub(crate) struct Generation {
     /// By shard. Only that shard takes from it; the lock is for the loader, which empties it in the end.
     idle: Box<[Mutex<Vec<Pooled>>]>,
     retired: AtomicBool,
+}
+
+/// How a build came to be.
+pub(crate) struct Loading {
+    pub(crate) what: &'static str,
+    pub(crate) load_ms: u64,
+    pub(crate) compile_ms: u64,
+    pub(crate) cached: bool,
 }
 
 impl Generation {
@@ -120,6 +131,7 @@ impl Generation {
             failures: AtomicU64::new(0),
             calls: AtomicU64::new(0),
             born: Instant::now(),
+            loading: Mutex::default(),
             memory_bytes: AtomicUsize::new(0),
             digest: digest.to_owned(),
             mounts: Arc::new(mounts),
@@ -127,6 +139,18 @@ impl Generation {
             idle: (0..parts.shards.max(1)).map(|_| Mutex::default()).collect(),
             retired: AtomicBool::new(false),
         })
+    }
+
+    pub(crate) fn set_loading(&self, loading: Loading) {
+        *self.loading.lock().unwrap_or_else(PoisonError::into_inner) = Some(loading);
+    }
+
+    /// Says in the log, once, that it is there.
+    pub(crate) fn announce(&self) {
+        let loading = self.loading.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(Loading { what, load_ms, compile_ms, cached }) = loading {
+            info!(plugin = %self.name, generation = self.number, load_ms, compile_ms, cached, "{what}");
+        }
     }
 
     /// What it wants to be shown; nothing before its first instance has said so.
@@ -178,7 +202,7 @@ impl Generation {
         self.fed(messages);
         if self.plugin.may_complain() {
             let (plugin, dropped) = (&self.name, self.plugin.feed.dropped());
-            tracing::error!(%plugin, dropped, "messages for `committed` are dropped: limits.feed_messages_max");
+            error!(%plugin, dropped, "messages for `committed` are dropped: limits.feed_messages_max");
         }
     }
 

@@ -17,7 +17,7 @@ use crate::cache::{self, Cache};
 use crate::chain::{Candidate, Chain, Link, Trial};
 use crate::config::{HostConfig, PluginConfig, PluginLimits};
 use crate::engine::{self, Clock, Pool};
-use crate::generation::{Generation, Identity, Parts, reap};
+use crate::generation::{Generation, Identity, Loading, Parts, reap};
 use crate::grants::{self, FILE_BYTES_MAX, Mounts};
 use crate::guest::linker;
 use crate::plugin::Plugin;
@@ -308,6 +308,7 @@ impl Loader {
         }
         let swap_us = begun.elapsed().as_micros() as u64;
         debug!(chain = chain.number, swap_us, "plugins swapped");
+        chain.generations().for_each(|generation| generation.announce());
         for generation in chain.serving() {
             generation.plugin.serving.store(Some(Arc::clone(generation)));
             background::start(&generation.plugin, &self.runtime);
@@ -446,7 +447,7 @@ impl Loader {
             (Some(_), Some(Trial::Shadow)) => "plugin on trial as a shadow",
         };
         let load_ms = begun.elapsed().as_millis() as u64;
-        info!(plugin = %config.name, generation = generation.number, load_ms, compile_ms, cached, "{what}");
+        generation.set_loading(Loading { what, load_ms, compile_ms, cached });
         Ok(generation)
     }
 }

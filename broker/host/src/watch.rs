@@ -20,8 +20,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// How often builds on probation or on trial are looked after.
 const LOOK_AFTER_EVERY: Duration = Duration::from_millis(100);
 
-/// How often the wait for quiet files begins again: a plugin that is written to all the time holds up no other.
-const RESTARTS_MAX: usize = 20;
+/// How long files may go on changing before they are looked at: one that is written to all the time holds up no other.
+const UNQUIET_MAX: Duration = Duration::from_millis(500);
 
 /// Orders that may wait for the loader; who has one more waits to give it.
 const WAITING_MAX: usize = 16;
@@ -134,17 +134,20 @@ impl Watch {
         }
     }
 
-    /// Waits until they are quiet.
+    /// Waits until they are quiet, or [`UNQUIET_MAX`] is over.
     fn are_files_changed(&self) -> bool {
-        let mut is_changed = false;
-        for _ in 0..RESTARTS_MAX {
-            if !self.changed.swap(false, Ordering::AcqRel) {
-                break;
-            }
-            is_changed = true;
-            std::thread::sleep(self.debounce);
+        if !self.changed.swap(false, Ordering::AcqRel) {
+            return false;
         }
-        is_changed
+        let begun = Instant::now();
+        let mut last = begun;
+        while last.elapsed() < self.debounce && begun.elapsed() < UNQUIET_MAX {
+            std::thread::sleep(self.debounce / 4);
+            if self.changed.swap(false, Ordering::AcqRel) {
+                last = Instant::now();
+            }
+        }
+        true
     }
 
     /// A folder that was moved, made again or is a link to another one now is not watched any more.
