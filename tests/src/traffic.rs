@@ -1,6 +1,7 @@
 //! A steady load of messages between pairs of clients, in the background of a test, that knows whether anything was
 //! lost, doubled or put into another order, and how long each message took.
 
+use std::fmt::{self, Debug, Formatter};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
@@ -32,16 +33,34 @@ struct Pair {
 }
 
 /// What became of it.
-#[derive(Debug)]
+#[derive(Default)]
 pub struct Report {
-    /// Messages, each of which arrived once and in order.
-    pub messages: u64,
-    /// Messages in a second.
-    pub per_sec: u64,
-    /// 99 of 100 took at most this long from one client to the other.
-    pub p99: Duration,
-    /// The longest.
-    pub max: Duration,
+    /// How long each message took from one client to the other; each arrived once and in order.
+    latencies: Vec<Duration>,
+    took: Duration,
+}
+
+impl Report {
+    /// Adds what became of another load.
+    pub fn extend(&mut self, other: Self) {
+        self.latencies.extend(other.latencies);
+        self.latencies.sort_unstable();
+        self.took += other.took;
+    }
+
+    /// 99 of 100 took at most this long.
+    pub fn p99(&self) -> Duration {
+        self.latencies.get(self.latencies.len() * 99 / 100).copied().unwrap_or_default()
+    }
+}
+
+impl Debug for Report {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let messages = self.latencies.len();
+        let per_sec = messages as u128 * 1000 / self.took.as_millis().max(1);
+        let longest = self.latencies.last().copied().unwrap_or_default();
+        write!(f, "{messages} messages, {per_sec}/s, p99 {:.1?}, longest {longest:.1?}", self.p99())
+    }
 }
 
 impl Traffic {
@@ -57,24 +76,14 @@ impl Traffic {
     /// Ends it, waits for what is on its way, and fails if anything is missing.
     pub fn stop(self) -> Report {
         self.stop.store(true, Ordering::SeqCst);
-        let mut messages = 0;
-        let mut latencies = Vec::new();
-        let took = self.begun.elapsed();
+        let mut report = Report { latencies: Vec::new(), took: self.begun.elapsed() };
         for pair in self.pairs {
             pair.publisher.join().expect("a publisher failed");
-            let mut seen = pair.subscriber.join().expect("a subscriber failed");
+            let seen = pair.subscriber.join().expect("a subscriber failed");
             assert_eq!(seen.len() as u64, pair.sent.load(Ordering::SeqCst), "messages are missing");
-            messages += seen.len() as u64;
-            latencies.append(&mut seen);
+            report.extend(Report { latencies: seen, took: Duration::ZERO });
         }
-        latencies.sort_unstable();
-        let at = |percent: usize| latencies.get(latencies.len() * percent / 100).or(latencies.last()).copied();
-        Report {
-            messages,
-            per_sec: messages * 1000 / (took.as_millis() as u64).max(1),
-            p99: at(99).unwrap_or_default(),
-            max: at(100).unwrap_or_default(),
-        }
+        report
     }
 }
 
