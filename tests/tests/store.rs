@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::Output;
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
 use wasmqtt_tests::{Broker, Client, Got, Message, Options, Version, Will, disk, wasmqtt};
 
 const V5: Version = Version::V5;
@@ -164,6 +165,21 @@ fn buckets_outlive_the_broker() {
         let line = exported.lines().find(|line| line.contains("plugin counter, bucket count: asked"));
         assert!(line.is_some_and(|line| line.contains(&format!("\"0{round}00000000000000\""))), "{exported}");
     }
+}
+
+/// Instances are told to end, and what they keep then is kept, before the store is closed.
+#[test]
+fn plugins_say_goodbye_before_the_store_is_closed() {
+    let mut broker = Broker::start(&format!(
+        "{CONFIG}[[plugin]]\nname = \"counter\"\npath = \"{}\"\nconfig = {{ end = \"count\" }}\n\
+         grants = {{ keyvalue_mib = 1 }}\n",
+        wasmqtt_guests::component("misbehave").display()
+    ));
+    broker.signal(Signal::TERM);
+    assert!(broker.wait().success());
+    assert!(!broker.log().contains("instances of plugins are still in use"), "{}", broker.log());
+    let exported = text_of(&run(broker.folder(), &["store", "export"]));
+    assert!(exported.contains("plugin counter, bucket count: asked"), "{exported}");
 }
 
 /// What a plugin collects is kept with the message, and comes again until the plugin has it.

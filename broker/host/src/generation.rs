@@ -1,7 +1,7 @@
 //! A loaded build of a plugin: compiled, checked, ready to be instantiated on any shard.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender};
+use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -381,22 +381,5 @@ impl Generation {
 impl Drop for Generation {
     fn drop(&mut self) {
         self.retire();
-    }
-}
-
-/// Says goodbye to instances that still can answer, and drops them all.
-pub(crate) fn reap(dead: &Receiver<Dead>, runtime: &tokio::runtime::Handle, clock: &Clock) {
-    const FAREWELL: Duration = Duration::from_secs(1);
-    for Dead { mut running, healthy } in dead {
-        if healthy {
-            let meter = running.meter();
-            running.store.set_epoch_deadline(1);
-            let Running { store, exports, .. } = &mut *running;
-            if let Some(lifecycle) = &exports.lifecycle {
-                let call = lifecycle.wasmqtt_plugin_lifecycle().call_shutdown(store);
-                let call = async { tokio::time::timeout(FAREWELL, metered(clock, &meter, FAREWELL, call)).await };
-                let _ = runtime.block_on(call);
-            }
-        }
     }
 }

@@ -30,6 +30,7 @@ mod metrics;
 mod network;
 mod plugin;
 mod probation;
+mod reaper;
 mod registration;
 mod rewrite;
 mod services;
@@ -54,6 +55,7 @@ pub use registration::Registered;
 use chain::Chain;
 use hook::Shown;
 use loader::Loader;
+use reaper::Reaper;
 use services::Door;
 use versions::Versions;
 use watch::{Order, Signal};
@@ -79,7 +81,8 @@ pub struct PluginHost {
     signal: Signal,
     runtime: tokio::runtime::Handle,
     versions: Versions,
-    loader: Mutex<Option<JoinHandle<()>>>,
+    /// Until it is stopped.
+    threads: Mutex<Option<(JoinHandle<()>, Reaper)>>,
 }
 
 /// One serving plugin, for status displays.
@@ -185,11 +188,11 @@ impl PluginHost {
         let debounce = config.debounce;
         let chain = Arc::new(ArcSwap::default());
         let door = Door::default();
-        let mut loader = Loader::new(config, Arc::clone(&chain), Arc::clone(&door), runtime.clone())?;
+        let (mut loader, reaper) = Loader::new(config, Arc::clone(&chain), Arc::clone(&door), runtime.clone())?;
         let versions = loader.versions();
         loader.load_all(true)?;
         let (signal, thread) = watch::start(loader, debounce)?;
-        Ok(Arc::new(Self { chain, door, signal, runtime, versions, loader: Mutex::new(Some(thread)) }))
+        Ok(Arc::new(Self { chain, door, signal, runtime, versions, threads: Mutex::new(Some((thread, reaper))) }))
     }
 
     /// Some plugin decides who may connect.
@@ -244,18 +247,20 @@ impl PluginHost {
         self.signal.rescan();
     }
 
-    /// Stops watching and unloads. Calls under way may finish; later ones find no plugins.
+    /// Stops watching, unloads, and waits until instances have said goodbye: views of shards should be gone by now, or
+    /// it waits for them in vain, two seconds at most. Calls under way may finish; later ones find no plugins.
     pub fn stop(&self) {
         self.signal.stop();
-        let thread = self.loader.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(thread) = thread {
-            let _ = thread.join();
-        }
+        let threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some((loader, reaper)) = threads else { return };
+        let _ = loader.join();
         let old = self.chain.swap(Arc::default());
         for generation in old.generations() {
             generation.retire();
             generation.plugin.end();
         }
+        drop(old);
+        reaper.finish();
     }
 }
 

@@ -5,7 +5,6 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -17,11 +16,12 @@ use crate::cache::{self, Cache};
 use crate::chain::{Candidate, Chain, Link, Trial};
 use crate::config::{HostConfig, PluginConfig, PluginLimits};
 use crate::engine::{self, Clock, Pool};
-use crate::generation::{Generation, Identity, Loading, Parts, reap};
+use crate::generation::{Generation, Identity, Loading, Parts};
 use crate::grants::{self, FILE_BYTES_MAX, Mounts};
 use crate::guest::linker;
 use crate::plugin::Plugin;
 use crate::probation::{Judgement, Probation};
+use crate::reaper::Reaper;
 use crate::services::Door;
 use crate::versions::Versions;
 
@@ -37,8 +37,6 @@ const FOLDER_PLUGINS: usize = 4;
 
 /// A file that was changed so short a time ago may still be written to.
 const WRITING: Duration = Duration::from_millis(300);
-/// Instances that wait for their end.
-const DEAD_MAX: usize = 1024;
 
 /// What is known about a plugin beyond one build.
 struct Known {
@@ -74,24 +72,16 @@ impl Loader {
         chain: Arc<ArcSwap<Chain>>,
         door: Door,
         runtime: tokio::runtime::Handle,
-    ) -> Result<Self, HostError> {
+    ) -> Result<(Self, Reaper), HostError> {
         let cache = Cache::open(&config.cache_dir)?;
         grants::clean(&copies(&cache));
         let engine = engine::engine(Some(pool(&config)))?;
         let linker = linker(&engine)?;
         let clock = Clock::start(engine.clone())?;
-        let (reaper, dead) = sync_channel(DEAD_MAX);
-        let (reaper_runtime, reaper_clock) = (runtime.clone(), Arc::clone(&clock));
-        let reap = move || {
-            reap(&dead, &reaper_runtime, &reaper_clock);
-            // Without it the last guests could not be interrupted, so it ends last.
-            reaper_clock.stop();
-        };
-        let thread = std::thread::Builder::new().name("plugin-reaper".into()).spawn(reap);
-        thread.map_err(|error| HostError::new(format!("cannot start the plugin reaper: {error}")))?;
-        let parts = Parts { engine, linker, clock, reaper, shards: config.shards, door };
+        let (dead, reaper) = Reaper::start(runtime.clone(), Arc::clone(&clock))?;
+        let parts = Parts { engine, linker, clock, reaper: dead, shards: config.shards, door };
         let versions = Versions::new(cache.dir().join("versions"));
-        Ok(Self {
+        let loader = Self {
             config,
             chain,
             parts,
@@ -101,7 +91,8 @@ impl Loader {
             probations: Vec::new(),
             look_again: false,
             runtime,
-        })
+        };
+        Ok((loader, reaper))
     }
 
     /// Folders in which something lies that a plugin is made from.

@@ -22,8 +22,9 @@ use wasmqtt_protocol::topic::Filter;
 
 /// One component without a broker around it, with everything granted but files.
 struct Bench {
-    host: Arc<PluginHost>,
+    // Before the host, which waits for it.
     shard: Box<dyn ShardPlugins>,
+    host: Arc<PluginHost>,
     runtime: Runtime,
     /// From the file to an instance that answers.
     start: Duration,
@@ -68,7 +69,7 @@ impl Bench {
         let start = begun.elapsed();
         let shard = host.shard(0);
         drop(entered);
-        Ok(Self { host, shard, runtime, start, cache })
+        Ok(Self { shard, host, runtime, start, cache })
     }
 
     fn run<T>(&self, call: impl Future<Output = T>) -> T {
@@ -81,6 +82,7 @@ impl Bench {
 
     /// Stops it, and gives back what it has compiled.
     fn close(self) -> tempfile::TempDir {
+        drop(self.shard);
         self.host.stop();
         self.cache
     }

@@ -18,8 +18,9 @@ use wasmqtt_protocol::ports::{AuthOutcome, AuthRequest, AuthStep, Grant, Plugins
 const PATIENCE: Duration = Duration::from_mins(1);
 
 pub struct Broker {
-    pub host: Arc<PluginHost>,
+    // Before the host, which waits for it.
     pub shard: Box<dyn ShardPlugins>,
+    pub host: Arc<PluginHost>,
     pub folder: TempDir,
     runtime: Runtime,
 }
@@ -45,7 +46,7 @@ impl Broker {
         })?;
         let shard = host.shard(0);
         drop(entered);
-        Ok(Self { host, shard, folder, runtime })
+        Ok(Self { shard, host, folder, runtime })
     }
 
     pub fn authenticate(&self, request: AuthRequest) -> AuthOutcome {

@@ -7,6 +7,8 @@ use wasmqtt_sdk::{Auth, Bucket, Challenge, HttpRequest, Outcome, Plugin, Request
 /// Its settings.
 pub struct Misbehave {
     answer: String,
+    /// It counts when it is told to end.
+    counts_end: bool,
 }
 
 impl Plugin for Misbehave {
@@ -19,7 +21,14 @@ impl Plugin for Misbehave {
             Some("fail") => return Err("as told".into()),
             _ => {}
         }
-        Ok(Self { answer: settings.get("answer").unwrap_or("allow").to_owned() })
+        let answer = settings.get("answer").unwrap_or("allow").to_owned();
+        Ok(Self { answer, counts_end: settings.get("end") == Some("count") })
+    }
+
+    fn shutdown(&self) {
+        if self.counts_end {
+            let _ = count();
+        }
     }
 
     fn health(&self) -> Result<(), String> {
