@@ -3,7 +3,7 @@
 use std::num::NonZeroU16;
 use std::sync::Arc;
 
-use hashbrown::{HashMap, HashSet};
+use hashbrown::HashSet;
 
 use super::inflight::{Inflight, Phase};
 use super::queue::Queue;
@@ -86,7 +86,8 @@ pub struct Session {
     pub key: SessionKey,
     /// The Will Message of the present or last Network Connection.
     pub will: Option<Box<WillMessage>>,
-    subscriptions: HashMap<Filter, Subscription, foldhash::fast::RandomState>,
+    /// In the order of their filters: most Sessions have one or two, and a hash table for these is four times as large.
+    subscriptions: Vec<(Filter, Subscription)>,
     /// When its queue is full.
     pub queue_policy: QueuePolicy,
     pub(super) inflight: Inflight,
@@ -107,7 +108,7 @@ impl Session {
             client_id,
             key,
             will: None,
-            subscriptions: HashMap::default(),
+            subscriptions: Vec::new(),
             queue_policy: QueuePolicy::default(),
             inflight: Inflight::default(),
             queue: Queue::default(),
@@ -145,9 +146,13 @@ impl Session {
         &self.availability
     }
 
-    /// The subscriptions, in no order.
+    /// The subscriptions, in the order of their filters.
     pub fn subscriptions(&self) -> impl Iterator<Item = (&Filter, &Subscription)> {
-        self.subscriptions.iter()
+        self.subscriptions.iter().map(|(filter, subscription)| (filter, subscription))
+    }
+
+    fn place_of(&self, filter: &Filter) -> Result<usize, usize> {
+        self.subscriptions.binary_search_by(|(known, _)| known.cmp(filter))
     }
 
     /// How many subscriptions it has.
@@ -157,22 +162,30 @@ impl Session {
 
     /// The subscription with this filter.
     pub fn subscription(&self, filter: &Filter) -> Option<&Subscription> {
-        self.subscriptions.get(filter)
+        self.place_of(filter).ok().map(|at| &self.subscriptions[at].1)
     }
 
     /// Keeps a subscription; gives back the one it replaces. [MQTT-3.8.4-3]
     pub fn subscribe(&mut self, filter: Filter, subscription: Subscription) -> Option<Subscription> {
-        let shared = filter.share().is_some();
-        let old = self.subscriptions.insert(filter, subscription);
-        self.shares += usize::from(shared && old.is_none());
-        old
+        match self.place_of(&filter) {
+            Ok(at) => Some(std::mem::replace(&mut self.subscriptions[at].1, subscription)),
+            Err(at) => {
+                self.shares += usize::from(filter.share().is_some());
+                if self.subscriptions.is_empty() {
+                    self.subscriptions.reserve_exact(1);
+                }
+                self.subscriptions.insert(at, (filter, subscription));
+                None
+            }
+        }
     }
 
     /// Ends a subscription; `false` if there was none.
     pub fn unsubscribe(&mut self, filter: &Filter) -> bool {
-        let found = self.subscriptions.remove(filter).is_some();
-        self.shares -= usize::from(found && filter.share().is_some());
-        found
+        let Ok(at) = self.place_of(filter) else { return false };
+        self.subscriptions.remove(at);
+        self.shares -= usize::from(filter.share().is_some());
+        true
     }
 
     /// A Network Connection begins, after its CONNACK was written: sends again what was not acknowledged, then what
