@@ -111,6 +111,9 @@ fn check_crashes(durability: &str, power_loss: bool, crashes: usize) {
         let kept = retained.load(Ordering::SeqCst);
         world.crash();
         check_retained(world.broker(), kept);
+        if (round + 1) % 50 == 0 {
+            println!("killed {} of {crashes} times, nothing lost so far", round + 1);
+        }
     }
     subscribers[2].away.store(false, Ordering::SeqCst);
     stop.store(true, Ordering::SeqCst);
