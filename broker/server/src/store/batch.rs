@@ -33,6 +33,8 @@ struct Op {
 pub(super) struct Batch {
     ops: Vec<Op>,
     bytes: Vec<u8>,
+    /// Rows that were put a moment ago may not be needed any more.
+    removes: bool,
 }
 
 /// One row of a batch.
@@ -51,6 +53,25 @@ impl Batch {
 
     pub(super) fn len_bytes(&self) -> usize {
         self.bytes.len()
+    }
+
+    pub(super) fn len_rows(&self) -> usize {
+        self.ops.len()
+    }
+
+    pub(super) fn removes(&self) -> bool {
+        self.removes
+    }
+
+    /// Keeps its memory.
+    pub(super) fn clear(&mut self) {
+        self.ops.clear();
+        self.bytes.clear();
+        self.removes = false;
+    }
+
+    pub(super) fn capacity_bytes(&self) -> usize {
+        self.bytes.capacity() + self.ops.capacity() * size_of::<Op>()
     }
 
     pub(super) fn rows(&self) -> impl Iterator<Item = Row<'_>> {
@@ -72,6 +93,7 @@ impl Batch {
         let middle = self.bytes.len();
         value(&mut self.bytes);
         let (key, value) = ((middle - start) as u32, (self.bytes.len() - middle) as u32);
+        self.removes |= matches!(kind, Kind::Delete | Kind::Done);
         self.ops.push(Op { family, kind, key, value });
     }
 

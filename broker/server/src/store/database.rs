@@ -104,7 +104,8 @@ impl Database {
         options.set_block_based_table_factory(&blocks);
         options.set_write_buffer_size((self.config.write_buffer_mib as usize * MIB / 2).max(MIB));
         if matches!(family, Family::Message | Family::Retained | Family::Session) {
-            options.set_compression_type(DBCompressionType::Lz4);
+            // Most of what is young is deleted before it is merged.
+            options.set_compression_per_level(&[DBCompressionType::None, DBCompressionType::Lz4]);
         } else {
             options.set_compression_type(DBCompressionType::None);
         }

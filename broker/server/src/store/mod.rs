@@ -74,6 +74,10 @@ impl StoreConfig {
     }
 }
 
+/// Batches that are kept for their memory, and the largest of them.
+const SPARE_MAX: usize = 64;
+const SPARE_BYTES_MAX: usize = 256 << 10;
+
 /// What a shard and the threads of the store share.
 #[derive(Default)]
 struct Line {
@@ -89,6 +93,8 @@ struct Lines {
     stopping: AtomicBool,
     next_session: AtomicU64,
     next_message: AtomicU64,
+    /// Batches that were written, for their memory.
+    spare: Mutex<Vec<Batch>>,
 }
 
 impl Lines {
@@ -100,7 +106,24 @@ impl Lines {
             stopping: AtomicBool::new(false),
             next_session: AtomicU64::new(1),
             next_message: AtomicU64::new(1),
+            spare: Mutex::default(),
         }
+    }
+
+    /// Takes back what was written, as far as it is worth keeping.
+    fn give_back(&self, batches: impl Iterator<Item = Batch>) {
+        let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        for mut batch in batches.filter(|batch| batch.capacity_bytes() <= SPARE_BYTES_MAX) {
+            if spare.len() == SPARE_MAX {
+                break;
+            }
+            batch.clear();
+            spare.push(batch);
+        }
+    }
+
+    fn empty_batch(&self) -> Batch {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
     }
 
     fn line(&self, shard: usize) -> &Line {
@@ -291,7 +314,7 @@ impl ShardStore for RocksShard {
             return;
         }
         self.ticket += 1;
-        let batch = std::mem::take(&mut self.batch);
+        let batch = std::mem::replace(&mut self.batch, self.lines.empty_batch());
         self.lines.waiting_bytes.fetch_add(batch.len_bytes(), Ordering::Relaxed);
         self.send(Job::Batch { shard: self.index, ticket: self.ticket, batch });
     }

@@ -17,6 +17,8 @@ use super::{Durability, Lines};
 
 /// Bytes of one write.
 const GROUP_BYTES_MAX: usize = 16 << 20;
+/// What RocksDB needs for a row in a write, beside key and value: kind, column family, two lengths.
+const ROW_OVERHEAD_BYTES: usize = 16;
 /// Between two attempts to write when the last one failed.
 const RETRY_PAUSE: Duration = Duration::from_millis(250);
 /// Between two lines about it.
@@ -74,6 +76,7 @@ impl Writer {
         let mut last_sync = Instant::now();
         while let Some(group) = self.next_group(&mut last_sync) {
             self.commit(&group.batches);
+            self.lines.give_back(group.batches.into_iter().map(|(_, _, batch)| batch));
             for load in group.loads {
                 let _ = self.reader.send(load);
             }
@@ -134,7 +137,8 @@ impl Writer {
     }
 
     fn commit(&mut self, batches: &[(usize, Ticket, Batch)]) {
-        let mut plan = Plan::default();
+        let mut plan = Plan { is_final: !batches.iter().any(|(_, _, batch)| batch.removes()), ..Plan::default() };
+        plan.writes.reserve(batches.iter().map(|(_, _, batch)| batch.len_rows()).sum());
         for row in batches.iter().flat_map(|(_, _, batch)| batch.rows()) {
             plan.add(row, &mut self.counts);
         }
@@ -172,7 +176,7 @@ impl Writer {
         let Some(db) = held.db() else { return Err(self.database.wrong("it cannot be opened")) };
         let columns = Family::ALL.map(|family| column(db, family));
         let column = |family: Family| columns[family as usize].as_ref().map_err(|error| StoreError(error.to_string()));
-        let mut rows = WriteBatch::default();
+        let mut rows = WriteBatch::with_capacity_bytes(plan.bytes + plan.writes.len() * ROW_OVERHEAD_BYTES);
         for write in plan.writes.iter().flatten() {
             match *write {
                 Write::Put(family, key, value) => rows.put_cf(column(family)?, key, value),
@@ -205,6 +209,10 @@ enum Write<'a> {
 #[derive(Default)]
 struct Plan<'a> {
     writes: Vec<Option<Write<'a>>>,
+    /// Keys and values.
+    bytes: usize,
+    /// Nothing in the group removes a row, so that none can be left out.
+    is_final: bool,
     /// Rows that did not exist before, and their places.
     fresh: HashMap<(Family, &'a [u8]), usize, foldhash::fast::RandomState>,
 }
@@ -216,7 +224,7 @@ impl<'a> Plan<'a> {
                 if receivers > 1 {
                     counts.insert(id_of(row.key), receivers);
                 } else {
-                    self.fresh.insert((row.family, row.key), self.writes.len());
+                    self.note_fresh(row);
                 }
                 self.put(row);
             }
@@ -229,7 +237,7 @@ impl<'a> Plan<'a> {
                     _ => false,
                 };
                 if is_new {
-                    self.fresh.insert((row.family, row.key), self.writes.len());
+                    self.note_fresh(row);
                 }
                 self.put(row);
             }
@@ -241,7 +249,14 @@ impl<'a> Plan<'a> {
         }
     }
 
+    fn note_fresh(&mut self, row: Row<'a>) {
+        if !self.is_final {
+            self.fresh.insert((row.family, row.key), self.writes.len());
+        }
+    }
+
     fn put(&mut self, row: Row<'a>) {
+        self.bytes += row.key.len() + row.value.len();
         self.writes.push(Some(Write::Put(row.family, row.key, row.value)));
     }
 
