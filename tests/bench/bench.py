@@ -52,8 +52,8 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def wait_for(port, process, seconds=10):
-    for _ in range(seconds * 20):
+def wait_for(port, process):
+    for _ in range(200):
         if process.poll() is not None:
             raise BrokerFault(f"{process.args[0]} ended before it listened (exit status {process.returncode})")
         with socket.socket() as probe:
@@ -95,23 +95,37 @@ def start(broker, options, scenario, folder, port):
     return [options.wasmqtt, "serve", "--config", path]
 
 
+def outcome(out, err):
+    """What mqload says; a run that lost, doubled or reordered a message does not count."""
+    line = json.loads(out) if out.strip() else {"ok": False, "errors": [err.strip()]}
+    if not line["ok"]:
+        raise BrokerFault(str(line.get("errors") or line.get("integrity")))
+    return line
+
+
+def under_load(command, folder, port, load):
+    """Starts a broker in `folder`, and gives what mqload says."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder)
+    try:
+        wait_for(port, process)
+        load = [*load, "--port", str(port), "--broker-pid", str(process.pid)]
+        done = subprocess.run(load, capture_output=True, text=True, timeout=300, check=False)
+    except subprocess.TimeoutExpired as fault:
+        raise BrokerFault(str(fault)) from fault
+    finally:
+        process.kill()
+        process.wait()
+    return outcome(done.stdout, done.stderr)
+
+
 def measure(broker, options, scenario):
     port = free_port()
-    with tempfile.TemporaryDirectory() as folder:
-        command = start(broker, options, scenario, folder, port)
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder)
-        try:
-            wait_for(port, process)
-            load = [options.mqload, *SCENARIOS[scenario].split(), "--port", str(port), "--broker-pid", str(process.pid)]
-            done = subprocess.run(load, capture_output=True, text=True, timeout=200, check=False)
-        except (BrokerFault, subprocess.TimeoutExpired) as fault:
-            return {"error": str(fault)}
-        finally:
-            process.kill()
-            process.wait()
-    line = json.loads(done.stdout) if done.stdout.strip() else {"ok": False, "errors": [done.stderr.strip()]}
-    if not line["ok"]:
-        return {"error": line.get("errors") or line.get("integrity")}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            command = start(broker, options, scenario, folder, port)
+            line = under_load(command, folder, port, [options.mqload, *SCENARIOS[scenario].split()])
+    except BrokerFault as fault:
+        return {"error": str(fault)}
     if scenario == "idle":
         return {"value": line["rss_bytes_per_conn"], "per_s": line["connect"]["per_s"]}
     run = line["run"]

@@ -95,12 +95,11 @@ class Contender:
 
     def result(self):
         """CPU-µs per message."""
-        out, err = self.load.communicate(timeout=60)
-        line = json.loads(out) if out.strip() else {"ok": False, "errors": [err.strip()]}
-        if not line["ok"]:
+        try:
+            return bench.outcome(*self.load.communicate(timeout=60))["run"]["cpu_us_per_msg"]
+        except bench.BrokerFault as fault:
             self.log.seek(0)
-            raise bench.BrokerFault(f"{line.get('errors') or line.get('integrity')}: {self.log.read()}")
-        return line["run"]["cpu_us_per_msg"]
+            raise bench.BrokerFault(f"{fault}: {self.log.read()}") from fault
 
     def end(self):
         for process in (self.load, self.broker):

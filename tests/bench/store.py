@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Measures what keeping costs: messages for Sessions that are away, their delivery later, and retained messages.
 
-    tests/bench/store.py                     all scenarios, three rounds
+    tests/bench/store.py                     all scenarios, seven rounds
     tests/bench/store.py offline --rounds 1
     tests/bench/store.py --json              for machines
 
 Brokers take turns: this one with `fsync`, `os` and `memory`, and mosquitto with persistence on, which writes now and
-then and does not sync. What counts is messages per second, medians over the rounds.
+then and does not sync. What counts is messages per second, medians over the rounds; ratios are medians of what each
+round gave.
 """
 
 import argparse
@@ -14,7 +15,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 
@@ -47,21 +47,12 @@ def start(broker, options, folder, port):
 
 def measure(broker, options, scenario):
     port = bench.free_port()
-    with tempfile.TemporaryDirectory(dir=options.dir) as folder:
-        command = start(broker, options, folder, port)
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder)
-        try:
-            bench.wait_for(port, process)
-            load = [options.mqload, *SCENARIOS[scenario].split(), "--port", str(port), "--broker-pid", str(process.pid)]
-            done = subprocess.run(load, capture_output=True, text=True, timeout=300, check=False)
-        except (bench.BrokerFault, subprocess.TimeoutExpired) as fault:
-            return {"error": str(fault)}
-        finally:
-            process.kill()
-            process.wait()
-    line = json.loads(done.stdout) if done.stdout.strip() else {"ok": False, "errors": [done.stderr.strip()]}
-    if not line["ok"]:
-        return {"error": line.get("errors") or line.get("integrity")}
+    try:
+        with tempfile.TemporaryDirectory(dir=options.dir) as folder:
+            command = start(broker, options, folder, port)
+            line = bench.under_load(command, folder, port, [options.mqload, *SCENARIOS[scenario].split()])
+    except bench.BrokerFault as fault:
+        return {"error": str(fault)}
     return {figure: line[figure] for figure in FIGURES[scenario]}
 
 
@@ -69,7 +60,7 @@ def main():
     target = os.environ.get("CARGO_TARGET_DIR", os.path.expanduser("~/.cache/wasmqtt/target"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenarios", nargs="*", help="which ones: " + ", ".join(SCENARIOS))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--dir", default=os.path.expanduser("~"), help="on the disk that is to be measured")
     parser.add_argument("--mqload", default=os.environ.get("MQLOAD") or shutil.which("mqload"))
@@ -80,30 +71,42 @@ def main():
         parser.error(f"no scenario {unknown[0]!r}; there are: {', '.join(SCENARIOS)}")
     if not options.mqload:
         parser.error("the load generator mqload is not in PATH; name it with MQLOAD")
-    table = {}
+    table, errors = {}, []
     for scenario in options.scenarios or SCENARIOS:
-        results = {broker: [] for broker in BROKERS}
+        rounds = []
         for round_ in range(options.rounds):
-            for broker in BROKERS:
-                print(f"{scenario} {round_ + 1}/{options.rounds} {broker}", file=sys.stderr)
-                result = measure(broker, options, scenario)
-                if "error" in result:
-                    print(f"  left out: {result['error']}", file=sys.stderr)
-                results[broker].append(result)
+            print(f"{scenario} {round_ + 1}/{options.rounds}", file=sys.stderr)
+            rounds.append({broker: measure(broker, options, scenario) for broker in BROKERS})
+        errors += [run["error"] for round_ in rounds for run in round_.values() if "error" in run]
         for figure in FIGURES[scenario]:
-            values = {broker: [r[figure] for r in results[broker] if figure in r] for broker in BROKERS}
-            table[f"{scenario} {figure}"] = {b: statistics.median(v) if v else None for b, v in values.items()}
+            table[f"{scenario} {figure}"] = summary(rounds, figure)
     if options.json:
         print(json.dumps(table, indent=1))
-        return
-    print("| figure | " + " | ".join(BROKERS) + " | fsync ÷ memory | fsync ÷ mosquitto |")
-    print("|---" * (len(BROKERS) + 3) + "|")
-    for name, values in table.items():
-        cells = [f"{values[b]:,.0f}" if values[b] else "–" for b in BROKERS]
-        for other in ("memory", "mosquitto"):
-            both = values["fsync"] and values[other]
-            cells.append(f"{values['fsync'] / values[other]:.2f}" if both else "–")
-        print(f"| {name} | " + " | ".join(cells) + " |")
+    else:
+        print("| figure | " + " | ".join(BROKERS) + " | fsync ÷ memory | fsync ÷ mosquitto |")
+        print("|---" * (len(BROKERS) + 3) + "|")
+        for name, row in table.items():
+            print(f"| {name} | " + " | ".join(shown(value) for value in row.values()) + " |")
+    if errors:
+        sys.exit("bench: some runs failed: " + "; ".join(str(error) for error in errors[:3]))
+
+
+def summary(rounds, figure):
+    def median(values):
+        return statistics.median(values) if values else None
+
+    row = {broker: median([round_[broker][figure] for round_ in rounds if figure in round_[broker]]) for broker in BROKERS}
+    for other in ("memory", "mosquitto"):
+        both = [(round_["fsync"], round_[other]) for round_ in rounds]
+        ratios = [mine[figure] / theirs[figure] for mine, theirs in both if figure in mine and figure in theirs]
+        row[f"fsync_to_{other}"] = median(ratios)
+    return row
+
+
+def shown(value):
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if value > 100 else f"{value:.2f}"
 
 
 if __name__ == "__main__":
