@@ -107,7 +107,7 @@ def measure(scenario, options):
             # What the start took beside what stays is given back within a moment.
             time.sleep(2)
             row = {"start_s": round(took, 2), "rss_mib": status_kb(process.pid, "VmRSS") // 1024}
-            if not all(is_there(port, n) for n in (1, options.count // 2, options.count - 1)):
+            if not all(is_there(port, n) for n in (0, options.count // 2, options.count - 1)):
                 raise bench.BrokerFault(f"{scenario}: not everything is there")
             return row
         finally:
@@ -127,7 +127,10 @@ def main():
     unknown = [name for name in options.scenarios if name not in SCENARIOS]
     if unknown:
         parser.error(f"no scenario {unknown[0]!r}; there are: {', '.join(SCENARIOS)}")
-    table = {scenario: measure(scenario, options) for scenario in options.scenarios or SCENARIOS}
+    try:
+        table = {scenario: measure(scenario, options) for scenario in options.scenarios or SCENARIOS}
+    except bench.BrokerFault as fault:
+        sys.exit(f"bench: {fault}")
     if options.json:
         print(json.dumps(table, indent=1))
         return
