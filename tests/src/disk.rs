@@ -1,10 +1,10 @@
-//! A disk that forgets and a disk that is full: a library that the broker is started with, between it and the system.
+//! A disk that forgets and a disk that cannot be written: a library that the broker is started with, between it and the system.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Notes the size of each log file at its last sync in `SYNC_NOTES`; while the file `DISK_FULL` exists, nothing can be
-/// written to files of a store.
+/// Notes the size of each log file at its last sync in `SYNC_NOTES`; while the file `DISK_FAULT` exists, nothing can be
+/// written to files of a store, with the error number in it.
 const SOURCE: &str = r#"
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -35,10 +35,15 @@ static void note(int fd) {
     ssize_t (*real)(int, const void *, size_t) = (ssize_t (*)(int, const void *, size_t))dlsym(RTLD_NEXT, "write");
     if (to >= 0) { if (real(to, line, length)) {} close(to); }
 }
-static int is_full(int fd) {
+static int fault(int fd) {
     char path[4096];
-    const char *flag = getenv("DISK_FULL");
-    return flag && access(flag, F_OK) == 0 && path_of(fd, path, sizeof path) && strstr(path, "/store/");
+    int number = 0;
+    const char *flag = getenv("DISK_FAULT");
+    FILE *file = flag ? fopen(flag, "r") : 0;
+    if (!file) return 0;
+    if (fscanf(file, "%d", &number) != 1) number = ENOSPC;
+    fclose(file);
+    return path_of(fd, path, sizeof path) && strstr(path, "/store/") ? number : 0;
 }
 int fsync(int fd) {
     int (*real)(int) = (int (*)(int))dlsym(RTLD_NEXT, "fsync");
@@ -54,7 +59,8 @@ int fdatasync(int fd) {
 }
 ssize_t write(int fd, const void *bytes, size_t count) {
     ssize_t (*real)(int, const void *, size_t) = (ssize_t (*)(int, const void *, size_t))dlsym(RTLD_NEXT, "write");
-    if (is_full(fd)) { errno = ENOSPC; return -1; }
+    int number = fault(fd);
+    if (number) { errno = number; return -1; }
     return real(fd, bytes, count);
 }
 "#;

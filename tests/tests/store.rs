@@ -301,12 +301,26 @@ fn a_full_queue_drops_or_refuses_as_its_listener_says() {
 /// What needs the store is refused, everything else goes on, and it recovers by itself.
 #[test]
 fn a_full_disk_refuses_what_would_have_to_be_kept() {
+    check_fault(28); // ENOSPC
+}
+
+#[test]
+fn a_read_only_disk_refuses_what_would_have_to_be_kept() {
+    check_fault(30); // EROFS
+}
+
+#[test]
+fn a_broken_disk_refuses_what_would_have_to_be_kept() {
+    check_fault(5); // EIO
+}
+
+fn check_fault(number: i32) {
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let (library, full) = (disk::library(folder.path()), folder.path().join("full"));
+    let (library, fault) = (disk::library(folder.path()), folder.path().join("fault"));
     let broker = Broker::start_with(
         folder,
         "[store]\ndurability = \"fsync\"\n",
-        &[("LD_PRELOAD", &library), ("DISK_FULL", &full)],
+        &[("LD_PRELOAD", &library), ("DISK_FAULT", &fault)],
     );
     let mut keeper = broker.connect(&lasting("keeper"));
     keeper.subscribe("kept", 1);
@@ -314,7 +328,7 @@ fn a_full_disk_refuses_what_would_have_to_be_kept() {
     let mut visitor = broker.connect(&lasting("visitor"));
     let mut publisher = broker.connect(&Options::new(V5, "publisher"));
     assert_eq!(publisher.publish(&Message::new("kept", "before").qos(1)), 0);
-    std::fs::write(&full, "").expect("write");
+    std::fs::write(&fault, number.to_string()).expect("write");
     // The first one finds out; it is acknowledged when it is kept, which is later.
     let first = publisher.send_publish(&Message::new("kept", "first").qos(1));
     broker.await_log("store cannot be written", 1);
@@ -326,7 +340,7 @@ fn a_full_disk_refuses_what_would_have_to_be_kept() {
     assert_eq!(other.subscribe("live", 1), 1);
     assert_eq!(other.publish(&Message::new("live", "goes on").qos(1)), 0);
     assert_eq!(other.message().text(), "goes on");
-    std::fs::remove_file(&full).expect("delete");
+    std::fs::remove_file(&fault).expect("delete");
     broker.await_log("store can be written again", 1);
     publisher.recv_where(|got| matches!(got, Got::Puback(id, 0) if *id == first).then_some(()));
     assert_eq!(other.publish(&Message::new("kept", "after").qos(1)), 0);
