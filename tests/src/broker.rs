@@ -96,7 +96,7 @@ impl Broker {
     pub fn await_log(&self, line: &str, times: usize) {
         let start = Instant::now();
         while self.log.lock().expect("log").matches(line).count() < times {
-            assert!(start.elapsed() < PATIENCE, "not logged {times} times: {line}");
+            assert!(start.elapsed() < PATIENCE, "not logged {times} times: {line}; but\n{}", self.log());
             thread::sleep(Duration::from_millis(5));
         }
     }

@@ -487,14 +487,14 @@ fn expiry_does_not_stop_what_was_begun() {
     let options = Options::new(V5, "subscriber").resume();
     let mut subscriber = broker.connect(&options);
     subscriber.subscribe("t", 2);
-    publisher.publish(&Message::new("t", "1").qos(2).expiry(1));
-    publisher.publish(&Message::new("t", "2").qos(2).expiry(1));
+    publisher.publish(&Message::new("t", "1").qos(2).expiry(2));
+    publisher.publish(&Message::new("t", "2").qos(2).expiry(2));
     let first = subscriber.recv_publish();
     let second = subscriber.recv_publish();
     subscriber.ack(Packet::Pubrec, first.id, 0);
     assert_eq!(subscriber.recv(), Got::Pubrel(first.id, 0));
     subscriber.vanish();
-    std::thread::sleep(Duration::from_millis(2100));
+    std::thread::sleep(Duration::from_millis(3100));
     let mut subscriber = broker.connect(&options);
     let got = [subscriber.recv(), subscriber.recv()];
     assert!(got.contains(&Got::Pubrel(first.id, 0)), "{got:?}");

@@ -149,7 +149,7 @@ fn will_delay_holds_the_will_back() {
     let start = Instant::now();
     assert_eq!(watcher.message().text(), "gone");
     let waited = start.elapsed();
-    assert!(waited > Duration::from_millis(900) && waited < Duration::from_secs(3), "{waited:?}");
+    assert!(waited > Duration::from_millis(900) && waited < Duration::from_secs(8), "{waited:?}");
 }
 
 /// [MQTT-3.1.3-9] (5.0).
@@ -157,18 +157,18 @@ fn will_delay_holds_the_will_back() {
 fn reconnect_within_the_will_delay_cancels_the_will() {
     let broker = Broker::start("");
     let mut watcher = watcher(&broker, V5);
-    broker.connect(&with_will(V5).resume().will_delay(1)).vanish();
+    broker.connect(&with_will(V5).resume().will_delay(2)).vanish();
     let back = broker.connect(&Options::new(V5, "mortal").resume());
     assert!(back.connack.session_present);
-    std::thread::sleep(Duration::from_millis(1500));
+    std::thread::sleep(Duration::from_millis(2500));
     watcher.check_silent();
     back.vanish();
     watcher.check_silent();
     // A takeover by a client that resumes cancels it the same way.
-    let mut old = broker.connect(&with_will(V5).resume().will_delay(1));
+    let mut old = broker.connect(&with_will(V5).resume().will_delay(2));
     let _new = broker.connect(&Options::new(V5, "mortal").resume());
     old.check_ended(0x8E);
-    std::thread::sleep(Duration::from_millis(1500));
+    std::thread::sleep(Duration::from_millis(2500));
     watcher.check_silent();
 }
 
@@ -217,12 +217,12 @@ fn message_expiry_of_a_will_counts_from_its_publication() {
     let mut late = broker.connect(&options);
     late.subscribe("will", 1);
     late.disconnect();
-    let will = Message::new("will", "gone").qos(1).expiry(2);
+    let will = Message::new("will", "gone").qos(1).expiry(3);
     let mortal = broker.connect(&Options::new(V5, "mortal").will(will));
-    std::thread::sleep(Duration::from_millis(2500));
+    std::thread::sleep(Duration::from_millis(3500));
     mortal.vanish();
     let message = broker.connect(&options).message();
-    assert!(message.expiry.is_some_and(|left| left == 1 || left == 2), "{message:?}");
+    assert!(message.expiry.is_some_and(|left| (1..=3).contains(&left)), "{message:?}");
 }
 
 /// A will with an empty payload is a message like others. MQTT 5.0 §3.1.3.4; 3.1.1 §3.1.3.3.

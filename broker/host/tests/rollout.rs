@@ -108,7 +108,7 @@ fn a_build_that_does_well_stays_and_the_old_one_is_let_go() {
 
 #[test]
 fn a_canary_serves_its_share_and_then_everybody() {
-    let rollout = Rollout::Canary { percent: 30, time: Duration::from_secs(3) };
+    let rollout = Rollout::Canary { percent: 30, time: Duration::from_secs(6) };
     let (broker, file) = start("misbehave", PluginConfig { rollout, ..misbehave("p", &[]) });
     replace(&file, &original("auth-demo"));
     broker.wait("the canary is there", |broker| broker.status("p").expect("serves").candidate.is_some());
