@@ -9,6 +9,8 @@ use wasmqtt_tests::{Broker, Client, Got, Message, Options, Version, Will, disk, 
 
 const V5: Version = Version::V5;
 const CONFIG: &str = "[store]\ndurability = \"os\"\n";
+/// For what the broker does without an answer: more than a busy machine needs for it.
+const A_MOMENT: Duration = Duration::from_secs(1);
 
 fn lasting(client_id: &str) -> Options {
     Options::new(V5, client_id).resume().session_expiry(3600)
@@ -97,7 +99,7 @@ fn wills_of_clients_that_were_there_are_published() {
     };
     broker.connect(&with_will("polite", None)).disconnect();
     // Nothing is answered to DISCONNECT: give it time to be kept.
-    std::thread::sleep(Duration::from_millis(300));
+    std::thread::sleep(A_MOMENT);
     let _at_once = broker.connect(&with_will("at-once", None));
     let _late = broker.connect(&with_will("late", Some(1)));
     let _back = broker.connect(&with_will("back", Some(60)));
@@ -119,7 +121,7 @@ fn sessions_expire_while_no_broker_runs() {
         client.disconnect();
     }
     // Nothing is answered to DISCONNECT: give it time to be kept.
-    std::thread::sleep(Duration::from_millis(300));
+    std::thread::sleep(A_MOMENT);
     let folder = broker.crash();
     std::thread::sleep(Duration::from_secs(2));
     let broker = Broker::start_in(folder, CONFIG);
@@ -140,7 +142,7 @@ fn bans_outlive_the_broker() {
     banned.subscribe("ban/me", 0);
     assert!(matches!(banned.recv(), Got::Disconnect(0x98, ..)));
     // Kept a moment later.
-    std::thread::sleep(Duration::from_millis(100));
+    std::thread::sleep(A_MOMENT);
     let broker = Broker::start_in(broker.crash(), &config);
     broker.check_refused(&Options::new(V5, "banned"), 0x8A);
     broker.connect(&Options::new(V5, "other")).disconnect();
@@ -159,7 +161,7 @@ fn buckets_outlive_the_broker() {
         let broker = Broker::start_in(folder, &config);
         broker.connect(&counting).disconnect();
         // Kept a moment later.
-        std::thread::sleep(Duration::from_millis(100));
+        std::thread::sleep(A_MOMENT);
         folder = broker.crash();
         let exported = text_of(&run(folder.path(), &["store", "export"]));
         let line = exported.lines().find(|line| line.contains("plugin counter, bucket count: asked"));
@@ -205,7 +207,7 @@ fn what_plugins_collect_outlives_the_broker() {
     assert_eq!(collected(folder.path()), 3);
     let broker = Broker::start_in(folder, &config("false"));
     // The store hears of it a moment later.
-    std::thread::sleep(Duration::from_millis(500));
+    std::thread::sleep(A_MOMENT);
     let folder = broker.crash();
     assert_eq!(collected(folder.path()), 0);
 }
@@ -226,21 +228,29 @@ fn what_is_sealed_is_stored_sealed_and_comes_out_open() {
     keeper.disconnect();
     let mut publisher = broker.connect(&Options::new(V5, "publisher"));
     publisher.publish(&Message::new("a", "plain text").qos(1).retained());
+    publisher.publish(&Message::new("a", "more plain text").qos(1));
     let folder = broker.crash();
     let plain = "706c61696e2074657874";
     let exported = text_of(&run(folder.path(), &["store", "export"]));
     assert!(exported.contains("message to a") && !exported.contains(plain), "{exported}");
-    let broker = Broker::start_in(folder, &config);
-    assert_eq!(queued(&broker, 1), ["plain text"]);
-    let mut late = broker.connect(&Options::new(V5, "late"));
-    late.subscribe("a", 0);
-    assert_eq!(late.message().text(), "plain text");
-    // Without the plugin nobody gets the sealed form.
-    let folder = broker.crash();
+    // Without the plugin nobody gets the sealed form, and others need not wait.
     let broker = Broker::start_in(folder, CONFIG);
     let mut late = broker.connect(&Options::new(V5, "late"));
     late.subscribe("a", 0);
     late.check_silent();
+    let mut keeper = broker.connect(&lasting("keeper"));
+    broker.await_log("a sealed message cannot be opened", 2);
+    let mut publisher = broker.connect(&Options::new(V5, "publisher"));
+    publisher.publish(&Message::new("a", "not sealed").qos(1));
+    assert_eq!(keeper.message().text(), "not sealed");
+    keeper.disconnect();
+    std::thread::sleep(A_MOMENT);
+    // Nothing of it is lost.
+    let broker = Broker::start_in(broker.crash(), &config);
+    assert_eq!(queued(&broker, 2), ["plain text", "more plain text"]);
+    let mut late = broker.connect(&Options::new(V5, "late"));
+    late.subscribe("a", 0);
+    assert_eq!(late.message().text(), "plain text");
 }
 
 /// A slow client gets its messages from the store, in order, however many there are.

@@ -3,13 +3,16 @@
 use std::num::{NonZeroU16, NonZeroU32};
 use std::sync::Arc;
 
+use bytes::Bytes;
+use smallvec::SmallVec;
 use wasmqtt_protocol::codec::{
     Ack, Auth, Connect, Disconnect, Limits, Packet, PacketId, Publish, PublishProperties, Qos, ReasonCode,
     UserProperties, Version, decode, encode, frame,
 };
-use wasmqtt_protocol::router::SessionKey;
+use wasmqtt_protocol::router::{Message, MessageId, SessionId, SessionKey};
 use wasmqtt_protocol::session::{
-    Delivered, Event, Fault, FrameCache, Incoming, Link, Outbox, ServerLimits, Session, Wish,
+    Delivered, Event, Fault, FrameCache, Incoming, Kept, Link, Outbox, Parked, QueuePolicy, ServerLimits, Session,
+    Step, Wish,
 };
 
 const VERSIONS: [Version; 3] = [Version::V31, Version::V311, Version::V5];
@@ -448,4 +451,76 @@ fn acknowledgements_out_of_order_are_accepted() {
     let mut again = Vec::new();
     encode(Version::V5, &Packet::Pingreq, &mut again);
     assert_eq!(again, [0xC0, 0]);
+}
+
+/// A message as the store gives it back; its payload is its name.
+fn kept(id: MessageId, sealed: bool) -> (MessageId, Option<Kept>) {
+    let message = Message {
+        topic: "t".into(),
+        payload: id.to_string().into(),
+        properties: Bytes::new(),
+        qos: Qos::ExactlyOnce,
+        retain: false,
+        expires_at_ms: None,
+        publisher: None,
+    };
+    (id, Some(Kept { message: Arc::new(message), sealed, qos: Qos::AtLeastOnce, retain: false, ids: SmallVec::new() }))
+}
+
+/// What storage hooks cannot open holds up nothing, keeps its place and its Packet Identifier, and is tried again on
+/// the next Network Connection. [MQTT-4.4.0-1], [MQTT-4.6.0-6]
+#[test]
+fn sealed_messages_wait_for_the_next_connection() {
+    let id = |n: u64| MessageId::new(n).expect("not zero");
+    let mut pair = Pair::new(&connect(Version::V5));
+    let parked = (3..6).map(|n| Parked::new(id(n), 10, None)).collect();
+    let inflight = vec![(1, Some((id(1), Qos::AtLeastOnce))), (2, Some((id(2), Qos::AtLeastOnce)))];
+    let (key, name) = (pair.session.key, SessionId::new(1).expect("not zero"));
+    pair.session = Session::restored("c".into(), key, name, 500, parked, inflight, Vec::new());
+
+    pair.connect(&connect(Version::V5));
+    let (turn, wanted) = pair.session.begin_load().expect("they are in the store");
+    assert_eq!(wanted, [1, 2, 3, 4, 5].map(id));
+    let sealed = |n: u64| kept(id(n), n == 1 || n == 3 || n == 4);
+    assert!(pair.session.loaded(turn, &(1..6).map(sealed).collect::<Vec<_>>()));
+    pair.session.pump(0, &pair.limits, &mut pair.out);
+    assert_eq!(pair.seen(), ["PUBLISH 2 t dup 2", "PUBLISH 3 t 5"]);
+    assert_eq!(pair.deliver("t", b"now", Qos::AtLeastOnce), Delivered::Sent);
+    assert_eq!(pair.seen(), ["PUBLISH 4 t now"]);
+    assert!(!pair.session.wants_load() && !pair.session.wants_pump());
+    assert_eq!(pair.session.queued(), 2);
+    for n in 2..5 {
+        pair.packet(Packet::Puback(ack(n))).expect("acknowledged");
+    }
+
+    pair.session.disconnected();
+    pair.connect(&connect(Version::V5));
+    let (turn, wanted) = pair.session.begin_load().expect("they are in the store");
+    assert_eq!(wanted, [1, 3, 4].map(id));
+    let open = |n: MessageId| kept(n, false);
+    assert!(pair.session.loaded(turn, &wanted.into_iter().map(open).collect::<Vec<_>>()));
+    pair.session.pump(0, &pair.limits, &mut pair.out);
+    assert_eq!(pair.seen(), ["PUBLISH 1 t dup 1", "PUBLISH 5 t 3", "PUBLISH 6 t 4"]);
+}
+
+/// Messages that cannot be opened count for the bounds of the queue, and are the oldest of it.
+#[test]
+fn sealed_messages_make_room_for_new_ones() {
+    let id = |n: u64| MessageId::new(n).expect("not zero");
+    let mut pair = Pair::new(&connect(Version::V5));
+    let (key, name) = (pair.session.key, SessionId::new(1).expect("not zero"));
+    let parked = vec![Parked::new(id(1), 10, None), Parked::new(id(2), 10, Some(5000))];
+    pair.session = Session::restored("c".into(), key, name, 500, parked, Vec::new(), Vec::new());
+    pair.limits.queue_messages_max = 2;
+    pair.session.queue_policy = QueuePolicy::DropOldest;
+    pair.connect(&Connect { receive_maximum: NonZeroU16::new(1), ..connect(Version::V5) });
+    let (turn, wanted) = pair.session.begin_load().expect("they are in the store");
+    assert!(pair.session.loaded(turn, &wanted.into_iter().map(|id| kept(id, true)).collect::<Vec<_>>()));
+    assert_eq!(pair.deliver("t", b"a", Qos::AtLeastOnce), Delivered::Sent);
+    assert_eq!(pair.deliver("t", b"b", Qos::AtLeastOnce), Delivered::Dropped);
+    let done = |id| Step::Done { packet_id: None, id };
+    assert_eq!(pair.session.take_steps(), [done(id(1))]);
+    assert_eq!(pair.session.drop_expired(5000, &mut 10), 1);
+    assert_eq!(pair.session.take_steps(), [done(id(2))]);
+    assert_eq!(pair.session.queued(), 1);
 }

@@ -14,6 +14,8 @@ pub(super) enum Phase {
     Publish(Box<Delivery>),
     /// The same, with a message that only the store has.
     Parked(MessageId, Qos),
+    /// The same, and it could not be opened: the next connection tries again.
+    Withheld(MessageId, Qos),
     /// PUBREC arrived; waits for PUBCOMP. The message itself is no longer needed. [MQTT-4.3.3-5]
     Release,
     /// Acknowledged, but an older one is not: keeps the place until the front moves on.
@@ -29,11 +31,16 @@ pub(super) struct Slot {
 }
 
 impl Slot {
+    /// Not sent again on this Network Connection.
+    fn is_passed_over(&self) -> bool {
+        matches!(self.phase, Phase::Done | Phase::Withheld(..))
+    }
+
     /// QoS and name of the message that waits for PUBACK or PUBREC.
     pub(super) fn message(&self) -> (Option<Qos>, Option<MessageId>) {
         match &self.phase {
             Phase::Publish(delivery) => (Some(delivery.qos), delivery.id),
-            Phase::Parked(id, qos) => (Some(*qos), Some(*id)),
+            Phase::Parked(id, qos) | Phase::Withheld(id, qos) => (Some(*qos), Some(*id)),
             Phase::Release | Phase::Done => (None, None),
         }
     }
@@ -163,10 +170,13 @@ impl Inflight {
     /// The client is gone: memory keeps only the messages that the store does not have.
     pub(super) fn park(&mut self) {
         for slot in &mut self.slots {
-            if let Phase::Publish(delivery) = &slot.phase
-                && let (Some(id), None) = (delivery.id, &delivery.share)
-            {
-                slot.phase = Phase::Parked(id, delivery.qos);
+            match &slot.phase {
+                Phase::Publish(delivery) if delivery.share.is_none() => {
+                    let Some(id) = delivery.id else { continue };
+                    slot.phase = Phase::Parked(id, delivery.qos);
+                }
+                Phase::Withheld(id, qos) => slot.phase = Phase::Parked(*id, *qos),
+                _ => {}
             }
         }
     }
@@ -181,9 +191,7 @@ impl Inflight {
 
     /// One that was [`Inflight::missing`] is here, or (`None`) nowhere; `false`: it is not one of these.
     pub(super) fn arrived(&mut self, id: MessageId, delivery: Option<Delivery>) -> bool {
-        let is_it = |slot: &Slot| matches!(slot.phase, Phase::Parked(other, _) if other == id);
-        let unsent = self.unsent;
-        let Some(slot) = self.slots.iter_mut().skip(unsent).find(|slot| is_it(slot)) else { return false };
+        let Some(slot) = self.find_parked(id) else { return false };
         if let Some(delivery) = delivery {
             slot.phase = Phase::Publish(Box::new(delivery));
         } else {
@@ -193,16 +201,30 @@ impl Inflight {
         true
     }
 
+    /// One that was [`Inflight::missing`] is here and cannot be opened; `false`: it is not one of these.
+    pub(super) fn withhold(&mut self, id: MessageId) -> bool {
+        let Some(slot) = self.find_parked(id) else { return false };
+        if let Phase::Parked(id, qos) = slot.phase {
+            slot.phase = Phase::Withheld(id, qos);
+        }
+        true
+    }
+
+    fn find_parked(&mut self, id: MessageId) -> Option<&mut Slot> {
+        let is_it = |slot: &&mut Slot| matches!(slot.phase, Phase::Parked(other, _) if other == id);
+        self.slots.iter_mut().skip(self.unsent).find(is_it)
+    }
+
     /// Nothing can be sent before the store has given the next message back.
     pub(super) fn waits_for_store(&self) -> bool {
-        let next = self.slots.iter().skip(self.unsent).find(|slot| !slot.sent && !matches!(slot.phase, Phase::Done));
+        let next = self.slots.iter().skip(self.unsent).find(|slot| !slot.sent && !slot.is_passed_over());
         matches!(next, Some(Slot { phase: Phase::Parked(..), .. }))
     }
 
     /// The next slot to send again, now counted as sent.
     pub(super) fn next_unsent(&mut self) -> Option<&mut Slot> {
         while let Some(slot) = self.slots.get(self.unsent) {
-            let skip = slot.sent || matches!(slot.phase, Phase::Done);
+            let skip = slot.sent || slot.is_passed_over();
             self.unsent += 1;
             if !skip {
                 self.outstanding += 1;

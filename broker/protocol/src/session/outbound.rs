@@ -65,7 +65,7 @@ impl Session {
             };
         }
         if let Some((link, out)) = online
-            && self.queue.is_empty()
+            && !self.queue.has_next()
             && !self.inflight.has_unsent()
             && self.inflight.has_room()
             && self.inflight.outstanding() < usize::from(link.limits.receive_maximum)
@@ -93,7 +93,7 @@ impl Session {
         let mut delivered = Delivered::Queued;
         while !self.queue.has_room_for(&delivery, messages_max, bytes_max) {
             delivered = Delivered::Dropped;
-            if self.queue_policy != QueuePolicy::DropOldest || self.queue.is_empty() {
+            if self.queue_policy != QueuePolicy::DropOldest || self.queue.len() == 0 {
                 self.steps.done(None, delivery.id);
                 return delivered;
             }
@@ -106,7 +106,7 @@ impl Session {
 
     /// More can go out if the outbox gets room.
     pub fn wants_pump(&self) -> bool {
-        !self.queue.is_empty() || self.inflight.has_unsent()
+        self.queue.has_next() || self.inflight.has_unsent()
     }
 
     /// Sends what waits, as far as the client's Receive Maximum and the outbox allow.
@@ -147,7 +147,7 @@ impl Session {
                     let ack = Ack { packet_id, reason, reason_string: None, user_properties };
                     out.append(|bytes| encode(link.version, &Packet::Pubrel(ack), bytes));
                 }
-                Phase::Done | Phase::Parked(..) => {}
+                Phase::Done | Phase::Parked(..) | Phase::Withheld(..) => {}
             }
         }
     }
@@ -179,7 +179,7 @@ impl Session {
             return;
         }
         let Some(link) = &self.link else { return };
-        let ready = self.queue.is_empty()
+        let ready = !self.queue.has_next()
             && outbound < server.outbound_bytes_max
             && self.inflight.outstanding() < usize::from(link.limits.receive_maximum);
         self.availability.set(if ready { Available::Ready } else { Available::Busy });

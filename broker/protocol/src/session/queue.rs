@@ -56,6 +56,8 @@ pub(super) struct Queue {
     window_bytes: usize,
     parked: VecDeque<Parked>,
     parked_bytes: usize,
+    /// So many of the oldest parked ones could not be opened: the next connection tries again.
+    withheld: usize,
 }
 
 impl Queue {
@@ -69,8 +71,9 @@ impl Queue {
         self.window.len() + self.parked.len()
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.window.is_empty() && self.parked.is_empty()
+    /// Some may be sent on this connection.
+    pub(super) fn has_next(&self) -> bool {
+        !self.window.is_empty() || self.parked.len() > self.withheld
     }
 
     /// Whether one more is within the bounds.
@@ -87,7 +90,7 @@ impl Queue {
         let is_full = self.window.len() >= WINDOW_MESSAGES_MAX || self.window_bytes >= WINDOW_BYTES_MAX;
         match delivery.id {
             // Those of Shared Subscriptions may go to other members, and stay whole.
-            Some(id) if delivery.share.is_none() && (park || is_full || !self.parked.is_empty()) => {
+            Some(id) if delivery.share.is_none() && (park || is_full || self.parked.len() > self.withheld) => {
                 let parked = parked(&delivery, id);
                 self.parked_bytes += parked.bytes as usize;
                 self.parked.push_back(parked);
@@ -111,14 +114,18 @@ impl Queue {
 
     /// Makes room; gives back what the store knew of the oldest.
     pub(super) fn drop_oldest(&mut self) -> Option<MessageId> {
+        if self.withheld > 0 {
+            self.withheld -= 1;
+            return self.remove_parked(0).map(|parked| parked.id);
+        }
         if let Some(delivery) = self.pop() {
             return delivery.id;
         }
-        self.pop_parked().map(|parked| parked.id)
+        self.remove_parked(0).map(|parked| parked.id)
     }
 
-    fn pop_parked(&mut self) -> Option<Parked> {
-        let parked = self.parked.pop_front()?;
+    fn remove_parked(&mut self, place: usize) -> Option<Parked> {
+        let parked = self.parked.remove(place)?;
         self.parked_bytes -= parked.bytes as usize;
         if self.parked.is_empty() {
             self.parked = VecDeque::new();
@@ -136,23 +143,35 @@ impl Queue {
             bytes += parked.bytes as usize;
             is_first || bytes <= WINDOW_BYTES_MAX
         };
-        self.parked.iter().take(room).take_while(fits).map(|parked| parked.id)
+        self.parked.iter().skip(self.withheld).take(room).take_while(fits).map(|parked| parked.id)
     }
 
     /// One that was [`Queue::missing`] is here, or (`None`) nowhere. Others may have been dropped meanwhile.
     pub(super) fn arrived(&mut self, id: MessageId, delivery: Option<Delivery>) {
-        if self.parked.front().is_none_or(|parked| parked.id != id) {
+        if !self.is_next(id) {
             return;
         }
-        self.pop_parked();
+        self.remove_parked(self.withheld);
         if let Some(delivery) = delivery {
             self.window_bytes += bytes_of(&delivery);
             self.window.push_back(delivery);
         }
     }
 
+    /// One that was [`Queue::missing`] is here and cannot be opened.
+    pub(super) fn withhold(&mut self, id: MessageId) {
+        self.withheld += usize::from(self.is_next(id));
+    }
+
+    fn is_next(&self, id: MessageId) -> bool {
+        self.parked.get(self.withheld).is_some_and(|parked| parked.id == id)
+    }
+
     /// The client is gone: memory keeps only what the store does not have.
     pub(super) fn park(&mut self) {
+        let younger = self.parked.split_off(self.withheld);
+        let withheld = std::mem::replace(&mut self.parked, younger);
+        self.withheld = 0;
         let (kept, mut gone): (VecDeque<_>, VecDeque<_>) =
             self.window.drain(..).partition(|delivery| delivery.id.is_none() || delivery.share.is_some());
         while let Some(delivery) = gone.pop_back() {
@@ -161,6 +180,9 @@ impl Queue {
                 self.parked_bytes += parked.bytes as usize;
                 self.parked.push_front(parked);
             }
+        }
+        for parked in withheld.into_iter().rev() {
+            self.parked.push_front(parked);
         }
         self.window = kept;
         self.window.shrink_to_fit();
@@ -188,9 +210,10 @@ impl Queue {
         }
         let mut expired = Vec::new();
         let front: Vec<Parked> = self.parked.drain(..looked_at).collect();
-        for parked in front.into_iter().rev() {
+        for (place, parked) in front.into_iter().enumerate().rev() {
             if parked.is_expired(now_ms) {
                 self.parked_bytes -= parked.bytes as usize;
+                self.withheld -= usize::from(place < self.withheld);
                 expired.push(parked.id);
             } else {
                 self.parked.push_front(parked);

@@ -391,7 +391,7 @@ impl Session {
 
     fn on_pubcomp(&mut self, ack: &Ack<'_>) -> Result<(), Fault> {
         match self.inflight.get_mut(ack.packet_id).map(|slot| &slot.phase) {
-            Some(Phase::Publish(_) | Phase::Parked(..)) => {
+            Some(Phase::Publish(_) | Phase::Parked(..) | Phase::Withheld(..)) => {
                 Err(fault(ReasonCode::PROTOCOL_ERROR, "PUBCOMP before PUBREC"))
             }
             Some(_) => {

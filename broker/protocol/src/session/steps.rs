@@ -70,7 +70,7 @@ impl Step {
 pub struct Kept {
     /// The message.
     pub message: Arc<Message>,
-    /// Storage hooks have to open it first.
+    /// Storage hooks have to open it first, or could not.
     pub sealed: bool,
     /// See [`super::Wish::qos`].
     pub qos: Qos,
@@ -184,13 +184,20 @@ impl Session {
         Some((self.steps.turn, ids))
     }
 
-    /// They are here; `false`: for a connection that is gone.
+    /// They are here; those that are sealed still are kept for the next connection. `false`: for a connection that is
+    /// gone.
     pub fn loaded(&mut self, turn: u32, messages: &[(MessageId, Option<Kept>)]) -> bool {
         if !self.steps.loading || turn != self.steps.turn {
             return false;
         }
         self.steps.loading = false;
         for (id, kept) in messages {
+            if kept.as_ref().is_some_and(|kept| kept.sealed) {
+                if !self.inflight.withhold(*id) {
+                    self.queue.withhold(*id);
+                }
+                continue;
+            }
             let delivery = kept.as_ref().map(|kept| queue::delivery(kept, *id));
             if !self.inflight.arrived(*id, delivery.clone()) {
                 self.queue.arrived(*id, delivery);
@@ -231,7 +238,7 @@ impl Session {
                         left.push(*delivery);
                     }
                 }
-                Phase::Parked(id, _) => self.steps.done(Some(packet_id), Some(id)),
+                Phase::Parked(id, _) | Phase::Withheld(id, _) => self.steps.done(Some(packet_id), Some(id)),
                 Phase::Release => self.steps.note(Step::Released { packet_id }),
                 Phase::Done => {}
             }

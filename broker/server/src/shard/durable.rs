@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use smallvec::SmallVec;
-use tracing::debug;
+use tracing::{debug, warn};
 use wasmqtt_protocol::access::{Action, Verdict};
 use wasmqtt_protocol::codec::Qos;
 use wasmqtt_protocol::ports::{Accepted, Change, Client, Load, Loaded, Receiver, ShardStore, Submission, Ticket};
@@ -310,10 +310,13 @@ impl Shard {
         for (id, kept) in &mut loaded.messages {
             let Some(message) = kept.as_mut().filter(|kept| kept.sealed) else { continue };
             match opened.next() {
-                Some(Accepted::Keep(open) | Accepted::Seal { delivered: open, .. }) => message.message = open,
+                Some(Accepted::Keep(open) | Accepted::Seal { delivered: open, .. }) => {
+                    message.message = open;
+                    message.sealed = false;
+                }
                 Some(Accepted::Discard(_)) | None => {
-                    tracing::warn!(message = id.get(), topic = %message.message.topic, "a sealed message cannot be opened");
-                    *kept = None;
+                    let (message, topic) = (id.get(), &message.message.topic);
+                    warn!(message, %topic, "a sealed message cannot be opened: it waits for the next connection");
                 }
             }
         }
