@@ -12,8 +12,8 @@ use std::time::Duration;
 use anyhow::{Context, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
-use wasmqtt_host::{Opinion, PluginHost};
-use wasmqtt_protocol::access::{Action, Verdict};
+use wasmqtt_host::{Opinion, Outcome, PluginHost};
+use wasmqtt_protocol::access::Action;
 use wasmqtt_protocol::codec::Qos;
 use wasmqtt_protocol::ports::{Access, Client};
 use wasmqtt_server::Inspector;
@@ -210,15 +210,10 @@ fn explain(
     );
     let opinions = plugins.explain(&client, access);
     let verdict = match &known {
-        Some((why, verdict)) => format!("{}, by {why}", in_words(*verdict)),
-        None => match opinions.iter().find(|opinion| opinion.verdict != "next") {
-            Some(opinion) if opinion.verdict == "failed" => format!("as on_error of {} says", opinion.plugin),
-            Some(opinion) => format!("{}, by {}", opinion.verdict, opinion.plugin),
-            None if opinions.is_empty() => "allow: no plugin decides about permissions".into(),
-            None => "deny: no plugin granted it".into(),
-        },
+        Some((why, verdict)) => format!("{verdict}, by {why}"),
+        None => decided(&opinions),
     };
-    let known = known.map(|(why, verdict)| format!("{why}: {}", in_words(verdict)));
+    let known = known.map(|(why, verdict)| format!("{why}: {verdict}"));
     Explanation {
         client_id: client.client_id.to_string(),
         principal: client.principal.to_string(),
@@ -229,11 +224,17 @@ fn explain(
     }
 }
 
-fn in_words(verdict: Verdict) -> String {
-    match verdict {
-        Verdict::Allow => "allow".into(),
-        Verdict::Deny(reason) => format!("deny 0x{:02X} {}", reason.0, reason.name()),
+/// The first opinion that decides; what all pass on is denied, and what nobody is asked about is allowed.
+fn decided(opinions: &[Opinion]) -> String {
+    for opinion in opinions {
+        if let Outcome::Decided(verdict) = opinion.outcome {
+            return format!("{verdict}, by {}", opinion.plugin);
+        }
     }
+    if opinions.iter().all(|opinion| opinion.outcome == Outcome::NotAsked) {
+        return "allow: no plugin decides about it".into();
+    }
+    "deny: no plugin granted it".into()
 }
 
 /// Asks the broker whose data folder this is; `components` follow the request.

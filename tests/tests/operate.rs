@@ -76,6 +76,27 @@ fn an_explanation_names_who_decides_and_why() {
     assert!(shown.contains("=> allow, by a lease"), "{shown}");
 }
 
+/// What a plugin is not asked about, and what a failure counts as.
+#[test]
+fn an_explanation_knows_the_configuration() {
+    let (folder, _) = folder();
+    let scope = "topics = [\"a/#\", \"b/#\"]\non_error = \"allow\"\n";
+    let second = "[[plugin]]\nname = \"second\"\npath = \"acl.wasm\"\norder = 200\ntopics = [\"b/#\"]\n\
+                  listeners = [\"mqtt://127.0.0.1:1\"]\n\
+                  grants = { publish = [\"#\"], disconnect = true, ban = true, revoke = true }\n";
+    let broker = Broker::start_in(folder, &format!("{CONFIG}{scope}{second}"));
+    let explain = |topic: &str| run(&broker, &["explain", "--client", "c", "--publish", topic]).expect("explains");
+    let shown = explain("c/x");
+    assert!(shown.contains("acl (build 1): not asked — its `topics` leave this out"), "{shown}");
+    assert!(shown.ends_with("=> allow: no plugin decides about it\n"), "{shown}");
+    let shown = explain("a/fail");
+    assert!(shown.contains("acl (build 1): failed — unavailable: as told; by `on_error`, that counts as allow"), "{shown}");
+    assert!(shown.ends_with("=> allow, by acl\n"), "{shown}");
+    let shown = explain("b/secret");
+    assert!(shown.contains("second (build 1): not asked — it has `listeners`"), "{shown}");
+    assert!(shown.ends_with("=> deny 0x87 Not authorized, by acl\n"), "{shown}");
+}
+
 #[test]
 fn without_a_broker_the_command_says_so() {
     let folder = tempfile::tempdir().expect("a temporary folder");

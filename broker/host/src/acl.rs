@@ -46,12 +46,8 @@ impl Question for Authorization {
     }
 
     fn fallback(&self, on_error: OnError) -> Vec<Decision> {
-        let verdict = match on_error {
-            OnError::Deny | OnError::Retry => Some(Verdict::Deny(ReasonCode::NOT_AUTHORIZED)),
-            OnError::Allow => Some(Verdict::Allow),
-            OnError::Skip => None,
-        };
-        self.accesses.iter().map(|_| Decision { verdict, lease: None, failed: true }).collect()
+        let failed = Decision { verdict: on_error.verdict(), lease: None, failed: true };
+        vec![failed; self.accesses.len()]
     }
 
     async fn put(&self, running: &mut Running, _plugin: &Arc<str>) -> wasmtime::Result<Said<Vec<Decision>>> {

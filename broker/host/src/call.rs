@@ -99,7 +99,9 @@ impl Fault {
 pub(crate) async fn consult<Q: Question>(slot: &Slot, question: &Q) -> Q::Answer {
     let Some(tried) = &slot.candidate else { return ask(slot, question).await };
     match tried.trial {
-        Trial::Canary(_) => ask(if tried.serves(question.client_id()) { &tried.slot } else { slot }, question).await,
+        Trial::Canary(_) => {
+            ask(if tried.trial.serves(question.client_id()) { &tried.slot } else { slot }, question).await
+        }
         Trial::Shadow => {
             let answer = ask(slot, question).await;
             compare(&tried.slot, question, &answer).await;
@@ -110,14 +112,13 @@ pub(crate) async fn consult<Q: Question>(slot: &Slot, question: &Q) -> Q::Answer
 
 /// Asks a build whose answer does not count.
 async fn compare<Q: Question>(slot: &Slot, question: &Q, answer: &Q::Answer) {
-    let counters = &slot.generation.plugin.counters;
-    counters.shadow_asked.fetch_add(1, Ordering::Relaxed);
+    slot.generation.compared.fetch_add(1, Ordering::Relaxed);
     let agrees = match tokio::time::timeout(SHADOW_PATIENCE, ask(slot, question)).await {
         Ok(other) => Q::agree(answer, &other),
         Err(_) => false,
     };
     if !agrees {
-        counters.shadow_differs.fetch_add(1, Ordering::Relaxed);
+        slot.generation.differs.fetch_add(1, Ordering::Relaxed);
         note_difference(slot, question.client_id());
     }
 }

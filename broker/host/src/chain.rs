@@ -1,5 +1,6 @@
 //! The plugins that serve now, in the order they are asked.
 
+use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -39,7 +40,25 @@ pub(crate) enum Trial {
     Shadow,
 }
 
+impl Trial {
+    /// Whether the build is for that client. The same clients are canaries on every shard and after a restart.
+    pub(crate) fn serves(self, client_id: &str) -> bool {
+        match self {
+            Self::Canary(percent) => {
+                BuildHasherDefault::<DefaultHasher>::default().hash_one(client_id) % 100 < u64::from(percent)
+            }
+            Self::Shadow => false,
+        }
+    }
+}
+
 impl Link {
+    /// The build that decides about a client.
+    pub(crate) fn build_for(&self, client_id: &str) -> &Arc<Generation> {
+        let tried = self.candidate.as_ref().filter(|tried| tried.trial.serves(client_id));
+        tried.map_or(&self.serving, |tried| &tried.generation)
+    }
+
     pub(crate) fn status(&self) -> Status {
         let tried = self.candidate.as_ref().map(|candidate| Tried {
             generation: candidate.generation.number,
@@ -50,8 +69,8 @@ impl Link {
             },
             calls: candidate.generation.calls.load(Ordering::Relaxed),
             failures: candidate.generation.failures.load(Ordering::Relaxed),
-            compared: self.serving.plugin.counters.shadow_asked.load(Ordering::Relaxed),
-            differs: self.serving.plugin.counters.shadow_differs.load(Ordering::Relaxed),
+            compared: candidate.generation.compared.load(Ordering::Relaxed),
+            differs: candidate.generation.differs.load(Ordering::Relaxed),
         });
         Status { candidate: tried, ..self.serving.status() }
     }

@@ -4,8 +4,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use wasmqtt_protocol::ports::Buckets;
-use wasmqtt_protocol::topic::Filter;
+use wasmqtt_protocol::access::{Action, Verdict};
+use wasmqtt_protocol::codec::ReasonCode;
+use wasmqtt_protocol::ports::{Access, Buckets};
+use wasmqtt_protocol::topic::{Filter, filters_overlap};
 
 use crate::chain::Trial;
 use crate::network::{HttpGrant, SocketGrant};
@@ -86,6 +88,25 @@ impl PluginConfig {
             Rollout::AtOnce | Rollout::Shadow => Duration::MAX,
         }
     }
+
+    pub(crate) fn is_for_listener(&self, listener: &str) -> bool {
+        self.listeners.is_empty() || self.listeners.iter().any(|name| name == listener)
+    }
+
+    pub(crate) fn is_for_topic(&self, topic: &str) -> bool {
+        self.topics.is_empty() || self.topics.iter().any(|filter| filter.matches(topic))
+    }
+
+    /// A Topic Filter is its business if one of its topics is.
+    pub(crate) fn is_for_access(&self, access: &Access) -> bool {
+        match access.action {
+            Action::Publish => self.is_for_topic(&access.topic),
+            Action::Subscribe => {
+                let overlaps = |filter: &Filter| filters_overlap(filter.topic_filter(), &access.topic);
+                self.topics.is_empty() || self.topics.iter().any(overlaps)
+            }
+        }
+    }
 }
 
 impl Default for PluginConfig {
@@ -158,6 +179,17 @@ pub enum OnError {
     Skip,
     /// A fresh instance is asked once; then as [`OnError::Deny`].
     Retry,
+}
+
+impl OnError {
+    /// What it stands for where a client wants to do something; `None`: the next plugin is asked.
+    pub(crate) fn verdict(self) -> Option<Verdict> {
+        match self {
+            Self::Deny | Self::Retry => Some(Verdict::Deny(ReasonCode::NOT_AUTHORIZED)),
+            Self::Allow => Some(Verdict::Allow),
+            Self::Skip => None,
+        }
+    }
 }
 
 /// A file or folder a plugin may reach.

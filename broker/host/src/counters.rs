@@ -22,9 +22,6 @@ pub(crate) struct Counters {
     pub(crate) rolled_back: AtomicU64,
     /// What it tried without a grant.
     pub(crate) denied: AtomicU64,
-    /// Answers of a shadow that were others than those of the serving build, and all it gave.
-    pub(crate) shadow_differs: AtomicU64,
-    pub(crate) shadow_asked: AtomicU64,
 }
 
 impl Counters {
@@ -35,8 +32,6 @@ impl Counters {
             breaker_opened: AtomicU64::new(0),
             rolled_back: AtomicU64::new(0),
             denied: AtomicU64::new(0),
-            shadow_differs: AtomicU64::new(0),
-            shadow_asked: AtomicU64::new(0),
         }
     }
 

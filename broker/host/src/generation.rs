@@ -66,6 +66,9 @@ pub(crate) struct Generation {
     pub(crate) failures: AtomicU64,
     /// All calls of this build.
     pub(crate) calls: AtomicU64,
+    /// Answers it gave as a shadow, and those of them that were others than the serving build's.
+    pub(crate) compared: AtomicU64,
+    pub(crate) differs: AtomicU64,
     pub(crate) born: Instant,
     /// For the log, once it is in the chain.
     loading: Mutex<Option<Loading>>,
@@ -130,6 +133,8 @@ impl Generation {
             services: Arc::new(services),
             failures: AtomicU64::new(0),
             calls: AtomicU64::new(0),
+            compared: AtomicU64::new(0),
+            differs: AtomicU64::new(0),
             born: Instant::now(),
             loading: Mutex::default(),
             memory_bytes: AtomicUsize::new(0),

@@ -46,7 +46,7 @@ use arc_swap::ArcSwap;
 use wasmqtt_protocol::ports::{Access, Broker, Client, Plugins, ShardPlugins, Submission};
 
 pub use config::{FileGrant, Grants, HostConfig, Mode, OnError, PluginConfig, PluginLimits, Rollout};
-pub use explain::Opinion;
+pub use explain::{Opinion, Outcome};
 pub use inspect::{Inspection, inspect};
 pub use metrics::Value;
 pub use network::{HttpGrant, SocketGrant};
@@ -233,8 +233,9 @@ impl PluginHost {
     /// What each `acl` plugin would say, in the order in which they are asked.
     pub fn explain(&self, client: &Arc<Client>, access: &Access) -> Vec<Opinion> {
         let chain = self.chain.load_full();
-        let asked = chain.serving().filter(|plugin| plugin.exports.acl.is_some());
-        asked.map(|plugin| self.runtime.block_on(explain::opinion(plugin, client, access))).collect()
+        let builds = chain.links.iter().map(|link| link.build_for(&client.client_id));
+        let asked = builds.filter(|build| build.exports.acl.is_some());
+        asked.map(|build| self.runtime.block_on(explain::opinion(build, client, access))).collect()
     }
 
     /// SHA-256 of the versions of a plugin that are kept, the last to serve first.

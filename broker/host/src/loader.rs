@@ -14,7 +14,7 @@ use crate::HostError;
 use crate::background;
 use crate::cache::{self, Cache};
 use crate::chain::{Candidate, Chain, Link, Trial};
-use crate::config::{HostConfig, PluginConfig, PluginLimits};
+use crate::config::{HostConfig, PluginConfig, PluginLimits, Rollout};
 use crate::engine::{self, Clock, Pool};
 use crate::generation::{Generation, Identity, Loading, Parts};
 use crate::grants::{self, FILE_BYTES_MAX, Mounts};
@@ -148,12 +148,17 @@ impl Loader {
 
     /// Builds all of them and lets them serve in one step, and keeps them in the files of the plugins; or none.
     pub(crate) fn deploy(&mut self, files: Vec<(String, Vec<u8>)>) -> Result<(), HostError> {
+        self.put(files, None)
+    }
+
+    /// `rollout`: instead of that in the configuration.
+    fn put(&mut self, files: Vec<(String, Vec<u8>)>, rollout: Option<Rollout>) -> Result<(), HostError> {
         let old = self.chain.load_full();
         let mut links = old.links.clone();
         let mut written = Vec::new();
         for (name, bytes) in files {
             let known = self.wanted().into_iter().map(|(config, _)| config).find(|config| config.name == name);
-            let config = match (known, &self.config.dir) {
+            let mut config = match (known, &self.config.dir) {
                 (Some(config), _) => config,
                 (None, Some(dir)) => unnamed(&dir.join(format!("{name}.wasm")))
                     .ok_or_else(|| HostError::new(format!("{name:?} is no name for a plugin")))?,
@@ -161,6 +166,7 @@ impl Loader {
                     return Err(HostError::new(format!("there is no plugin {name:?} and no plugin folder")));
                 }
             };
+            config.rollout = rollout.unwrap_or(config.rollout);
             let source = Source::of(&config, Ok(bytes.clone()));
             self.forgive(&name);
             let link = self.load(&config, source, old.link(&name));
@@ -177,7 +183,7 @@ impl Loader {
         Ok(())
     }
 
-    /// Lets an earlier version serve again: the one before, or the one whose digest begins so.
+    /// Lets an earlier version serve again, everybody and at once: the one before, or the one whose digest begins so.
     pub(crate) fn roll_back(&mut self, name: &str, digest: Option<&str>) -> Result<(), HostError> {
         let chain = self.chain.load_full();
         let link = chain.link(name).ok_or_else(|| HostError::new(format!("there is no plugin {name:?}")))?;
@@ -186,7 +192,7 @@ impl Loader {
             return Ok(());
         }
         let version = self.versions.find(name, &link.serving.digest, digest)?;
-        self.deploy(vec![(name.to_owned(), version)])
+        self.put(vec![(name.to_owned(), version)], Some(Rollout::AtOnce))
     }
 
     /// Ends a trial: the build on trial serves everybody.

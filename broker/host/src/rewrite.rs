@@ -105,7 +105,7 @@ fn groups<'a>(slot: &'a Slot, works: &[Work]) -> Vec<(&'a Slot, Vec<usize>)> {
         {
             continue;
         }
-        let to = if tried.is_some_and(|tried| tried.serves(client_id)) { &mut canary } else { &mut serving };
+        let to = if tried.is_some_and(|tried| tried.trial.serves(client_id)) { &mut canary } else { &mut serving };
         to.push(place);
     }
     let canary_slot = tried.map_or(slot, |tried| &tried.slot);

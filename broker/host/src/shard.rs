@@ -1,14 +1,14 @@
 //! The plugin chain as one shard sees it: its own instances, its own failures.
 
 use std::cell::{Cell, RefCell};
-use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher, RandomState};
+use std::hash::RandomState;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
 use arc_swap::{ArcSwap, Cache};
 use tokio::sync::Semaphore;
-use wasmqtt_protocol::access::{Action, Decision, Lease, Verdict};
+use wasmqtt_protocol::access::{Decision, Lease, Verdict};
 use wasmqtt_protocol::codec::ReasonCode;
 use wasmqtt_protocol::ports::{
     Accepted, Access, AuthOutcome, AuthRequest, AuthStep, Call, Client, Event, Interest, ShardPlugins, Submission,
@@ -50,18 +50,6 @@ pub(crate) struct Tried {
     pub(crate) trial: Trial,
 }
 
-impl Tried {
-    /// Whether this build is for that client. The same clients are canaries on every shard and after a restart.
-    pub(crate) fn serves(&self, client_id: &str) -> bool {
-        match self.trial {
-            Trial::Canary(percent) => {
-                BuildHasherDefault::<DefaultHasher>::default().hash_one(client_id) % 100 < u64::from(percent)
-            }
-            Trial::Shadow => false,
-        }
-    }
-}
-
 impl Slot {
     fn new(generation: &Arc<Generation>, shard: usize, candidate: Option<Tried>) -> Self {
         Self {
@@ -77,13 +65,7 @@ impl Slot {
     }
 
     pub(crate) fn is_for_listener(&self, listener: &str) -> bool {
-        let listeners = &self.generation.config.listeners;
-        listeners.is_empty() || listeners.iter().any(|name| name == listener)
-    }
-
-    fn is_for_topic(&self, topic: &str) -> bool {
-        let topics = &self.generation.config.topics;
-        topics.is_empty() || topics.iter().any(|filter| filter.matches(topic))
+        self.generation.config.is_for_listener(listener)
     }
 
     /// Whether a decision of this plugin may hold for a whole Topic Filter: not where it is not asked itself, and not
@@ -97,16 +79,6 @@ impl Slot {
         };
         (topics.is_empty() || topics.iter().any(|filter| filter_covers(filter.topic_filter(), scope)))
             && !before.iter().any(|other| is_asked_in(other))
-    }
-
-    fn is_for_access(&self, access: &Access) -> bool {
-        match access.action {
-            Action::Publish => self.is_for_topic(&access.topic),
-            Action::Subscribe => {
-                let topics = &self.generation.config.topics;
-                topics.is_empty() || topics.iter().any(|filter| filters_overlap(filter.topic_filter(), &access.topic))
-            }
-        }
     }
 }
 
@@ -206,7 +178,8 @@ impl ShardPlugins for View {
         let mut interest = Interest::default();
         for slot in &*self.slots() {
             let wanted = slot.generation.registration();
-            if slot.generation.exports.storage_hook.is_some() && wanted.wants_topic(topic) && slot.is_for_topic(topic) {
+            let is_here = slot.generation.exports.storage_hook.is_some() && slot.generation.config.is_for_topic(topic);
+            if is_here && wanted.wants_topic(topic) {
                 let bit = slot.generation.plugin.bit;
                 interest.before |= if wanted.before_store { bit } else { 0 };
                 interest.committed |= if wanted.committed { bit } else { 0 };
@@ -295,8 +268,8 @@ async fn authorize(slots: &[Rc<Slot>], client: Arc<Client>, accesses: &[Access])
     let is_responsible =
         |slot: &&Rc<Slot>| slot.generation.exports.acl.is_some() && slot.is_for_listener(&client.listener);
     for slot in slots.iter().filter(is_responsible) {
-        let open: Vec<usize> =
-            (0..accesses.len()).filter(|at| decisions[*at].is_none() && slot.is_for_access(&accesses[*at])).collect();
+        let is_open = |at: &usize| decisions[*at].is_none() && slot.generation.config.is_for_access(&accesses[*at]);
+        let open: Vec<usize> = (0..accesses.len()).filter(is_open).collect();
         if open.is_empty() {
             before.push(slot);
             continue;

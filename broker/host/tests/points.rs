@@ -315,8 +315,11 @@ fn floods_are_bounded() {
     let limits = PluginLimits { hook_cpu_ms: 2000, ..PluginLimits::default() };
     let broker = Broker::start(vec![PluginConfig { limits, ..probe(&[]) }]);
     let notes = attach(&broker);
+    let begun = Instant::now();
     assert_eq!(publish_to(&broker, "a/storm").verdict, Some(Verdict::Allow));
-    assert_eq!(notes.0.lock().unwrap().len(), 1000, "host_calls_per_sec");
+    let seconds = 1 + usize::try_from(begun.elapsed().as_secs()).unwrap();
+    let published = notes.0.lock().unwrap().len();
+    assert!((1000..=1000 * seconds).contains(&published), "host_calls_per_sec: {published} in {seconds} s");
     publish_to(&broker, "a/metrics");
     let status = broker.status("probe").unwrap();
     assert_eq!(status.metrics.len(), 200);

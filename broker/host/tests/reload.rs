@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::{Broker, allowed, another_build, denied, misbehave, plugin, replace, request};
-use wasmqtt_host::{FileGrant, Grants, Mode, PluginConfig, inspect};
+use wasmqtt_host::{FileGrant, Grants, Mode, PluginConfig, PluginLimits, inspect};
 use wasmqtt_protocol::ports::AuthOutcome;
 
 /// A broker whose folder holds the misbehaving guest as `m.wasm`.
@@ -54,7 +54,8 @@ fn a_new_build_serves_and_calls_under_way_end_on_the_old_one() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let file = folder.path().join("m.wasm");
     std::fs::copy(wasmqtt_guests::component("misbehave"), &file).expect("the guest is built");
-    let config = PluginConfig { probation: Duration::from_millis(100), ..plugin("m", &file, &[]) };
+    let limits = PluginLimits { deadline_ms: 60_000, cpu_ms: 60_000, ..PluginLimits::default() };
+    let config = PluginConfig { probation: Duration::from_millis(100), limits, ..plugin("m", &file, &[]) };
     let broker = Broker::try_start(folder, vec![config]).expect("loads");
     let mut old = broker.shard.authenticate(Arc::new(request("old", "work", "")));
     assert!(broker.poll(&mut old).is_pending());

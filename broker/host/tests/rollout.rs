@@ -149,6 +149,31 @@ fn a_shadow_is_compared_and_changes_nothing_until_it_is_promoted() {
     assert_eq!((tried.compared, tried.differs, tried.percent), (10, 10, None));
     broker.host.promote("p").expect("is promoted");
     assert!(matches!(broker.ask("c", "x"), AuthOutcome::Deny(_)));
+    // Back at once: an operator who wants that has no time for a trial.
+    broker.host.roll_back("p", None).expect("there is one");
+    assert_eq!(broker.ask("c", "x"), allowed("allow"));
+    assert_eq!(broker.status("p").expect("serves").candidate, None);
+    // Another trial is counted anew.
+    replace(&file, &another_build("misbehave"));
+    broker.wait("the next shadow is there", |broker| broker.status("p").expect("serves").candidate.is_some());
+    let tried = broker.status("p").expect("serves").candidate.expect("on trial");
+    assert_eq!((tried.compared, tried.differs), (0, 0));
+}
+
+#[test]
+fn an_explanation_asks_the_build_that_serves_the_client() {
+    let rollout = Rollout::Canary { percent: 50, time: Duration::from_mins(10) };
+    let (broker, file) = start("probe", PluginConfig { rollout, ..probe(&[]) });
+    replace(&file, &another_build("probe"));
+    broker.wait("the canary is there", |broker| broker.status("p").expect("serves").candidate.is_some());
+    let access = Access { action: Action::Publish, topic: "a".into(), qos: Qos::AtMostOnce, retain: false };
+    let mut seen = [false; 2];
+    for n in 0..20 {
+        let client = Client { client_id: format!("c{n}").into(), principal: "".into(), listener: "".into() };
+        let opinions = broker.host.explain(&Arc::new(client), &access);
+        seen[opinions[0].generation as usize - 1] = true;
+    }
+    assert_eq!(seen, [true, true]);
 }
 
 fn with_two(folder: &Path) -> Vec<PluginConfig> {

@@ -2,6 +2,7 @@
 //!
 //! Uses `topic` and `codec`; pure data, time is an argument.
 
+use std::fmt;
 use std::sync::Arc;
 
 use hashbrown::HashMap;
@@ -41,6 +42,16 @@ pub enum Verdict {
     Allow,
     /// It may not, with the Reason Code for the client.
     Deny(ReasonCode),
+}
+
+/// `allow`, or `deny 0x87 Not authorized`.
+impl fmt::Display for Verdict {
+    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Allow => to.write_str("allow"),
+            Self::Deny(reason) => write!(to, "deny 0x{:02X} {}", reason.0, reason.name()),
+        }
+    }
 }
 
 /// How long, and for what, a decision holds.
