@@ -9,8 +9,10 @@ use wasmqtt_tests::traffic::{Report, Traffic};
 use wasmqtt_tests::{Broker, Client, Got, Message, Options, Version};
 
 const V5: Version = Version::V5;
-/// What 99 of 100 messages of others may take while a plugin misbehaves.
+/// What 99 of 100 messages of others may take while a plugin misbehaves: this long, or, on a machine that is so busy
+/// with other things that they are slow anyway, so many times what they take without that.
 const P99_MAX: Duration = Duration::from_millis(20);
+const SLOWER_MAX: u32 = 3;
 /// Load before and after each attack.
 const AROUND: Duration = Duration::from_millis(1500);
 /// Bytes the broker may grow by: pooled instances and their memories are part of it.
@@ -50,7 +52,14 @@ fn under_load_for(broker: &Broker, around: Duration, attack: impl Fn(usize)) -> 
         if report.p99() < P99_MAX {
             return report;
         }
-        assert!(attempt < 3, "{report:?}");
+        let traffic = Traffic::start(broker.address(), 4, 20_000, None);
+        std::thread::sleep(2 * around);
+        let calm = traffic.stop();
+        println!("without an attack: {calm:?}");
+        if report.p99() < SLOWER_MAX * calm.p99() {
+            return report;
+        }
+        assert!(attempt < 3, "{report:?}; without an attack: {calm:?}");
     }
 }
 

@@ -90,7 +90,10 @@ fn an_explanation_knows_the_configuration() {
     assert!(shown.contains("acl (build 1): not asked — its `topics` leave this out"), "{shown}");
     assert!(shown.ends_with("=> allow: no plugin decides about it\n"), "{shown}");
     let shown = explain("a/fail");
-    assert!(shown.contains("acl (build 1): failed — unavailable: as told; by `on_error`, that counts as allow"), "{shown}");
+    assert!(
+        shown.contains("acl (build 1): failed — unavailable: as told; by `on_error`, that counts as allow"),
+        "{shown}"
+    );
     assert!(shown.ends_with("=> allow, by acl\n"), "{shown}");
     let shown = explain("b/secret");
     assert!(shown.contains("second (build 1): not asked — it has `listeners`"), "{shown}");

@@ -191,22 +191,21 @@ fn a_plugin_that_loops_delays_nobody_else_of_its_shard() {
         "shards = 1\n[[plugin]]\nname = \"misbehave\"\npath = \"{}\"\nlimits = {{ cpu_ms = 300 }}\n",
         component.display()
     ));
-    let mut worst = Duration::MAX;
-    // Somebody else may have the machine for a moment.
-    for attempt in 0..3 {
-        worst = worst.min(round_trips_while_looping(&broker, attempt));
-        if worst < Duration::from_millis(20) {
-            break;
-        }
-    }
-    println!("99 of 100 round trips took at most {worst:?} while a plugin looped");
-    assert!(worst < Duration::from_millis(20), "{worst:?}");
+    // Somebody else may have the machine for a moment, or for longer: then round trips are slow anyway.
+    let is_quick = (0..3).any(|attempt| {
+        let calm = round_trips(&broker, attempt, &[]);
+        let looping = round_trips(&broker, attempt, &[Version::V5, Version::V311, Version::V5]);
+        println!("99 of 100 round trips took at most {looping:?} while a plugin looped, {calm:?} before");
+        looping < Duration::from_millis(20).max(3 * calm)
+    });
+    assert!(is_quick);
 }
 
-fn round_trips_while_looping(broker: &Broker, attempt: usize) -> Duration {
+/// What 99 of 100 take at most, while these clients make the plugin loop.
+fn round_trips(broker: &Broker, attempt: usize, looping: &[Version]) -> Duration {
     let mut other = broker.connect(&Options::new(Version::V5, "other"));
     let mut waiting: Vec<Client> = Vec::new();
-    for (n, version) in [Version::V5, Version::V311, Version::V5].into_iter().enumerate() {
+    for (n, version) in looping.iter().copied().enumerate() {
         let mut client = Client::open(broker.address(), version);
         client.send_connect(&Options { version, ..login(&format!("loop-{attempt}-{n}"), "loop", "") });
         waiting.push(client);
