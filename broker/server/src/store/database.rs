@@ -87,7 +87,7 @@ impl Database {
         options.set_max_open_files(OPEN_FILES_MAX);
         options.set_max_background_jobs(2);
         options.set_db_write_buffer_size(self.config.write_buffer_mib as usize * MIB);
-        options.set_max_total_wal_size(4 * (self.config.write_buffer_mib as usize * MIB) as u64);
+        options.set_max_total_wal_size(2 * (self.config.write_buffer_mib as usize * MIB) as u64);
         // What was not synced may be cut off by a crash, and what comes before is whole.
         options.set_wal_recovery_mode(DBRecoveryMode::PointInTime);
         options.set_keep_log_file_num(LOG_FILES_MAX);

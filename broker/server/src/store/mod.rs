@@ -57,7 +57,7 @@ pub struct StoreConfig {
     pub path: PathBuf,
     /// What acknowledgements wait for.
     pub durability: Durability,
-    /// MiB of changes that RocksDB collects in memory before it writes them as a table; 1..=65536, default 64.
+    /// MiB of changes that RocksDB collects in memory before it writes them as a table; 1..=65536, default 128.
     pub write_buffer_mib: u32,
     /// MiB of tables kept in memory for reading; 1..=1048576, default 256.
     pub cache_mib: u32,
@@ -70,7 +70,7 @@ impl StoreConfig {
     /// With defaults.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         let sync_interval = Duration::ZERO;
-        Self { path: path.into(), durability: Durability::Fsync, write_buffer_mib: 64, cache_mib: 256, sync_interval }
+        Self { path: path.into(), durability: Durability::Fsync, write_buffer_mib: 128, cache_mib: 256, sync_interval }
     }
 }
 
