@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{BanPattern, Client};
 use crate::codec::Qos;
-use crate::router::{Message, MessageId, SessionId, SessionKey, Subscription};
+use crate::router::{Message, MessageId, MessageRef, SessionId, SessionKey, Subscription};
 use crate::session::{Kept, Parked, Step, WillMessage, Wish};
 use crate::topic::Filter;
 
@@ -50,7 +50,7 @@ pub enum Change<'a> {
         /// A new name.
         id: MessageId,
         /// The same for all its receivers.
-        message: &'a Message,
+        message: MessageRef<'a>,
         /// Storage hooks have to open it before anybody gets it.
         sealed: bool,
         /// Never empty; each Session once.
@@ -66,7 +66,7 @@ pub enum Change<'a> {
     /// A topic has another retained message.
     Retained {
         /// The message.
-        message: &'a Message,
+        message: MessageRef<'a>,
         /// Storage hooks have to open it before anybody gets it.
         sealed: bool,
     },
@@ -82,7 +82,7 @@ pub enum Change<'a> {
         /// Its publisher; `None`: the broker or a plugin.
         client: Option<&'a Client>,
         /// The message.
-        message: &'a Message,
+        message: MessageRef<'a>,
         /// Storage hooks have to open it before anybody gets it.
         sealed: bool,
         /// Never empty.

@@ -64,6 +64,36 @@ pub struct Message {
     pub publisher: Option<SessionKey>,
 }
 
+/// What the store keeps of a message, wherever that lies.
+#[derive(Debug, Clone, Copy)]
+pub struct MessageRef<'a> {
+    /// See [`Message::topic`].
+    pub topic: &'a str,
+    /// See [`Message::payload`].
+    pub payload: &'a [u8],
+    /// See [`Message::properties`].
+    pub properties: &'a [u8],
+    /// See [`Message::qos`].
+    pub qos: Qos,
+    /// See [`Message::retain`].
+    pub retain: bool,
+    /// See [`Message::expires_at_ms`].
+    pub expires_at_ms: Option<u64>,
+}
+
+impl<'a> From<&'a Message> for MessageRef<'a> {
+    fn from(message: &'a Message) -> Self {
+        Self {
+            topic: &message.topic,
+            payload: &message.payload,
+            properties: &message.properties,
+            qos: message.qos,
+            retain: message.retain,
+            expires_at_ms: message.expires_at_ms,
+        }
+    }
+}
+
 /// Whether a member of a Shared Subscription can take a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]

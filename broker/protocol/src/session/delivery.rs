@@ -8,8 +8,9 @@ use bytes::Bytes;
 use smallvec::SmallVec;
 
 use super::outbox::SHARED_PAYLOAD_BYTES_MIN;
+use super::queue::queued_bytes;
 use crate::codec::{PublishHead, Qos, Version, encode_publish_head};
-use crate::router::{Group, Message, MessageId, SessionKey};
+use crate::router::{Group, Message, MessageId, MessageRef, SessionKey};
 
 /// One message for one Session, as its subscription wants it.
 #[derive(Debug, Clone)]
@@ -103,8 +104,23 @@ impl<'a> Incoming<'a> {
     }
 
     /// What the store keeps.
-    pub fn kept(&self) -> &Arc<Message> {
-        self.kept_as.as_ref().unwrap_or_else(|| self.message())
+    pub fn kept(&self) -> MessageRef<'_> {
+        match &self.kept_as {
+            Some(message) => MessageRef::from(&**message),
+            None => MessageRef {
+                topic: self.topic,
+                payload: self.payload,
+                properties: self.properties,
+                qos: self.qos,
+                retain: self.retain,
+                expires_at_ms: self.expires_at_ms,
+            },
+        }
+    }
+
+    /// What it counts for in a queue.
+    pub(super) fn queued_bytes(&self) -> usize {
+        queued_bytes(self.topic.len(), self.properties.len(), self.payload.len())
     }
 
     pub(super) fn shares_payload(&self) -> bool {

@@ -7,7 +7,8 @@ use bytes::Bytes;
 use smallvec::SmallVec;
 
 use super::inflight::Phase;
-use super::{Delivery, FrameCache, Incoming, Link, Outbox, QueuePolicy, ServerLimits, Session, Step};
+use super::queue::bytes_of;
+use super::{Delivery, FrameCache, Incoming, Link, Outbox, Parked, QueuePolicy, ServerLimits, Session, Step};
 use crate::codec::{
     Ack, Packet, PacketId, PublishHead, Qos, ReasonCode, UserProperties, Version, encode, encode_publish_head,
     publish_len,
@@ -82,26 +83,51 @@ impl Session {
             self.refresh_availability(out.len(), server);
             return Delivered::Sent;
         }
-        self.enqueue(kept(incoming, wish, share), server)
+        match wish.id {
+            // Nobody reads it soon: only the store has it. Those of Shared Subscriptions may go to other members.
+            Some(id) if self.link.is_none() && share.is_none() && self.steps.is_on() => {
+                self.enqueue_parked(Parked::new(id, incoming.queued_bytes(), incoming.expires_at_ms), server)
+            }
+            _ => self.enqueue(kept(incoming, wish, share), server),
+        }
     }
 
     fn enqueue(&mut self, delivery: Delivery, server: &ServerLimits) -> Delivered {
         if self.shares > 0 && self.link.is_some() {
             self.availability.set(Available::Busy);
         }
-        let (messages_max, bytes_max) = (server.queue_messages_max, server.queue_bytes_max);
+        let (delivered, has_room) = self.make_room(bytes_of(&delivery), server);
+        if has_room {
+            self.queue.push(delivery);
+        } else {
+            self.steps.done(None, delivery.id);
+        }
+        delivered
+    }
+
+    fn enqueue_parked(&mut self, parked: Parked, server: &ServerLimits) -> Delivered {
+        let (delivered, has_room) = self.make_room(parked.bytes as usize, server);
+        if has_room {
+            self.queue.push_parked(parked);
+        } else {
+            self.steps.done(None, Some(parked.id));
+        }
+        delivered
+    }
+
+    /// Drops the oldest for one of so many bytes, where the policy says so: what becomes of messages, and whether there
+    /// is room.
+    fn make_room(&mut self, bytes: usize, server: &ServerLimits) -> (Delivered, bool) {
         let mut delivered = Delivered::Queued;
-        while !self.queue.has_room_for(&delivery, messages_max, bytes_max) {
+        while !self.queue.has_room_for(bytes, server.queue_messages_max, server.queue_bytes_max) {
             delivered = Delivered::Dropped;
             if self.queue_policy != QueuePolicy::DropOldest || self.queue.len() == 0 {
-                self.steps.done(None, delivery.id);
-                return delivered;
+                return (delivered, false);
             }
             let oldest = self.queue.drop_oldest();
             self.steps.done(None, oldest);
         }
-        self.queue.push(delivery, self.steps.is_on() && self.link.is_none());
-        delivered
+        (delivered, true)
     }
 
     /// More can go out if the outbox gets room.

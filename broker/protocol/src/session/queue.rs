@@ -40,7 +40,7 @@ pub fn queued_bytes(topic: usize, properties: usize, payload: usize) -> usize {
     topic + properties + payload + 64
 }
 
-fn bytes_of(delivery: &Delivery) -> usize {
+pub(super) fn bytes_of(delivery: &Delivery) -> usize {
     let message = &delivery.message;
     queued_bytes(message.topic.len(), message.properties.len(), message.payload.len())
 }
@@ -77,29 +77,32 @@ impl Queue {
     }
 
     /// Whether one more is within the bounds.
-    pub(super) fn has_room_for(&self, delivery: &Delivery, messages_max: usize, bytes_max: usize) -> bool {
-        self.len() < messages_max && self.window_bytes + self.parked_bytes + bytes_of(delivery) <= bytes_max
+    pub(super) fn has_room_for(&self, bytes: usize, messages_max: usize, bytes_max: usize) -> bool {
+        self.len() < messages_max && self.window_bytes + self.parked_bytes + bytes <= bytes_max
     }
 
     pub(super) fn is_full(&self, messages_max: usize, bytes_max: usize) -> bool {
         self.len() >= messages_max || self.window_bytes + self.parked_bytes >= bytes_max
     }
 
-    /// `park`: memory is for those that the client gets soon.
-    pub(super) fn push(&mut self, delivery: Delivery, park: bool) {
+    /// Memory is for those that the client gets soon.
+    pub(super) fn push(&mut self, delivery: Delivery) {
         let is_full = self.window.len() >= WINDOW_MESSAGES_MAX || self.window_bytes >= WINDOW_BYTES_MAX;
         match delivery.id {
             // Those of Shared Subscriptions may go to other members, and stay whole.
-            Some(id) if delivery.share.is_none() && (park || is_full || self.parked.len() > self.withheld) => {
-                let parked = parked(&delivery, id);
-                self.parked_bytes += parked.bytes as usize;
-                self.parked.push_back(parked);
+            Some(id) if delivery.share.is_none() && (is_full || self.parked.len() > self.withheld) => {
+                self.push_parked(parked(&delivery, id));
             }
             _ => {
                 self.window_bytes += bytes_of(&delivery);
                 self.window.push_back(delivery);
             }
         }
+    }
+
+    pub(super) fn push_parked(&mut self, parked: Parked) {
+        self.parked_bytes += parked.bytes as usize;
+        self.parked.push_back(parked);
     }
 
     /// The oldest, if it is in memory.

@@ -7,7 +7,7 @@ use tracing::{debug, warn};
 use wasmqtt_protocol::access::{Action, Verdict};
 use wasmqtt_protocol::codec::Qos;
 use wasmqtt_protocol::ports::{Accepted, Change, Client, Load, Loaded, Receiver, ShardStore, Submission, Ticket};
-use wasmqtt_protocol::router::{Message, MessageId, SessionId, SessionKey, Subscription, Target};
+use wasmqtt_protocol::router::{MessageId, MessageRef, SessionId, SessionKey, Subscription, Target};
 use wasmqtt_protocol::session::{Incoming, Step, WillMessage};
 use wasmqtt_protocol::topic::Filter;
 
@@ -57,7 +57,7 @@ impl Durable {
     /// A topic has another retained message (and whether it is sealed), or none any more. Called under the lock of the
     /// retained messages, and followed there by [`Durable::hand_over`]: changes of one topic by several shards reach the
     /// store in their order.
-    pub(super) fn write_retained(&mut self, topic: &str, message: Option<(&Message, bool)>) {
+    pub(super) fn write_retained(&mut self, topic: &str, message: Option<(MessageRef<'_>, bool)>) {
         // What the broker says of itself is true while it runs.
         if topic.starts_with("$SYS/") {
             return;
@@ -69,7 +69,7 @@ impl Durable {
     }
 
     /// A retained message is on its way to a new subscription.
-    pub(super) fn keep(&mut self, message: &Message, receiver: Receiver<'_>) -> MessageId {
+    pub(super) fn keep(&mut self, message: MessageRef<'_>, receiver: Receiver<'_>) -> MessageId {
         let id = self.store.new_message();
         self.store.write(Change::Queued { id, message, sealed: false, receivers: &[receiver] });
         id

@@ -255,7 +255,7 @@ impl Shard {
                 && let Some(name) = session.stored()
                 && self.plugins.interest(&waiting.message.topic).before == 0
             {
-                wish.id = Some(self.durable.keep(&waiting.message, Receiver { session: name, wish }));
+                wish.id = Some(self.durable.keep(waiting.message.as_ref().into(), Receiver { session: name, wish }));
             }
             self.frames.reset();
             let delivered =

@@ -442,7 +442,7 @@ mod tests {
         let names: Vec<MessageId> = (0..4).map(|_| shard.new_message()).collect();
         for id in &names {
             let message = message("a", Some(1_000_000));
-            shard.write(Change::Queued { id: *id, message: &message, sealed: false, receivers: &both });
+            shard.write(Change::Queued { id: *id, message: (&message).into(), sealed: false, receivers: &both });
         }
         let steps = [
             Step::Sent { packet_id: packet_id(65_535), id: names[0], qos: Qos::AtLeastOnce },
@@ -457,7 +457,7 @@ mod tests {
             shard.write(Change::Step { session: one, step });
         }
         for (topic, sealed) in [("r/1", true), ("r/2", false)] {
-            shard.write(Change::Retained { message: &message(topic, None), sealed });
+            shard.write(Change::Retained { message: (&message(topic, None)).into(), sealed });
         }
         shard.write(Change::RetainedRemoved { topic: "r/2" });
         let pattern = BanPattern::Address { network: "10.0.0.0".parse().expect("an address"), prefix: 8 };
@@ -511,7 +511,7 @@ mod tests {
             shard.write(Change::Session { session, client: &client, expiry: 1, closed_at_ms: None, will: None });
         }
         let (id, receivers) = (shard.new_message(), sessions.map(|session| Receiver { session, wish: wish(&[]) }));
-        shard.write(Change::Queued { id, message: &message("a", None), sealed: false, receivers: &receivers });
+        shard.write(Change::Queued { id, message: (&message("a", None)).into(), sealed: false, receivers: &receivers });
         settle(&mut *shard);
         shard.write(Change::Step { session: sessions[0], step: Step::Done { packet_id: None, id } });
         settle(&mut *shard);
@@ -538,7 +538,7 @@ mod tests {
         let ids: Vec<MessageId> = (0..3).map(|_| shard.new_message()).collect();
         for (id, plugins) in [(ids[0], &plugins[..]), (ids[1], &plugins[..1]), (ids[2], &plugins[1..])] {
             let (client, message) = (Some(&publisher), message("t", None));
-            shard.write(Change::Fed { id, client, message: &message, sealed: false, plugins });
+            shard.write(Change::Fed { id, client, message: (&message).into(), sealed: false, plugins });
         }
         shard.write(Change::FedDone { plugin: "tap", id: ids[1] });
         settle(&mut *shard);

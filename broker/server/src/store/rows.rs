@@ -8,7 +8,7 @@ use bytes::Bytes;
 use smallvec::SmallVec;
 use wasmqtt_protocol::codec::{Qos, RetainHandling, SubscribeOptions};
 use wasmqtt_protocol::ports::{BanPattern, Client, Receiver};
-use wasmqtt_protocol::router::{Message, MessageId, SessionId, Subscription};
+use wasmqtt_protocol::router::{Message, MessageId, MessageRef, SessionId, Subscription};
 use wasmqtt_protocol::session::WillMessage;
 
 /// Column families. A new one, or another form of a row, needs a new [`super::SCHEMA`].
@@ -146,7 +146,7 @@ const SEALED: u8 = 0b1000;
 const EXPIRES: u8 = 0b1_0000;
 
 /// What all forms of a message begin with.
-fn put_head(to: &mut Vec<u8>, message: &Message, sealed: bool) {
+fn put_head(to: &mut Vec<u8>, message: MessageRef<'_>, sealed: bool) {
     let retain = if message.retain { RETAIN } else { 0 };
     let is_sealed = if sealed { SEALED } else { 0 };
     let expires = if message.expires_at_ms.is_some() { EXPIRES } else { 0 };
@@ -183,10 +183,10 @@ fn message(head: &Head, topic: &str, properties: &[u8], payload: &[u8]) -> Messa
 }
 
 /// Row of [`Family::Message`].
-pub(super) fn put_message(to: &mut Vec<u8>, message: &Message, sealed: bool, receivers: &[Receiver<'_>]) {
+pub(super) fn put_message(to: &mut Vec<u8>, message: MessageRef<'_>, sealed: bool, receivers: &[Receiver<'_>]) {
     put_head(to, message, sealed);
     to.put_blob(message.topic.as_bytes());
-    to.put_blob(&message.properties);
+    to.put_blob(message.properties);
     to.put_u32(receivers.len() as u32);
     for Receiver { session, wish } in receivers {
         to.put_u64(session.get());
@@ -197,7 +197,7 @@ pub(super) fn put_message(to: &mut Vec<u8>, message: &Message, sealed: bool, rec
             to.put_u32(id.get());
         }
     }
-    to.extend_from_slice(&message.payload);
+    to.extend_from_slice(message.payload);
 }
 
 /// One receiver in a row of [`Family::Message`].
@@ -265,13 +265,13 @@ pub(super) fn plugin_number(name: &str) -> u64 {
 pub(super) fn put_feed(
     to: &mut Vec<u8>,
     client: Option<&Client>,
-    message: &Message,
+    message: MessageRef<'_>,
     sealed: bool,
     plugins: &[Arc<str>],
 ) {
     put_head(to, message, sealed);
     to.put_blob(message.topic.as_bytes());
-    to.put_blob(&message.properties);
+    to.put_blob(message.properties);
     to.put_u8(client.is_some().into());
     for text in client.into_iter().flat_map(|client| [&client.client_id, &client.principal, &client.listener]) {
         to.put_blob(text.as_bytes());
@@ -280,7 +280,7 @@ pub(super) fn put_feed(
     for plugin in plugins {
         to.put_blob(plugin.as_bytes());
     }
-    to.extend_from_slice(&message.payload);
+    to.extend_from_slice(message.payload);
 }
 
 /// What a row of [`Family::Feed`] says.
@@ -307,10 +307,10 @@ pub(super) fn take_feed(row: &[u8]) -> Option<FeedRow> {
 }
 
 /// Row of [`Family::Retained`], whose key is the Topic Name.
-pub(super) fn put_retained(to: &mut Vec<u8>, message: &Message, sealed: bool) {
+pub(super) fn put_retained(to: &mut Vec<u8>, message: MessageRef<'_>, sealed: bool) {
     put_head(to, message, sealed);
-    to.put_blob(&message.properties);
-    to.extend_from_slice(&message.payload);
+    to.put_blob(message.properties);
+    to.extend_from_slice(message.payload);
 }
 
 pub(super) fn take_retained(topic: &[u8], row: &[u8]) -> Option<(Message, bool)> {
@@ -338,7 +338,7 @@ pub(super) fn put_session(
         to.put_u32(will.delay);
         to.put_u8(will.expiry.is_some().into());
         to.put_u32(will.expiry.unwrap_or(0));
-        put_head(to, &will.message, false);
+        put_head(to, (&will.message).into(), false);
         to.put_blob(will.message.topic.as_bytes());
         to.put_blob(&will.message.properties);
         to.extend_from_slice(&will.message.payload);
