@@ -172,9 +172,7 @@ impl Queue {
 
     /// The client is gone: memory keeps only what the store does not have.
     pub(super) fn park(&mut self) {
-        let younger = self.parked.split_off(self.withheld);
-        let withheld = std::mem::replace(&mut self.parked, younger);
-        self.withheld = 0;
+        let withheld: Vec<Parked> = self.parked.drain(..std::mem::take(&mut self.withheld)).collect();
         let (kept, mut gone): (VecDeque<_>, VecDeque<_>) =
             self.window.drain(..).partition(|delivery| delivery.id.is_none() || delivery.share.is_some());
         while let Some(delivery) = gone.pop_back() {
