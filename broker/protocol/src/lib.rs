@@ -8,4 +8,5 @@ pub mod codec;
 pub mod ports;
 pub mod router;
 pub mod session;
+pub mod text;
 pub mod topic;
