@@ -9,21 +9,29 @@ use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use wasmqtt_protocol::access::{Decision, Verdict};
 use wasmqtt_protocol::codec::{Qos, ReasonCode};
 use wasmqtt_protocol::ports::{
-    Accepted, AuthOutcome, AuthRequest, AuthStep, BanPattern, Broker as Port, Call, Event, Interest, Memory, Outgoing,
-    Plugins, Refusal, ShardPlugins, Submission,
+    Accepted, Access, AuthOutcome, AuthRequest, AuthStep, BanPattern, Broker as Port, Call, Client, Event, Interest,
+    Memory, Outgoing, Plugins, Refusal, ShardPlugins, Store, Submission,
 };
 use wasmqtt_protocol::router::Message;
 
-use self::common::{Broker, CONNACK, PUBACK, PUBLISH, SUBACK};
+use self::common::store::Slow;
+use self::common::{Broker, CONNACK, PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL, SUBACK};
 
 /// Upper-cases `up/…`, refuses `no/…`, watches everything below `seen/`, in batches that wait while it is slow.
 #[derive(Default)]
 struct Hook {
     slow: AtomicBool,
+    /// While it is slow, it is so for batches with such topics only.
+    slow_for: Mutex<&'static str>,
     waiting: Mutex<Vec<Waker>>,
     batches: Mutex<Vec<usize>>,
+    /// Topics and publishers of what it was shown.
+    shown: Mutex<Vec<String>>,
+    /// Has to be asked what clients may do, and allows everything.
+    has_acl: AtomicBool,
     committed: Mutex<Vec<String>>,
     events: Mutex<Vec<String>>,
     broker: Mutex<Option<Arc<dyn Port>>>,
@@ -52,6 +60,11 @@ fn decide(sent: Submission) -> Accepted {
     Accepted::Keep(Arc::new(Message { payload, ..(*message).clone() }))
 }
 
+fn line(sent: &Submission) -> String {
+    let publisher = sent.client.as_ref().map_or("-", |client| &client.client_id);
+    format!("{} {publisher}", sent.message.topic)
+}
+
 struct Plug(Arc<Hook>);
 
 impl Plugins for Plug {
@@ -73,16 +86,26 @@ impl ShardPlugins for Plug {
     fn proceed(&self, _step: AuthStep) -> Call<AuthOutcome> {
         Box::pin(std::future::ready(AuthOutcome::Next))
     }
+    fn has_acl(&self) -> bool {
+        self.0.has_acl.load(Ordering::SeqCst)
+    }
+    fn authorize(&self, _client: Arc<Client>, accesses: Arc<[Access]>) -> Call<Vec<Decision>> {
+        let allowed = |_: &Access| Decision { verdict: Some(Verdict::Allow), ..Decision::default() };
+        Box::pin(std::future::ready(accesses.iter().map(allowed).collect()))
+    }
     fn interest(&self, topic: &str) -> Interest {
         let before = u64::from(topic.starts_with("up/") || topic.starts_with("no/") || topic.starts_with("seen/"));
         Interest { before, committed: u64::from(topic.starts_with("seen/")) }
     }
     fn before_store(&self, messages: Vec<Submission>) -> Call<Vec<Accepted>> {
         self.0.batches.lock().unwrap().push(messages.len());
+        self.0.shown.lock().unwrap().extend(messages.iter().map(line));
         let hook = Arc::clone(&self.0);
+        let slow_for = *hook.slow_for.lock().unwrap();
+        let may_wait = messages.iter().any(|sent| sent.message.topic.starts_with(slow_for));
         let mut messages = Some(messages);
         Box::pin(std::future::poll_fn(move |context| {
-            if hook.slow.load(Ordering::SeqCst) {
+            if may_wait && hook.slow.load(Ordering::SeqCst) {
                 hook.waiting.lock().unwrap().push(context.waker().clone());
                 return Poll::Pending;
             }
@@ -90,10 +113,7 @@ impl ShardPlugins for Plug {
         }))
     }
     fn committed(&self, messages: Vec<Submission>) {
-        let publisher =
-            |sent: &Submission| sent.client.as_ref().map_or("-".into(), |client| client.client_id.to_string());
-        let lines = messages.iter().map(|sent| format!("{} {}", sent.message.topic, publisher(sent)));
-        self.0.committed.lock().unwrap().extend(lines);
+        self.0.committed.lock().unwrap().extend(messages.iter().map(line));
     }
     fn wanted_events(&self) -> u32 {
         u32::MAX
@@ -105,8 +125,12 @@ impl ShardPlugins for Plug {
 }
 
 fn start() -> (Broker, Arc<Hook>) {
-    let hook = Arc::new(Hook::default());
-    (Broker::start(Arc::new(Plug(Arc::clone(&hook))), Arc::new(Memory)), hook)
+    start_with(Hook::default(), Arc::new(Memory))
+}
+
+fn start_with(hook: Hook, store: Arc<dyn Store>) -> (Broker, Arc<Hook>) {
+    let hook = Arc::new(hook);
+    (Broker::start(Arc::new(Plug(Arc::clone(&hook))), store), hook)
 }
 
 fn subscriber(broker: &Broker) -> common::Client {
@@ -148,6 +172,114 @@ fn messages_are_replaced_and_discarded_and_keep_their_order() {
     }
     subscriber.expect_silence();
     assert!(hook.batches.lock().unwrap().len() <= 4);
+}
+
+/// A store with a Session that waits for `up/#` with QoS 2.
+fn start_durable() -> (Broker, Arc<Hook>, Slow) {
+    let store = Slow::at_once();
+    let (broker, hook) = start_with(Hook::default(), Arc::new(store.clone()));
+    let mut away = broker.connect("away", false);
+    away.expect(CONNACK);
+    away.subscribe("up/#", 2);
+    away.expect(SUBACK);
+    away.send(0xe0, &[]);
+    settles(|| store.was_told("closed away"), true);
+    (broker, hook, store)
+}
+
+/// A crash in between must leave both or neither: otherwise the client is told PUBREC for a message that nobody gets.
+/// MQTT 5.0 §4.3.3 [MQTT-4.3.3-10].
+#[test]
+fn a_qos_2_message_and_its_identifier_reach_the_store_together_when_the_hook_has_answered() {
+    let (broker, hook, store) = start_durable();
+    let mut publisher = broker.connect("publisher", false);
+    publisher.expect(CONNACK);
+    store.take();
+    hook.slow.store(true, Ordering::SeqCst);
+    publisher.publish("up/1", 2, false);
+    publisher.expect_silence();
+    assert_eq!(store.take(), [""; 0], "nothing is acknowledged, nothing is stored");
+    hook.answer();
+    publisher.expect(PUBREC);
+    let told = store.take_batches();
+    let batch_of = |part: &str| told.iter().find(|(_, change)| change.contains(part)).map(|(batch, _)| *batch);
+    assert!(batch_of("queued").is_some(), "{told:?}");
+    assert_eq!(batch_of("queued"), batch_of("Received { packet_id: 7 }"), "{told:?}");
+}
+
+/// The client has no PUBREC so far and sends PUBLISH again: it is the same message, and is not acknowledged before it
+/// was taken over. MQTT 5.0 §4.3.3 [MQTT-4.3.3-10], §4.4 [MQTT-4.4.0-1].
+#[test]
+fn a_qos_2_message_that_is_repeated_while_a_hook_thinks_is_taken_over_once() {
+    for is_repeated_early in [true, false] {
+        let (broker, hook, store) = start_durable();
+        let mut publisher = broker.connect("publisher", false);
+        publisher.expect(CONNACK);
+        hook.slow.store(true, Ordering::SeqCst);
+        publisher.publish("up/1", 2, false);
+        publisher.expect_silence();
+        drop(publisher);
+        if !is_repeated_early {
+            hook.answer();
+        }
+        let mut publisher = broker.connect("publisher", false);
+        publisher.publish("up/1", 2, false);
+        publisher.expect(CONNACK);
+        if is_repeated_early {
+            publisher.expect_silence();
+            hook.answer();
+        }
+        publisher.expect(PUBREC);
+        publisher.send(PUBREL | 2, &[0, 7]);
+        publisher.expect(PUBCOMP);
+        let told = store.take();
+        let count = |part: &str| told.iter().filter(|change| change.contains(part)).count();
+        assert_eq!((count("queued"), count(" Received {"), count("ReceivedDone")), (1, 1, 1), "{told:?}");
+    }
+}
+
+/// One client's own messages keep their order; others do not wait for them.
+#[test]
+fn a_slow_message_holds_up_its_own_publisher_only() {
+    let (broker, hook) = start();
+    let mut subscriber = subscriber(&broker);
+    *hook.slow_for.lock().unwrap() = "up/";
+    hook.slow.store(true, Ordering::SeqCst);
+    let mut slow = broker.connect("slow", true);
+    slow.expect(CONNACK);
+    slow.publish("up/1", 1, false);
+    slow.publish("seen/own", 1, false);
+    slow.expect_silence();
+    let mut others = ["a", "b", "c"].map(|client_id| broker.connect(client_id, true));
+    for other in &mut others {
+        other.expect(CONNACK);
+        for _ in 0..3 {
+            other.publish("seen/other", 1, false);
+            other.expect(PUBACK);
+        }
+    }
+    for _ in 0..9 {
+        subscriber.expect(PUBLISH);
+    }
+    slow.expect_silence();
+    hook.answer();
+    slow.expect(PUBACK);
+    slow.expect(PUBACK);
+    for topic in ["up/1", "seen/own"] {
+        assert_eq!(&subscriber.expect(PUBLISH)[2..2 + topic.len()], topic.as_bytes());
+    }
+}
+
+/// Also when an `acl` plugin had to be asked about it: hooks for some clients only must not miss it.
+#[test]
+fn a_will_is_shown_as_its_clients() {
+    for has_acl in [false, true] {
+        let (broker, hook) = start();
+        hook.has_acl.store(has_acl, Ordering::SeqCst);
+        drop(broker.connect_with_will("mortal", "seen/will"));
+        settles(|| hook.shown.lock().unwrap().clone(), vec!["seen/will mortal".to_owned()]);
+        settles(|| hook.committed.lock().unwrap().clone(), vec!["seen/will mortal".to_owned()]);
+    }
 }
 
 /// MQTT 5.0 §4.3.3: a QoS 2 message that is discarded is answered like any other, and its identifier is free again.

@@ -3,7 +3,7 @@
 use std::num::NonZeroU16;
 use std::sync::Arc;
 
-use hashbrown::HashSet;
+use hashbrown::{HashMap, HashSet};
 
 use super::inflight::{Inflight, Phase};
 use super::queue::Queue;
@@ -77,6 +77,8 @@ pub enum QueuePolicy {
     RejectPublish,
 }
 
+type Submitted = HashMap<u16, bool, foldhash::fast::RandomState>;
+
 /// One client's state; survives its Network Connections for the Session Expiry Interval.
 #[derive(Debug)]
 pub struct Session {
@@ -95,6 +97,9 @@ pub struct Session {
     pub(super) steps: Steps,
     /// Packet Identifiers of QoS 2 messages that were routed and wait for PUBREL. [MQTT-4.3.3-10]
     pub(super) received: HashSet<u16, foldhash::fast::RandomState>,
+    /// Packet Identifiers of QoS 2 messages that wait to be taken over; `true`: the client sent PUBLISH again meanwhile.
+    /// In memory only: what was not acknowledged is repeated by the client. `None`: there are none.
+    submitted: Option<Box<Submitted>>,
     pub(super) link: Option<Box<Link>>,
     pub(super) expiry: u32,
     pub(super) availability: Arc<Availability>,
@@ -114,6 +119,7 @@ impl Session {
             queue: Queue::default(),
             steps: Steps::default(),
             received: HashSet::default(),
+            submitted: None,
             link: None,
             expiry: 0,
             availability: Arc::default(),
@@ -289,7 +295,13 @@ impl Session {
                 self.send_ack(Packet::Pubrec, packet_id, ReasonCode::SUCCESS, out);
                 return Ok(Event::None);
             }
-            if self.received.len() >= usize::from(server.receive_maximum) {
+            // It is acknowledged when it was taken over, and not before.
+            if let Some(is_repeated) = self.submitted.as_mut().and_then(|waiting| waiting.get_mut(&packet_id.get())) {
+                *is_repeated = true;
+                return Ok(Event::None);
+            }
+            let waiting = self.submitted.as_ref().map_or(0, |waiting| waiting.len());
+            if self.received.len() + waiting >= usize::from(server.receive_maximum) {
                 return Err(fault(ReasonCode::RECEIVE_MAXIMUM_EXCEEDED, "more QoS 2 messages than Receive Maximum"));
             }
         }
@@ -319,10 +331,10 @@ impl Session {
         Ok(None)
     }
 
-    /// A QoS 2 message waits to be taken over: the same packet again is no second message. [MQTT-4.3.3-10]
+    /// A QoS 2 message waits to be taken over: the same packet again is no second message, and is not acknowledged
+    /// either. The store is told when it was taken over, together with the message. [MQTT-4.3.3-10]
     pub fn submitted(&mut self, packet_id: PacketId) {
-        self.received.insert(packet_id.get());
-        self.steps.note(Step::Received { packet_id });
+        self.submitted.get_or_insert_default().insert(packet_id.get(), false);
     }
 
     /// The message was taken over by the broker (or refused, with an error): acknowledges it.
@@ -332,15 +344,31 @@ impl Session {
             Qos::AtMostOnce => {}
             Qos::AtLeastOnce => self.send_ack(Packet::Puback, packet_id, reason, out),
             Qos::ExactlyOnce => {
-                if !reason.is_error() {
-                    self.received.insert(packet_id.get());
-                    self.steps.note(Step::Received { packet_id });
-                } else if self.received.remove(&packet_id.get()) {
-                    self.steps.note(Step::ReceivedDone { packet_id });
-                }
+                self.take_over(packet_id, reason);
                 self.send_ack(Packet::Pubrec, packet_id, reason, out);
             }
         }
+    }
+
+    /// As [`Session::published`], for a QoS 2 message that came over an earlier Network Connection. `out` belongs to the
+    /// present one, where it is acknowledged if the client has sent PUBLISH again; if it does so later, what is noted
+    /// here answers. [MQTT-4.3.3-10]
+    pub fn published_earlier(&mut self, packet_id: PacketId, reason: ReasonCode, out: Option<&mut Outbox>) {
+        let is_repeated = self.take_over(packet_id, reason);
+        if let Some(out) = out.filter(|_| is_repeated) {
+            self.send_ack(Packet::Pubrec, packet_id, reason, out);
+        }
+    }
+
+    /// A QoS 2 message waits no more; `true`: the client has repeated it meanwhile.
+    fn take_over(&mut self, packet_id: PacketId, reason: ReasonCode) -> bool {
+        let is_repeated = self.submitted.as_mut().and_then(|waiting| waiting.remove(&packet_id.get()));
+        self.submitted.take_if(|waiting| waiting.is_empty());
+        if !reason.is_error() {
+            self.received.insert(packet_id.get());
+            self.steps.note(Step::Received { packet_id });
+        }
+        is_repeated.unwrap_or(false)
     }
 
     fn on_puback(&mut self, ack: &Ack<'_>) -> Result<(), Fault> {

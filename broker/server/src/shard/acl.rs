@@ -371,18 +371,20 @@ impl Shard {
             qos: message.qos,
             retain: message.retain,
         };
-        let call = self.plugins.authorize(Arc::clone(&standing.client), Arc::new([access]));
+        let client = Arc::clone(&standing.client);
+        let call = self.plugins.authorize(Arc::clone(&client), Arc::new([access]));
         let message = Arc::clone(message);
-        let call = Box::pin(async move { Answer::Will { message, decisions: call.await } });
+        let call = Box::pin(async move { Answer::Will { client, message, decisions: call.await } });
         if let Some(answer) = self.calls.begin(None, call) {
             self.on_answer(answer);
         }
         false
     }
 
-    pub(super) fn on_will_decision(&mut self, message: &Arc<Message>, decisions: &[Decision]) {
+    /// The client may be gone by now; its Will Message is shown to storage hooks as its own.
+    pub(super) fn on_will_decision(&mut self, client: Arc<Client>, message: &Arc<Message>, decisions: &[Decision]) {
         if decisions.first().and_then(|decision| decision.verdict) == Some(Verdict::Allow) {
-            self.publish_unattended(None, Arc::clone(message), 0);
+            self.publish_unattended(Some(client), Arc::clone(message), 0);
         } else {
             info!(topic = %message.topic, "Will Message denied");
         }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use slab::Slab;
 use wasmqtt_protocol::access::Decision;
-use wasmqtt_protocol::ports::{Accepted, Access, AuthOutcome, Call, Loaded};
+use wasmqtt_protocol::ports::{Accepted, Access, AuthOutcome, Call, Client, Loaded};
 use wasmqtt_protocol::router::{Message, SessionKey};
 
 use super::Shard;
@@ -39,12 +39,12 @@ pub(super) enum Answer {
     Packet { conn: usize, epoch: u32, accesses: Arc<[Access]>, decisions: Vec<Decision> },
     /// For subscriptions that were made earlier.
     Subscriptions { session: SessionKey, accesses: Arc<[Access]>, decisions: Vec<Decision> },
-    /// For the messages that were shown to storage hooks.
-    Stored(Vec<Accepted>),
+    /// For the messages that were shown to storage hooks in one batch.
+    Stored { batch: u64, answers: Vec<Accepted> },
     /// For messages from the store that were sealed.
     Opened { opened: Vec<Accepted>, loaded: Loaded },
     /// For the Will Message of a client that is gone.
-    Will { message: Arc<Message>, decisions: Vec<Decision> },
+    Will { client: Arc<Client>, message: Arc<Message>, decisions: Vec<Decision> },
 }
 
 struct Running {
@@ -119,9 +119,9 @@ impl Shard {
             Answer::Subscriptions { session, accesses, decisions } => {
                 self.on_subscription_decisions(session, &accesses, decisions);
             }
-            Answer::Stored(answers) => self.on_stored(answers),
+            Answer::Stored { batch, answers } => self.on_stored(batch, answers),
             Answer::Opened { opened, loaded } => self.on_loaded(loaded, opened),
-            Answer::Will { message, decisions } => self.on_will_decision(&message, &decisions),
+            Answer::Will { client, message, decisions } => self.on_will_decision(client, &message, &decisions),
         }
     }
 

@@ -79,7 +79,7 @@ pub(crate) struct Conn {
     pub(super) read_closed: bool,
     /// A packet waits for plugins to say whether it is allowed, and what follows waits behind it.
     pub(super) asking: bool,
-    /// Messages of it that wait for storage hooks; meanwhile nothing more is read.
+    /// Messages of its Session that wait for storage hooks; meanwhile nothing more is read.
     pub(super) submitted: u32,
     /// The route it may publish to without another look, and until when; here, where each packet comes by anyway.
     pub(super) permitted: (u64, u64),

@@ -257,6 +257,8 @@ impl Shard {
         conn.state = State::Live { slot: key.slot };
         conn.auth = super::auth::Standing::of(&opening.request, conn.version);
         conn.heard_ms = self.now_ms;
+        // What an earlier connection sent comes before what this one sends.
+        conn.submitted = self.hooks.waiting_of(key);
         let keep_alive = opening.link.keep_alive_ms();
         if let Some((session, _)) = self.sessions.resolve(key) {
             session.will = opening.will;

@@ -1,37 +1,60 @@
 //! Storage hooks on the way of a message, and what happened for those who watch.
 //!
-//! Messages that a plugin wants to see before they are accepted are collected during a turn and shown to it together.
-//! Their publishers are not read from until it has answered, so that order holds and what waits has a bound.
+//! Messages that a plugin wants to see before they are accepted are collected during a turn and shown to it in batches,
+//! several of which may be under way. A publisher's own messages keep their order: those that come later wait until its
+//! earlier ones are answered, and it is not read from, so that what waits has a bound. Other publishers do not wait.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use wasmqtt_protocol::codec::{PacketId, Qos, ReasonCode};
+use hashbrown::{HashMap, HashSet};
+use wasmqtt_protocol::codec::{PacketId, Qos, ReasonCode, Version};
 use wasmqtt_protocol::ports::{Accepted, Client, Event, EventKind, Outgoing, Submission, Ticket};
-use wasmqtt_protocol::router::Message;
+use wasmqtt_protocol::router::{Message, SessionKey};
 use wasmqtt_protocol::session::Incoming;
 
 use super::Shard;
 use super::calls::Answer;
 
+/// Batches that plugins of this shard have and did not answer. Beyond it, messages are collected for the next one.
+const BATCHES_MAX: usize = 16;
+/// After a batch that was not answered at once, each publisher gets a batch of its own for so long, as far as
+/// [`BATCHES_MAX`] allows: no client waits for what a plugin does for another one's message.
+const SPLIT_MS: u64 = 10_000;
+
+/// Whose messages keep their order; `None`: those of plugins.
+type Publisher = Option<SessionKey>;
+
 /// A PUBLISH that waits for storage hooks.
 pub(super) struct Pending {
-    /// Its connection, which is told the outcome.
+    /// Its connection, which is told the outcome; `None`: nobody waits for it.
     conn: Option<(usize, u32)>,
-    slot: u32,
+    publisher: Publisher,
     qos: Qos,
     packet_id: Option<PacketId>,
     sent: Submission,
+    /// Bits of the plugin that published it.
+    origin: u64,
 }
 
 /// Messages and events on their way to plugins.
 #[derive(Default)]
 pub(super) struct Hooks {
-    /// Collected during this turn.
-    batch: Vec<Pending>,
-    /// Shown to plugins, which have not answered.
-    under_way: Vec<Pending>,
+    /// Not shown to plugins so far, in the order in which they came.
+    collected: Vec<Pending>,
+    /// Something came, or was answered, since `collected` was looked through.
+    is_changed: bool,
+    /// Shown to plugins, which have not answered; by number of the batch.
+    under_way: HashMap<u64, Vec<Pending>>,
+    /// Those with messages in `under_way`.
+    busy: HashSet<Publisher>,
+    /// How many messages of each wait here.
+    waiting: HashMap<Publisher, u32>,
+    /// Number of the last batch.
+    batches: u64,
+    /// Until then each publisher gets its own batch.
+    split_until_ms: u64,
     /// Kept as soon as the store has committed the ticket; then plugins get them.
     feed: VecDeque<(Ticket, Submission)>,
     events: Vec<Event>,
@@ -42,9 +65,41 @@ pub(super) struct Hooks {
 }
 
 impl Hooks {
-    /// Nothing waits here that only another turn would bring on.
-    pub(super) fn is_idle(&self) -> bool {
-        self.batch.is_empty() || !self.under_way.is_empty()
+    /// How many messages of a Session wait for storage hooks.
+    pub(super) fn waiting_of(&self, key: SessionKey) -> u32 {
+        if self.waiting.is_empty() { 0 } else { self.waiting.get(&Some(key)).copied().unwrap_or(0) }
+    }
+
+    /// What can be shown to plugins now: nothing of a publisher that has messages under way.
+    fn take_batches(&mut self, now_ms: u64) -> Vec<Vec<Pending>> {
+        let free = BATCHES_MAX.saturating_sub(self.under_way.len());
+        if free == 0 || !std::mem::take(&mut self.is_changed) {
+            return Vec::new();
+        }
+        let collected = std::mem::take(&mut self.collected);
+        let (waiting, ready): (Vec<_>, Vec<_>) = if self.busy.is_empty() {
+            (Vec::new(), collected)
+        } else {
+            collected.into_iter().partition(|pending| self.busy.contains(&pending.publisher))
+        };
+        self.collected = waiting;
+        if ready.is_empty() {
+            return Vec::new();
+        }
+        if now_ms >= self.split_until_ms {
+            return vec![ready];
+        }
+        let mut places: HashMap<Publisher, usize> = HashMap::new();
+        let mut batches: Vec<Vec<Pending>> = Vec::new();
+        for pending in ready {
+            let next = places.len() % free;
+            let place = *places.entry(pending.publisher).or_insert(next);
+            if place == batches.len() {
+                batches.push(Vec::new());
+            }
+            batches[place].push(pending);
+        }
+        batches
     }
 }
 
@@ -59,29 +114,44 @@ impl Shard {
         packet_id: Option<PacketId>,
     ) {
         let client = self.sessions.standing(slot).map(|standing| Arc::clone(&standing.client));
+        let Some(session) = self.sessions.get_mut(slot) else { return };
+        let publisher = Some(session.key);
         if incoming.qos == Qos::ExactlyOnce
-            && let (Some(packet_id), Some(session)) = (packet_id, self.sessions.get_mut(slot))
+            && let Some(packet_id) = packet_id
         {
             session.submitted(packet_id);
-            self.tell(slot, Some(id));
         }
-        let conn = &mut self.conns[id];
-        conn.submitted += 1;
+        let conn = Some((id, self.conns[id].epoch));
         let sent = Submission { plugins, client, message: Arc::clone(incoming.message()), fed: None };
-        self.hooks.batch.push(Pending { conn: Some((id, conn.epoch)), slot, qos: incoming.qos, packet_id, sent });
+        self.collect(Pending { conn, publisher, qos: incoming.qos, packet_id, sent, origin: 0 });
     }
 
     /// A message without a connection that waits for its outcome: a will, or one of a plugin's.
     pub(super) fn publish_unattended(&mut self, client: Option<Arc<Client>>, message: Arc<Message>, origin: u64) {
         let route = self.route(&message.topic);
         let plugins = route.interest.before & !origin;
-        if plugins == 0 {
+        let publisher = message.publisher;
+        if plugins == 0 && !self.hooks.waiting.contains_key(&publisher) {
             self.accept(client, &message, None, origin);
             return;
         }
         let qos = message.qos;
         let sent = Submission { plugins, client, message, fed: None };
-        self.hooks.batch.push(Pending { conn: None, slot: 0, qos, packet_id: None, sent });
+        self.collect(Pending { conn: None, publisher, qos, packet_id: None, sent, origin });
+    }
+
+    fn collect(&mut self, pending: Pending) {
+        *self.hooks.waiting.entry(pending.publisher).or_insert(0) += 1;
+        if let Some(conn) = self.conn_of(pending.publisher).and_then(|id| self.conns.get_mut(id)) {
+            conn.submitted += 1;
+        }
+        self.hooks.collected.push(pending);
+        self.hooks.is_changed = true;
+    }
+
+    /// The present connection of a publisher.
+    fn conn_of(&mut self, publisher: Publisher) -> Option<usize> {
+        self.sessions.resolve(publisher?).and_then(|(_, conn)| conn)
     }
 
     /// A plugin publishes.
@@ -92,45 +162,90 @@ impl Shard {
         self.publish_unattended(None, Arc::new(message), origin);
     }
 
-    /// Shows the plugins what this turn brought.
+    /// Shows the plugins what this turn brought, and what waited until now.
     pub(super) fn run_hooks(&mut self) {
-        if self.hooks.is_idle() {
+        if self.hooks.collected.is_empty() {
             return;
         }
-        let batch = std::mem::take(&mut self.hooks.batch);
-        let messages = batch.iter().map(|pending| pending.sent.clone()).collect();
-        self.hooks.under_way = batch;
-        let call = self.plugins.before_store(messages);
-        let call = Box::pin(async move { Answer::Stored(call.await) });
-        if let Some(answer) = self.calls.begin(None, call) {
-            self.on_answer(answer);
+        for batch in self.hooks.take_batches(self.now_ms) {
+            self.show(batch);
         }
     }
 
-    /// The storage hooks have answered for all that was shown to them.
-    pub(super) fn on_stored(&mut self, answers: Vec<Accepted>) {
+    fn show(&mut self, batch: Vec<Pending>) {
+        let messages = batch.iter().map(|pending| pending.sent.clone()).collect();
+        self.hooks.batches += 1;
+        let number = self.hooks.batches;
+        self.hooks.under_way.insert(number, batch);
+        let call = self.plugins.before_store(messages);
+        let call = Box::pin(async move { Answer::Stored { batch: number, answers: call.await } });
+        if let Some(answer) = self.calls.begin(None, call) {
+            return self.on_answer(answer);
+        }
+        self.hooks.split_until_ms = self.now_ms + SPLIT_MS;
+        let publishers = self.hooks.under_way.get(&number).into_iter().flatten().map(|pending| pending.publisher);
+        self.hooks.busy.extend(publishers);
+    }
+
+    /// The storage hooks have answered for all of one batch.
+    pub(super) fn on_stored(&mut self, batch: u64, answers: Vec<Accepted>) {
+        let Some(batch) = self.hooks.under_way.remove(&batch) else { return };
+        self.hooks.is_changed = true;
         let answers = answers.into_iter().map(Some).chain(std::iter::repeat_with(|| None));
-        for (pending, answer) in std::mem::take(&mut self.hooks.under_way).into_iter().zip(answers) {
+        for (pending, answer) in batch.into_iter().zip(answers) {
+            self.hooks.busy.remove(&pending.publisher);
             let answer = answer.unwrap_or(Accepted::Discard(ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR));
             self.settle(pending, answer);
         }
     }
 
+    /// What the store is told of the message and of its QoS 2 handshake is in one batch: after a crash it has both or
+    /// neither.
     fn settle(&mut self, pending: Pending, answer: Accepted) {
-        let Pending { conn, slot, qos, packet_id, sent } = pending;
+        let Pending { conn, publisher, qos, packet_id, sent, origin } = pending;
+        if let Some(waiting) = self.hooks.waiting.get_mut(&publisher) {
+            *waiting -= 1;
+            if *waiting == 0 {
+                self.hooks.waiting.remove(&publisher);
+            }
+        }
         let reason = match answer {
             Accepted::Discard(reason) => {
                 self.tally.dropped += 1;
                 reason
             }
-            Accepted::Keep(message) => self.accept(sent.client, &message, None, 0),
-            Accepted::Seal { delivered, kept } => self.accept(sent.client, &delivered, Some(kept), 0),
+            Accepted::Keep(message) => self.accept(sent.client, &message, None, origin),
+            Accepted::Seal { delivered, kept } => self.accept(sent.client, &delivered, Some(kept), origin),
         };
-        let Some((id, _)) = conn.filter(|(id, epoch)| self.is_current(*id, *epoch)) else { return };
-        self.conns[id].submitted -= 1;
-        self.acknowledge(id, slot, qos, packet_id, reason);
-        if self.conns.get(id).is_some_and(|conn| conn.submitted == 0) {
+        let Some(key) = publisher else { return };
+        match conn {
+            Some((id, epoch)) if self.is_current(id, epoch) => self.acknowledge(id, key.slot, qos, packet_id, reason),
+            Some(_) => self.acknowledge_earlier(key, qos, packet_id, reason),
+            None => {}
+        }
+        let Some(id) = self.conn_of(publisher) else { return };
+        let Some(conn) = self.conns.get_mut(id) else { return };
+        conn.submitted = conn.submitted.saturating_sub(1);
+        if conn.submitted == 0 {
             self.hold(id);
+        }
+    }
+
+    /// The connection that a QoS 2 message came over is gone, and its Session may have another one by now.
+    fn acknowledge_earlier(&mut self, key: SessionKey, qos: Qos, packet_id: Option<PacketId>, reason: ReasonCode) {
+        let (Qos::ExactlyOnce, Some(packet_id)) = (qos, packet_id) else { return };
+        let Some((session, id)) = self.sessions.resolve(key) else { return };
+        let mut conn = id.and_then(|id| self.conns.get_mut(id));
+        let is_v5 = conn.as_ref().is_none_or(|conn| conn.version == Version::V5);
+        let reason = if is_v5 { reason.for_puback() } else { ReasonCode::SUCCESS };
+        if let Some(conn) = &mut conn {
+            conn.outbox.lend(&mut self.pool);
+            self.durable.promise(&mut conn.barrier);
+        }
+        session.published_earlier(packet_id, reason, conn.map(|conn| &mut conn.outbox));
+        self.tell(key.slot, id);
+        if let Some(id) = id {
+            self.mark_dirty(id);
         }
     }
 

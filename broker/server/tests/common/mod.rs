@@ -1,6 +1,8 @@
 //! A broker inside the test, and a client that knows just enough of MQTT 3.1.1.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
+pub(crate) mod store;
+
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::sync::Arc;
@@ -13,6 +15,9 @@ use wasmqtt_server::{Anonymous, Bind, Config, Limits, Listener, Server};
 pub(crate) const CONNACK: u8 = 0x20;
 pub(crate) const PUBLISH: u8 = 0x30;
 pub(crate) const PUBACK: u8 = 0x40;
+pub(crate) const PUBREC: u8 = 0x50;
+pub(crate) const PUBREL: u8 = 0x60;
+pub(crate) const PUBCOMP: u8 = 0x70;
 pub(crate) const SUBACK: u8 = 0x90;
 pub(crate) const PINGRESP: u8 = 0xd0;
 /// Long enough for an answer that is not held back to arrive.
@@ -49,6 +54,18 @@ impl Broker {
         let mut body = vec![0, 4, b'M', b'Q', b'T', b'T', 4, if clean { 2 } else { 0 }, 0, 0];
         string(client_id, &mut body);
         client.send(0x10, &body);
+        client
+    }
+
+    /// As [`Self::connect`], for a Session that ends with the connection, with a Will Message `x` for `topic`.
+    pub(crate) fn connect_with_will(&self, client_id: &str, topic: &str) -> Client {
+        let mut client = Client(TcpStream::connect(&self.address).unwrap());
+        let mut body = vec![0, 4, b'M', b'Q', b'T', b'T', 4, 0b110, 0, 0];
+        for text in [client_id, topic, "x"] {
+            string(text, &mut body);
+        }
+        client.send(0x10, &body);
+        client.expect(CONNACK);
         client
     }
 }
