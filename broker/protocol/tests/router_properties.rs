@@ -6,7 +6,9 @@ use std::sync::Arc;
 use bytes::Bytes;
 use proptest::prelude::*;
 use wasmqtt_protocol::codec::Qos;
-use wasmqtt_protocol::router::{Index, Matches, Message, Retained, SessionKey, Subscription};
+use wasmqtt_protocol::router::{
+    Index, Matches, Message, Position, Retained, RetainedMessage, SessionKey, Subscription,
+};
 
 /// MQTT 5.0 §4.7, level by level.
 fn naive(filter: &[&str], topic: &[&str]) -> bool {
@@ -49,6 +51,10 @@ fn message(topic: &str, expires_at_ms: Option<u64>) -> Message {
         expires_at_ms,
         publisher: None,
     }
+}
+
+fn topics_of(found: &[RetainedMessage]) -> Vec<&str> {
+    found.iter().map(|found| &*found.message.topic).collect()
 }
 
 fn key(slot: u32) -> SessionKey {
@@ -95,12 +101,13 @@ proptest! {
     fn retained_agrees_with_the_plain_matcher(
         steps in prop::collection::vec((topic(), any::<bool>()), 0..40),
         filters in prop::collection::vec(filter(), 1..10),
+        looks in 1_usize..10,
     ) {
         let mut retained = Retained::new(1000, 1 << 20);
         let mut model: HashSet<String> = HashSet::new();
         for (topic, set) in steps {
             if set {
-                retained.set(Arc::new(message(&topic, None))).unwrap();
+                retained.set(Arc::new(message(&topic, None)), None).unwrap();
                 model.insert(topic);
             } else {
                 prop_assert_eq!(retained.remove(&topic), model.remove(&topic));
@@ -109,8 +116,11 @@ proptest! {
         prop_assert_eq!(retained.len(), model.len());
         for filter in filters {
             let mut found = Vec::new();
-            retained.matching(&filter, 0, &mut found);
-            let mut topics: Vec<&str> = found.iter().map(|message| &*message.topic).collect();
+            let mut from = Some(Position::default());
+            while let Some(at) = from {
+                from = retained.walk(&filter, &at, (0, u64::MAX), looks, &mut found);
+            }
+            let mut topics = topics_of(&found);
             let mut wanted: Vec<&str> = model.iter().map(String::as_str).filter(|t| matches(&filter, t)).collect();
             topics.sort_unstable();
             wanted.sort_unstable();
@@ -119,7 +129,7 @@ proptest! {
         for topic in &model {
             prop_assert!(retained.remove(topic));
         }
-        prop_assert_eq!((retained.nodes(), retained.bytes()), (0, 0));
+        prop_assert_eq!((retained.len(), retained.bytes()), (0, 0));
     }
 }
 
@@ -202,14 +212,15 @@ proptest! {
         let mut retained = Retained::new(1000, 1 << 20);
         let mut model: BTreeMap<String, Option<u64>> = BTreeMap::new();
         for (topic, expires_at_ms) in steps {
-            retained.set(Arc::new(message(&topic, expires_at_ms))).unwrap();
+            retained.set(Arc::new(message(&topic, expires_at_ms)), None).unwrap();
             model.insert(topic, expires_at_ms);
         }
         model.retain(|_, at| at.is_none_or(|at| at > now));
         let mut found = Vec::new();
-        retained.matching("#", now, &mut found);
-        retained.matching("$s/#", now, &mut found);
-        let mut topics: Vec<&str> = found.iter().map(|message| &*message.topic).collect();
+        for filter in ["#", "$s/#"] {
+            retained.walk(filter, &Position::default(), (now, u64::MAX), usize::MAX, &mut found);
+        }
+        let mut topics = topics_of(&found);
         topics.sort_unstable();
         prop_assert_eq!(topics, model.keys().map(String::as_str).collect::<Vec<_>>());
         let expired = retained.len() - model.len();
@@ -219,7 +230,7 @@ proptest! {
         for (topic, at) in &model {
             prop_assert_eq!(retained.remove(topic), at.is_none());
         }
-        prop_assert_eq!((retained.nodes(), retained.bytes()), (0, 0));
+        prop_assert_eq!((retained.len(), retained.bytes()), (0, 0));
     }
 }
 
@@ -228,14 +239,14 @@ proptest! {
 fn deepest_retained_topic_comes_and_goes() {
     let deep = "/".repeat(65_535);
     let mut retained = Retained::new(10, 1 << 30);
-    retained.set(Arc::new(message(&deep, None))).unwrap();
+    retained.set(Arc::new(message(&deep, None)), None).unwrap();
     let mut found = Vec::new();
     for filter in ["#", "/#", &format!("{}#", "+/".repeat(65_535)), &deep] {
-        retained.matching(filter, 0, &mut found);
+        retained.walk(filter, &Position::default(), (0, u64::MAX), 10, &mut found);
     }
     assert_eq!(found.len(), 4);
     assert!(retained.remove(&deep));
-    assert_eq!((retained.nodes(), retained.bytes()), (0, 0));
+    assert_eq!((retained.len(), retained.bytes()), (0, 0));
 }
 
 /// Filters of the greatest possible depth cost neither stack nor, afterwards, memory. [MQTT-4.7.3-3]

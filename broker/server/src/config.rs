@@ -81,6 +81,8 @@ pub struct Limits {
     pub queue_bytes_max: usize,
     pub outbound_bytes_max: usize,
     pub subscriptions_max: usize,
+    /// Those beyond it are refused.
+    pub filters_per_packet_max: usize,
     /// Whole broker.
     pub connections_max: usize,
 }
@@ -101,6 +103,7 @@ impl Default for Limits {
             queue_bytes_max: 16 << 20,
             outbound_bytes_max: 1 << 20,
             subscriptions_max: 10_000,
+            filters_per_packet_max: 1_000,
             connections_max: 1_000_000,
         }
     }

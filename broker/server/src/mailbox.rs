@@ -46,6 +46,8 @@ pub(crate) enum Mail {
 /// One message and its receivers on the shard it is sent to.
 pub(crate) struct Remote {
     pub(crate) message: Arc<Message>,
+    /// The form that the store keeps, where that is another: for members of Shared Subscriptions that may leave.
+    pub(crate) kept_as: Option<Arc<Message>>,
     pub(crate) targets: Arc<[Target]>,
     pub(crate) share: Option<Arc<Group>>,
     /// The name under which the store keeps it for those targets that it knows.

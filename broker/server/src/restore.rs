@@ -9,7 +9,7 @@ use wasmqtt_protocol::access::Permits;
 use wasmqtt_protocol::ports::{
     Accepted, BanPattern, Client, Plugins, Restore, RestoredSession, ShardPlugins, Store, StoreError, Submission,
 };
-use wasmqtt_protocol::router::{Message, MessageId};
+use wasmqtt_protocol::router::{Message, MessageId, RetainedMessage};
 use wasmqtt_protocol::session::Session;
 
 use crate::shard::{Sessions, Standing};
@@ -56,7 +56,8 @@ struct Filling<'a> {
     now_ms: u64,
     next: usize,
     retained: usize,
-    sealed: Vec<Message>,
+    /// With their stamps.
+    sealed: Vec<(Message, u64)>,
     plugins: Box<dyn ShardPlugins>,
     all_plugins: &'a dyn Plugins,
     runtime: &'a tokio::runtime::Handle,
@@ -67,10 +68,10 @@ impl Filling<'_> {
         Arc::clone(self.texts.get_or_insert(text))
     }
 
-    fn keep_retained(&mut self, message: Message) {
+    fn keep_retained(&mut self, message: Arc<Message>, kept_as: Option<Arc<Message>>, stamp: u64) {
         self.retained += 1;
         let topic = message.topic.clone();
-        if self.shared.retained_mut().set(Arc::new(message)).is_err() {
+        if self.shared.retained_mut().restore(RetainedMessage { message, kept_as, stamp }).is_err() {
             warn!(%topic, "retained message left out: there are too many");
         }
     }
@@ -82,12 +83,13 @@ impl Filling<'_> {
         }
         let submit =
             |message: Message| Submission { plugins: u64::MAX, client: None, message: Arc::new(message), fed: None };
-        let sealed: Vec<Submission> = std::mem::take(&mut self.sealed).into_iter().map(submit).collect();
+        let (sealed, stamps): (Vec<Submission>, Vec<u64>) =
+            std::mem::take(&mut self.sealed).into_iter().map(|(message, stamp)| (submit(message), stamp)).unzip();
         let opened = self.runtime.block_on(self.plugins.after_load(sealed.clone()));
-        for (sealed, opened) in sealed.iter().zip(opened) {
+        for ((sealed, stamp), opened) in sealed.iter().zip(stamps).zip(opened) {
             match opened {
                 Accepted::Keep(message) | Accepted::Seal { delivered: message, .. } => {
-                    self.keep_retained(Arc::unwrap_or_clone(message));
+                    self.keep_retained(message, Some(Arc::clone(&sealed.message)), stamp);
                 }
                 Accepted::Discard(_) => {
                     warn!(topic = %sealed.message.topic, "a sealed retained message cannot be opened");
@@ -127,6 +129,12 @@ impl Restore for Filling<'_> {
                 shared.stats.subscriptions.fetch_add(1, Ordering::Relaxed);
             }
         }
+        for (filter, replay) in from.replays {
+            shared.retained_mut().raise_stamp(replay.until);
+            if session.subscription(&filter).is_some() {
+                session.begin_replay(filter, replay);
+            }
+        }
         shared.stats.sessions.fetch_add(1, Ordering::Relaxed);
         shared.directory(&client_id).insert(Arc::clone(&client_id), key);
         shared.set_stored(key, Some(name));
@@ -140,11 +148,11 @@ impl Restore for Filling<'_> {
         self.shards[usize::from(key.shard)].set_standing(key.slot, Some(Box::new(standing)));
     }
 
-    fn retained(&mut self, message: Message, sealed: bool) {
+    fn retained(&mut self, message: Message, sealed: bool, stamp: u64) {
         if !sealed {
-            return self.keep_retained(message);
+            return self.keep_retained(Arc::new(message), None, stamp);
         }
-        self.sealed.push(message);
+        self.sealed.push((message, stamp));
         if self.sealed.len() >= SEALED_MAX {
             self.open_sealed();
         }

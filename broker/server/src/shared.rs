@@ -52,8 +52,6 @@ pub(crate) struct Shared {
     stored: RwLock<HashMap<SessionKey, SessionId, foldhash::fast::RandomState>>,
     pub(crate) full: FullSessions,
     bans: RwLock<Bans>,
-    /// Retained messages that wait for all clients.
-    pub(crate) backlogs: Arc<AtomicUsize>,
     /// Counts how often what plugins decided was revoked for everybody.
     pub(crate) revocations: AtomicU64,
     started: Instant,
@@ -120,7 +118,6 @@ impl Shared {
             stored: RwLock::default(),
             full: FullSessions::default(),
             bans: RwLock::default(),
-            backlogs: Arc::default(),
             revocations: AtomicU64::new(0),
             started: Instant::now(),
             started_ms: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64),

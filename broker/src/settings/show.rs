@@ -54,6 +54,7 @@ struct Limits {
     queue_bytes_max: usize,
     outbound_bytes_max: usize,
     subscriptions_max: usize,
+    filters_per_packet_max: usize,
     connections_max: usize,
 }
 
@@ -166,6 +167,7 @@ impl Settings {
                 queue_bytes_max: limits.queue_bytes_max,
                 outbound_bytes_max: limits.outbound_bytes_max,
                 subscriptions_max: limits.subscriptions_max,
+                filters_per_packet_max: limits.filters_per_packet_max,
                 connections_max: limits.connections_max,
             },
             plugins: Folder { dir: self.plugin_dir.as_deref() },

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::{BanPattern, Client};
 use crate::codec::Qos;
 use crate::router::{Message, MessageId, MessageRef, SessionId, SessionKey, Subscription};
-use crate::session::{Kept, Parked, Step, WillMessage, Wish};
+use crate::session::{Kept, Parked, Replay, Step, WillMessage, Wish};
 use crate::topic::Filter;
 
 /// Something that must survive the broker. A Session that ends with its Network Connection is not told of.
@@ -45,6 +45,22 @@ pub enum Change<'a> {
         /// As it was made.
         filter: &'a Filter,
     },
+    /// Retained messages are on their way to a subscription, and so far they have come.
+    Replay {
+        /// The Session.
+        session: SessionId,
+        /// Of the subscription.
+        filter: &'a Filter,
+        /// What is left.
+        replay: &'a Replay,
+    },
+    /// All retained messages are sent or queued, or the subscription has ended.
+    ReplayEnded {
+        /// The Session.
+        session: SessionId,
+        /// Of the subscription.
+        filter: &'a Filter,
+    },
     /// A message is on its way to Sessions that outlive their Network Connections, with QoS 1 or 2.
     Queued {
         /// A new name.
@@ -69,6 +85,8 @@ pub enum Change<'a> {
         message: MessageRef<'a>,
         /// Storage hooks have to open it before anybody gets it.
         sealed: bool,
+        /// See [`crate::router::RetainedMessage::stamp`].
+        stamp: u64,
     },
     /// A topic has no retained message any more.
     RetainedRemoved {
@@ -184,6 +202,8 @@ pub struct RestoredSession {
     pub will: Option<WillMessage>,
     /// All of them.
     pub subscriptions: Vec<(Filter, Subscription)>,
+    /// Retained messages on their way to these.
+    pub replays: Vec<(Filter, Replay)>,
     /// Messages that wait, oldest first; those in `inflight` are not among them.
     pub parked: Vec<Parked>,
     /// Packet Identifiers in use, with the message that waits for PUBACK or PUBREC; `None`: it waits for PUBCOMP.
@@ -196,8 +216,9 @@ pub struct RestoredSession {
 pub trait Restore {
     /// A Session.
     fn session(&mut self, session: RestoredSession);
-    /// A retained message; `sealed`: storage hooks have to open it.
-    fn retained(&mut self, message: Message, sealed: bool);
+    /// A retained message; `sealed`: storage hooks have to open it. `stamp`: see
+    /// [`crate::router::RetainedMessage::stamp`]; zero where an older broker has kept it.
+    fn retained(&mut self, message: Message, sealed: bool, stamp: u64);
     /// A message that this plugin has not taken for good; `false`: nobody wants it any more.
     fn fed(&mut self, plugin: &str, id: MessageId, client: Option<Client>, message: Message, sealed: bool) -> bool;
     /// Somebody who is kept out.

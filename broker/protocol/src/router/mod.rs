@@ -17,7 +17,7 @@ use smallvec::SmallVec;
 use crate::codec::{Qos, SubscribeOptions};
 
 pub use index::{Index, Matches};
-pub use retained::{Full, Retained};
+pub use retained::{Full, Position, Retained, RetainedMessage};
 
 /// Where a Session lives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -76,17 +76,6 @@ impl<T: Default> Trie<T> {
         node
     }
 
-    /// Nodes that [`Self::entry`] would make for `path`.
-    pub(super) fn missing(&self, path: &str) -> usize {
-        let mut levels = path.split('/');
-        let mut node = ROOT;
-        while let Some(level) = levels.next() {
-            let Some(child) = self.child(node, level) else { return levels.count() + 1 };
-            node = child;
-        }
-        0
-    }
-
     pub(super) fn find(&self, path: &str) -> Option<u32> {
         path.split('/').try_fold(ROOT, |node, level| self.child(node, level))
     }
@@ -144,35 +133,6 @@ impl<T: Default> Trie<T> {
             }
             if let Some(child) = node.children.get(level) {
                 stack.push((*child, next));
-            }
-        }
-    }
-
-    /// Calls `visit` for each path of the tree, read as a Topic Name, that the Topic Filter matches, until it says no.
-    pub(super) fn matching_topics(&self, filter: &str, mut visit: impl FnMut(&T) -> bool) {
-        let mut stack = vec![(ROOT, 0_usize)];
-        while let Some((place, from)) = stack.pop() {
-            let node = &self.nodes[place as usize];
-            if from > filter.len() {
-                if !visit(&node.value) {
-                    return;
-                }
-                continue;
-            }
-            let level = filter[from..].split('/').next().unwrap_or_default();
-            let next = from + level.len() + 1;
-            let plain = |name: &str| place != ROOT || !name.starts_with('$');
-            match level {
-                "+" => {
-                    stack.extend(node.children.iter().filter(|(name, _)| plain(name)).map(|(_, child)| (*child, next)));
-                }
-                "#" => {
-                    if place != ROOT && !visit(&node.value) {
-                        return;
-                    }
-                    stack.extend(node.children.iter().filter(|(name, _)| plain(name)).map(|(_, child)| (*child, from)));
-                }
-                _ => stack.extend(node.children.get(level).map(|child| (*child, next))),
             }
         }
     }

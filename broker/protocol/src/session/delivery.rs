@@ -27,6 +27,8 @@ pub struct Delivery {
     pub id: Option<MessageId>,
     /// The Shared Subscription it came through, so that another member can have it.
     pub share: Option<Arc<Group>>,
+    /// The form that the store keeps, where that is another and another member may need it.
+    pub kept_as: Option<Arc<Message>>,
 }
 
 /// A message that is being routed.

@@ -9,6 +9,7 @@ mod link;
 mod outbound;
 mod outbox;
 mod queue;
+mod replay;
 mod state;
 mod steps;
 
@@ -18,5 +19,6 @@ pub use link::{Link, LinkLimits, ServerLimits};
 pub use outbound::{Delivered, Wish};
 pub use outbox::Outbox;
 pub use queue::{Parked, queued_bytes};
+pub use replay::Replay;
 pub use state::{Event, Fault, QueuePolicy, Session, WillMessage};
 pub use steps::{Kept, Step};

@@ -220,6 +220,7 @@ fn kept(incoming: &Incoming<'_>, wish: Wish<'_>, share: Option<&Arc<Group>>) -> 
         ids: SmallVec::from_slice(wish.ids),
         id: wish.id,
         share: share.cloned(),
+        kept_as: share.and(incoming.kept_as.clone()),
     }
 }
 

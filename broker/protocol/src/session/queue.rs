@@ -240,5 +240,6 @@ pub(super) fn delivery(kept: &super::Kept, id: MessageId) -> Delivery {
         ids: kept.ids.clone(),
         id: Some(id),
         share: None,
+        kept_as: None,
     }
 }

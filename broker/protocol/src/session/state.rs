@@ -7,6 +7,7 @@ use hashbrown::{HashMap, HashSet};
 
 use super::inflight::{Inflight, Phase};
 use super::queue::Queue;
+use super::replay::Replays;
 use super::steps::Steps;
 use super::{Link, Outbox, ServerLimits, Step};
 use crate::codec::{
@@ -100,6 +101,8 @@ pub struct Session {
     /// Packet Identifiers of QoS 2 messages that wait to be taken over; `true`: the client sent PUBLISH again meanwhile.
     /// In memory only: what was not acknowledged is repeated by the client. `None`: there are none.
     submitted: Option<Box<Submitted>>,
+    /// Retained messages that were not sent so far. `None`: there are none.
+    pub(super) replays: Option<Box<Replays>>,
     pub(super) link: Option<Box<Link>>,
     pub(super) expiry: u32,
     pub(super) availability: Arc<Availability>,
@@ -120,6 +123,7 @@ impl Session {
             steps: Steps::default(),
             received: HashSet::default(),
             submitted: None,
+            replays: None,
             link: None,
             expiry: 0,
             availability: Arc::default(),
@@ -145,6 +149,11 @@ impl Session {
     /// One more message might not find room.
     pub fn is_full(&self, server: &ServerLimits) -> bool {
         self.queue.is_full(server.queue_messages_max, server.queue_bytes_max)
+    }
+
+    /// Its queue holds half of the bytes it may.
+    pub fn is_half_full(&self, server: &ServerLimits) -> bool {
+        self.queue.is_full(usize::MAX, server.queue_bytes_max.div_ceil(2))
     }
 
     /// Shared with the router, which skips members that cannot take more.
@@ -190,6 +199,7 @@ impl Session {
     pub fn unsubscribe(&mut self, filter: &Filter) -> bool {
         let Ok(at) = self.place_of(filter) else { return false };
         self.subscriptions.remove(at);
+        self.advance_replay(filter, None);
         self.shares -= usize::from(filter.share().is_some());
         true
     }

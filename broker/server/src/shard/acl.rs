@@ -134,8 +134,9 @@ impl Shard {
         if !self.has_acl && !standing.permits.has_rules() {
             return Some(Vec::new());
         }
-        let filters: Vec<_> =
-            subscribe.filters.iter().map(|(text, options)| (Filter::parse(text).ok(), options.qos)).collect();
+        // Those beyond are refused whatever plugins say.
+        let asked = subscribe.filters.iter().take(self.shared.config.limits.filters_per_packet_max);
+        let filters: Vec<_> = asked.map(|(text, options)| (Filter::parse(text).ok(), options.qos)).collect();
         let unknown: Arc<[Access]> = filters
             .iter()
             .filter_map(|(filter, qos)| Some((filter.as_ref()?.topic_filter(), *qos)))

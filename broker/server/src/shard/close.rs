@@ -48,7 +48,6 @@ impl Shard {
         let Some(conn) = self.conns.get_mut(id) else { return };
         let epoch = conn.epoch;
         let state = std::mem::replace(&mut conn.state, State::Lingering);
-        conn.backlog = None;
         let live = match state {
             State::Live { slot } => Some(slot),
             State::Opening(_) => {
@@ -229,6 +228,9 @@ impl Shard {
             }
             for (filter, _) in session.subscriptions() {
                 self.durable.write(Change::Unsubscribed { session: name, filter });
+            }
+            for (filter, _) in session.replays() {
+                self.forget_replay(Some(name), filter);
             }
             self.durable.write(Change::SessionEnded { session: name });
         }

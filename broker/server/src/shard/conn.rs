@@ -12,7 +12,6 @@ use wasmqtt_protocol::ports::{Grant, Ticket};
 use wasmqtt_protocol::session::{Event, Outbox};
 
 use super::connect::Opening;
-use super::subscribe::Backlog;
 use super::timers::Timer;
 use super::{Ending, POOL_BUFFER_BYTES_MAX, POOL_BUFFERS_MAX, Shard};
 use crate::stream::Stream;
@@ -87,8 +86,6 @@ pub(crate) struct Conn {
     pub(super) granted_until_ms: Option<u64>,
     /// Nothing is written before the store has committed this batch.
     pub(super) barrier: Ticket,
-    /// Retained messages that did not fit into the outbox yet.
-    pub(super) backlog: Option<Box<Backlog>>,
     /// Authentication after CONNECT (MQTT 5.0 §4.12.1), and its method.
     pub(super) auth: Option<Box<super::auth::Standing>>,
 }
@@ -122,7 +119,6 @@ impl Shard {
             permitted: (0, 0),
             granted_until_ms: None,
             barrier: 0,
-            backlog: None,
             auth: None,
         };
         let timeout = self.shared.config.limits.connect_timeout.as_millis() as u64;
@@ -320,6 +316,7 @@ impl Shard {
             self.tell(slot, Some(id));
             self.load_more(slot);
         }
+        self.schedule_replays(slot);
         match event {
             Ok(Event::None) => {}
             Ok(Event::Publish { publish, aliased }) => self.on_publish(id, slot, &publish, aliased.as_deref()),
@@ -405,12 +402,10 @@ impl Shard {
         }
     }
 
-    /// Fills an empty outbox from the retained backlog and the Session's queue; `false`: nothing waits.
+    /// Fills an empty outbox from the Session's queue; `false`: nothing waits. Retained messages follow in the next turn.
     fn refill(&mut self, id: usize) -> bool {
         let State::Live { slot } = self.conns[id].state else { return false };
-        if self.conns[id].backlog.is_some() {
-            self.pump_backlog(id, slot);
-        }
+        self.schedule_replays(slot);
         let conn = &mut self.conns[id];
         if let Some(session) = self.sessions.get_mut(slot) {
             if session.wants_pump() {

@@ -7,7 +7,7 @@ use tracing::{debug, warn};
 use wasmqtt_protocol::access::{Action, Verdict};
 use wasmqtt_protocol::codec::Qos;
 use wasmqtt_protocol::ports::{Accepted, Change, Client, Load, Loaded, Receiver, ShardStore, Submission, Ticket};
-use wasmqtt_protocol::router::{MessageId, MessageRef, SessionId, SessionKey, Subscription, Target};
+use wasmqtt_protocol::router::{MessageId, SessionId, SessionKey, Subscription, Target};
 use wasmqtt_protocol::session::{Incoming, Step, WillMessage};
 use wasmqtt_protocol::topic::Filter;
 
@@ -54,25 +54,35 @@ impl Durable {
         }
     }
 
-    /// A topic has another retained message (and whether it is sealed), or none any more. Called under the lock of the
+    /// A topic has another retained message, with its stamp, or none any more. Called under the lock of the
     /// retained messages, and followed there by [`Durable::hand_over`]: changes of one topic by several shards reach the
     /// store in their order.
-    pub(super) fn write_retained(&mut self, topic: &str, message: Option<(MessageRef<'_>, bool)>) {
+    pub(super) fn write_retained(&mut self, topic: &str, message: Option<(&Incoming<'_>, u64)>) {
         // What the broker says of itself is true while it runs.
         if topic.starts_with("$SYS/") {
             return;
         }
         self.write(match message {
-            Some((message, sealed)) => Change::Retained { message, sealed },
+            Some((incoming, stamp)) => {
+                Change::Retained { message: incoming.kept(), sealed: incoming.kept_as.is_some(), stamp }
+            }
             None => Change::RetainedRemoved { topic },
         });
     }
 
     /// A retained message is on its way to a new subscription.
-    pub(super) fn keep(&mut self, message: MessageRef<'_>, receiver: Receiver<'_>) -> MessageId {
+    pub(super) fn keep(&mut self, incoming: &Incoming<'_>, receiver: Receiver<'_>) -> MessageId {
         let id = self.store.new_message();
-        self.store.write(Change::Queued { id, message, sealed: false, receivers: &[receiver] });
+        let (message, sealed) = (incoming.kept(), incoming.kept_as.is_some());
+        self.store.write(Change::Queued { id, message, sealed, receivers: &[receiver] });
         id
+    }
+
+    /// Retained messages have come further on their way to a subscription; nobody waits for that to be stored.
+    pub(super) fn write_replay(&mut self, change: Change<'_>) {
+        if self.is_on {
+            self.store.write(change);
+        }
     }
 
     /// A plugin has a message that was kept for it.
@@ -157,6 +167,9 @@ impl Shard {
             for (filter, subscription) in session.subscriptions() {
                 self.durable.write(Change::Subscribed { session: name, filter, subscription });
                 self.shared.bump(filter.topic_filter());
+            }
+            for (filter, replay) in session.replays() {
+                self.durable.write(Change::Replay { session: name, filter, replay });
             }
         }
         self.store_session(key);

@@ -12,12 +12,14 @@ mod connect;
 mod durable;
 mod hooks;
 mod publish;
+mod replay;
 mod routes;
 mod sessions;
 mod subscribe;
 mod sys;
 mod timers;
 
+use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -28,7 +30,7 @@ use slab::Slab;
 use tracing::error;
 use wasmqtt_protocol::codec::ReasonCode;
 use wasmqtt_protocol::ports::{Change, ShardPlugins, ShardStore};
-use wasmqtt_protocol::router::{Matches, SessionKey};
+use wasmqtt_protocol::router::{Matches, RetainedMessage, SessionKey};
 use wasmqtt_protocol::session::FrameCache;
 
 pub(crate) use self::conn::Arrival;
@@ -107,6 +109,12 @@ pub(crate) struct Shard {
     draining: bool,
     /// Sessions here that have no room and whose publishers are told so.
     full: Vec<SessionKey>,
+    /// Sessions with retained messages that can be sent now.
+    replays: VecDeque<SessionKey>,
+    /// Those whose store cannot take more at present.
+    held_replays: BTreeSet<SessionKey>,
+    /// Retained messages that a turn has found; empty in between.
+    found: Vec<RetainedMessage>,
     /// Where the next look for expired messages begins.
     swept: u32,
 }
@@ -148,6 +156,9 @@ impl Shard {
             plugins,
             draining: false,
             full: Vec::new(),
+            replays: VecDeque::new(),
+            held_replays: BTreeSet::new(),
+            found: Vec::new(),
             swept: 0,
             shared,
         };
@@ -198,13 +209,14 @@ impl Shard {
             self.run_timers();
             self.run_hooks();
             self.run_loads();
+            self.run_replays();
             self.run_leaving();
             self.flush_all();
         }
     }
 
     fn wait_for(&self) -> Option<Duration> {
-        if self.calls.any_ready() {
+        if self.calls.any_ready() || !self.replays.is_empty() {
             return Some(Duration::ZERO);
         }
         if !self.readable.is_empty() {

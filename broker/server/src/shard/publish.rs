@@ -103,10 +103,13 @@ impl Shard {
 
     /// Keeps it, if it is retained, and hands it to all its subscribers; `false`: there are none.
     pub(super) fn publish_to(&mut self, route: &Route, incoming: &Incoming<'_>) -> bool {
-        if incoming.retain && self.shared.limits.retain_available {
-            self.retain(incoming);
+        if !incoming.retain || !self.shared.limits.retain_available {
+            return self.forward(route, incoming);
         }
-        self.forward(route, incoming)
+        self.retain(incoming);
+        // Whoever subscribed until now has a replay that finds it, or is in this route: nobody is in neither.
+        let route = self.route(incoming.topic);
+        self.forward(&route, incoming)
     }
 
     /// [MQTT-3.3.1-5], [MQTT-3.3.1-6]: an empty payload removes.
@@ -115,8 +118,8 @@ impl Shard {
         if incoming.payload.is_empty() {
             retained.remove(incoming.topic);
             self.durable.write_retained(incoming.topic, None);
-        } else if retained.set(Arc::clone(incoming.message())).is_ok() {
-            self.durable.write_retained(incoming.topic, Some((incoming.kept(), incoming.kept_as.is_some())));
+        } else if let Ok(stamp) = retained.set(Arc::clone(incoming.message()), incoming.kept_as.clone()) {
+            self.durable.write_retained(incoming.topic, Some((incoming, stamp)));
         } else {
             debug!(topic = incoming.topic, "retained message not kept: the store of retained messages is full");
             self.tally.dropped += 1;
@@ -135,17 +138,17 @@ impl Shard {
         }
         for (shard, targets) in &route.remote {
             let message = Arc::clone(incoming.message());
-            let remote = Remote { message, targets: Arc::clone(targets), share: None, id: kept };
+            let remote = Remote { message, kept_as: None, targets: Arc::clone(targets), share: None, id: kept };
             self.outgoing[usize::from(*shard)].push(remote);
         }
         for (group, cursor) in &route.groups {
-            self.deliver_group(incoming, group, cursor, true);
+            self.deliver_group(incoming, group, cursor);
         }
         true
     }
 
     /// One member gets it. [MQTT-4.8.2-2] ff.
-    fn deliver_group(&mut self, incoming: &Incoming<'_>, group: &Arc<Group>, cursor: &Cell<u32>, may_store: bool) {
+    fn deliver_group(&mut self, incoming: &Incoming<'_>, group: &Arc<Group>, cursor: &Cell<u32>) {
         let mut place = cursor.get();
         let member = pick(group, &mut place, incoming.qos);
         cursor.set(place);
@@ -155,7 +158,8 @@ impl Shard {
         };
         let mut target = Target::of(member);
         let mut id = None;
-        if self.durable.is_on() && may_store {
+        // Looking for the name of a Session takes a lock.
+        if self.durable.is_on() && incoming.qos.min(member.subscription.options.qos) > Qos::AtMostOnce {
             target.stored = self.shared.stored(member.session);
             id = self.store_queued(incoming, std::slice::from_ref(&target));
         }
@@ -164,6 +168,7 @@ impl Shard {
         } else {
             let remote = Remote {
                 message: Arc::clone(incoming.message()),
+                kept_as: incoming.kept_as.clone(),
                 targets: Arc::from([target]),
                 share: Some(Arc::clone(group)),
                 id,
@@ -256,7 +261,8 @@ impl Shard {
         let mut bytes = 0;
         for remote in remotes {
             bytes += remote.bytes();
-            let incoming = Incoming::from_message(&remote.message);
+            let mut incoming = Incoming::from_message(&remote.message);
+            incoming.kept_as.clone_from(&remote.kept_as);
             self.frames.reset();
             for target in remote.targets.iter() {
                 let gone = remote.share.is_some() && self.sessions.resolve(target.session).is_none();
@@ -280,7 +286,9 @@ impl Shard {
         for delivery in deliveries {
             if let Some(group) = &delivery.share {
                 self.frames.reset();
-                self.redeliver_one(&Incoming::from_message(&delivery.message), group);
+                let mut incoming = Incoming::from_message(&delivery.message);
+                incoming.kept_as.clone_from(&delivery.kept_as);
+                self.redeliver_one(&incoming, group);
             }
         }
     }
@@ -288,11 +296,7 @@ impl Shard {
     fn redeliver_one(&mut self, incoming: &Incoming<'_>, old: &Group) {
         let group = self.shared.index().group_of(&old.share, &old.filter);
         match group {
-            // Where storage hooks seal, the open form must not be stored.
-            Some(group) => {
-                let may_store = self.plugins.interest(incoming.topic).before == 0;
-                self.deliver_group(incoming, &group, &Cell::new(random()), may_store);
-            }
+            Some(group) => self.deliver_group(incoming, &group, &Cell::new(random())),
             None => self.tally.dropped += 1,
         }
     }

@@ -1,45 +1,20 @@
-//! SUBSCRIBE, UNSUBSCRIBE and the retained messages that go with them. MQTT 5.0 §3.8 to §3.11.
+//! SUBSCRIBE and UNSUBSCRIBE. MQTT 5.0 §3.8 to §3.11.
 
-use std::collections::VecDeque;
-use std::num::NonZeroU32;
+use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 
-use smallvec::SmallVec;
-use tracing::{debug, warn};
+use tracing::debug;
 use wasmqtt_protocol::access::Verdict;
 use wasmqtt_protocol::codec::{
-    Packet, Qos, ReasonCode, RetainHandling, Suback, Subscribe, SubscribeOptions, Unsubscribe, UserProperties, Version,
+    Packet, ReasonCode, RetainHandling, Suback, Subscribe, SubscribeOptions, Unsubscribe, UserProperties, Version,
 };
-use wasmqtt_protocol::ports::{EventKind, Receiver};
-use wasmqtt_protocol::router::{Message, SessionKey, Subscription};
-use wasmqtt_protocol::session::{Delivered, Incoming, Wish};
+use wasmqtt_protocol::ports::EventKind;
+use wasmqtt_protocol::router::{SessionKey, Subscription};
 use wasmqtt_protocol::topic::Filter;
 
 use super::Shard;
 use crate::shared::is_too_deep;
-
-/// Retained messages on their way to a new subscription.
-pub(crate) struct Backlog {
-    /// How many wait in the backlogs of all clients.
-    all: Arc<AtomicUsize>,
-    waiting: VecDeque<Waiting>,
-}
-
-struct Waiting {
-    message: Arc<Message>,
-    qos: Qos,
-    id: Option<NonZeroU32>,
-}
-
-/// Retained messages that may wait for all clients together; what is beyond is left out.
-const BACKLOGS_MAX: usize = 4_000_000;
-
-impl Drop for Backlog {
-    fn drop(&mut self) {
-        self.all.fetch_sub(self.waiting.len(), Ordering::Relaxed);
-    }
-}
 
 impl Shard {
     pub(super) fn on_subscribe(&mut self, id: usize, slot: u32, subscribe: &Subscribe<'_>) {
@@ -47,7 +22,9 @@ impl Shard {
         let version = self.conns[id].version;
         let Some(verdicts) = self.may_subscribe(id, key, subscribe) else { return };
         let mut reasons = Vec::with_capacity(subscribe.filters.len());
-        let mut retained = Vec::new();
+        // The same filter several times is one subscription, which gets the retained messages once.
+        let mut retained = BTreeSet::new();
+        let filters_max = self.shared.config.limits.filters_per_packet_max;
         for (place, (text, options)) in subscribe.filters.iter().enumerate() {
             let parsed = Filter::parse(text).ok().filter(|filter| !is_too_deep(filter.as_str()));
             let Some(filter) = parsed else {
@@ -63,6 +40,11 @@ impl Shard {
                     vec![("action", "subscribe".into()), ("topic", filter.to_string())]
                 });
                 reasons.push(refusal(version, *reason));
+                continue;
+            }
+            if place >= filters_max {
+                debug!(client_id = %self.client_id(slot), %filter, "subscription refused: limits.filters_per_packet_max");
+                reasons.push(refusal(version, ReasonCode::QUOTA_EXCEEDED));
                 continue;
             }
             if self.durable.is_failing() && self.is_stored(slot) {
@@ -84,7 +66,7 @@ impl Shard {
                 RetainHandling::DoNotSend => false,
             };
             if wanted && filter.share().is_none() {
-                retained.push((filter, subscription));
+                retained.insert(filter);
             }
         }
         let suback = Suback {
@@ -93,11 +75,10 @@ impl Shard {
             reason_string: None,
             user_properties: UserProperties::default(),
         };
-        self.answer(id, slot, &Packet::Suback(suback));
-        for (filter, subscription) in retained {
-            self.queue_retained(id, &filter, subscription);
+        if !retained.is_empty() {
+            self.begin_replays(key, retained);
         }
-        self.pump_backlog(id, slot);
+        self.answer(id, slot, &Packet::Suback(suback));
     }
 
     fn is_stored(&self, slot: u32) -> bool {
@@ -187,8 +168,13 @@ impl Shard {
 
     pub(super) fn unsubscribe(&mut self, key: SessionKey, filter: &Filter) -> bool {
         let Some(session) = self.sessions.get_mut(key.slot) else { return false };
+        let is_replayed = session.replay(filter).is_some();
         if !session.unsubscribe(filter) {
             return false;
+        }
+        let stored = session.stored();
+        if is_replayed {
+            self.forget_replay(stored, filter);
         }
         let was_last = {
             let mut index = self.shared.index_mut();
@@ -206,75 +192,6 @@ impl Shard {
         self.event(EventKind::Unsubscribed, key.slot, || vec![("filter", filter.to_string())]);
         self.shared.stats.subscriptions.fetch_sub(1, Ordering::Relaxed);
         true
-    }
-
-    fn queue_retained(&mut self, id: usize, filter: &Filter, subscription: Subscription) {
-        let mut found = Vec::new();
-        self.shared.retained().matching(filter.topic_filter(), self.now_ms, &mut found);
-        if found.is_empty() {
-            return;
-        }
-        let Some(conn) = self.conns.get_mut(id) else { return };
-        let all = &self.shared.backlogs;
-        let backlog =
-            conn.backlog.get_or_insert_with(|| Box::new(Backlog { all: Arc::clone(all), waiting: VecDeque::new() }));
-        let room = BACKLOGS_MAX.saturating_sub(all.load(Ordering::Relaxed));
-        if let Some(left_out) = found.len().checked_sub(room + 1) {
-            warn!(%filter, left_out = left_out + 1, "too many retained messages wait for clients, some are left out");
-            self.tally.dropped += left_out as u64 + 1;
-        }
-        all.fetch_add(found.len().min(room), Ordering::Relaxed);
-        backlog.waiting.extend(found.into_iter().take(room).map(|message| Waiting {
-            qos: message.qos.min(subscription.options.qos),
-            message,
-            id: subscription.id,
-        }));
-    }
-
-    /// Sends retained messages while the outbox has room and the Session's queue is short.
-    pub(super) fn pump_backlog(&mut self, id: usize, slot: u32) {
-        let limits = &self.shared.limits;
-        let Some(conn) = self.conns.get_mut(id) else { return };
-        let Some(backlog) = &mut conn.backlog else { return };
-        let Some(session) = self.sessions.get_mut(slot) else { return };
-        conn.outbox.lend(&mut self.pool);
-        let retained = self.shared.retained();
-        while conn.outbox.len() < limits.outbound_bytes_max && session.queued() < limits.queue_messages_max / 2 {
-            let Some(waiting) = backlog.waiting.pop_front() else { break };
-            backlog.all.fetch_sub(1, Ordering::Relaxed);
-            // Replaced or removed meanwhile: the subscription was there and saw it.
-            if !retained.get(&waiting.message.topic).is_some_and(|now| Arc::ptr_eq(now, &waiting.message)) {
-                continue;
-            }
-            let incoming = Incoming::from_message(&waiting.message);
-            let ids: SmallVec<[NonZeroU32; 1]> = waiting.id.into_iter().collect();
-            // [MQTT-3.3.1-8]
-            let mut wish = Wish { qos: waiting.qos, retain: true, ids: &ids, id: None };
-            // Where storage hooks seal, the open form must not be stored.
-            if wish.qos > Qos::AtMostOnce
-                && let Some(name) = session.stored()
-                && self.plugins.interest(&waiting.message.topic).before == 0
-            {
-                wish.id = Some(self.durable.keep(waiting.message.as_ref().into(), Receiver { session: name, wish }));
-            }
-            self.frames.reset();
-            let delivered =
-                session.deliver(self.now_ms, &incoming, wish, None, &mut self.frames, limits, Some(&mut conn.outbox));
-            match delivered {
-                Delivered::Dropped => self.tally.dropped += 1,
-                Delivered::Sent => self.tally.sent += 1,
-                Delivered::Queued => {}
-            }
-        }
-        if backlog.waiting.is_empty() {
-            conn.backlog = None;
-        }
-        let dirty = !conn.outbox.is_empty();
-        drop(retained);
-        self.tell(slot, Some(id));
-        if dirty {
-            self.mark_dirty(id);
-        }
     }
 }
 

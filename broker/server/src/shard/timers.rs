@@ -145,6 +145,7 @@ impl Shard {
             }
             Timer::Queues => {
                 self.sweep_queues();
+                self.retry_replays();
                 self.timers.set(self.now_ms + 1000, Timer::Queues);
             }
             Timer::Sys => {

@@ -129,6 +129,14 @@ impl Batch {
             Change::Unsubscribed { session, filter } => {
                 self.delete(Family::Subscription, |to| rows::session_key(to, session, filter.as_str().as_bytes()));
             }
+            Change::Replay { session, filter, replay } => self.put(
+                Family::Replay,
+                |to| rows::session_key(to, session, filter.as_str().as_bytes()),
+                |to| rows::put_replay(to, replay),
+            ),
+            Change::ReplayEnded { session, filter } => {
+                self.delete(Family::Replay, |to| rows::session_key(to, session, filter.as_str().as_bytes()));
+            }
             Change::Queued { id, message, sealed, receivers } => self.row(
                 Family::Message,
                 Kind::Message(receivers.len() as u32),
@@ -143,10 +151,10 @@ impl Batch {
                 |to| rows::put_feed(to, client, message, sealed, plugins),
             ),
             Change::FedDone { plugin, id } => self.done(Family::Feed, rows::plugin_number(plugin), id),
-            Change::Retained { message, sealed } => self.put(
+            Change::Retained { message, sealed, stamp } => self.put(
                 Family::Retained,
                 |to| to.extend_from_slice(message.topic.as_bytes()),
-                |to| rows::put_retained(to, message, sealed),
+                |to| rows::put_retained(to, message, sealed, stamp),
             ),
             Change::RetainedRemoved { topic } => {
                 self.delete(Family::Retained, |to| to.extend_from_slice(topic.as_bytes()));

@@ -117,6 +117,10 @@ impl Database {
         let found = db.get_cf(&meta, SCHEMA_KEY).map_err(|error| self.wrong(error.as_ref()))?;
         match found.map(|row| Take(&row).u32()) {
             Some(Some(SCHEMA)) => Ok(()),
+            // Rows of the first schema are read as they are; families that it had not are made when it is opened.
+            Some(Some(1)) => {
+                db.put_cf(&meta, SCHEMA_KEY, SCHEMA.to_be_bytes()).map_err(|error| self.wrong(error.as_ref()))
+            }
             Some(Some(newer)) if newer > SCHEMA => Err(self.wrong(&format!(
                 "it has schema {newer}, and this broker knows up to {SCHEMA}: it was written by a newer one; start that, \
                  or set [store] path to another folder"

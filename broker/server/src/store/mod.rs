@@ -35,7 +35,7 @@ use self::writer::{Job, Writer};
 pub use self::tools::{Damage, FamilyStats, Offline};
 
 /// Form of all rows. An older store is brought up to it, a newer one refused.
-const SCHEMA: u32 = 1;
+const SCHEMA: u32 = 2;
 /// Bytes waiting to be written beyond which shards stop reading from clients.
 const CONGESTED_BYTES: usize = 64 << 20;
 /// Shards there can be.
@@ -356,7 +356,7 @@ mod tests {
     #[derive(Default)]
     struct All {
         sessions: Vec<RestoredSession>,
-        retained: Vec<(Message, bool)>,
+        retained: Vec<(Message, bool, u64)>,
         bans: Vec<(BanPattern, u64, String)>,
         fed: Vec<String>,
     }
@@ -365,8 +365,8 @@ mod tests {
         fn session(&mut self, session: RestoredSession) {
             self.sessions.push(session);
         }
-        fn retained(&mut self, message: Message, sealed: bool) {
-            self.retained.push((message, sealed));
+        fn retained(&mut self, message: Message, sealed: bool, stamp: u64) {
+            self.retained.push((message, sealed, stamp));
         }
         fn fed(&mut self, plugin: &str, _: MessageId, client: Option<Client>, message: Message, _: bool) -> bool {
             let client_id = client.map_or("-".into(), |client| client.client_id.to_string());
@@ -457,7 +457,7 @@ mod tests {
             shard.write(Change::Step { session: one, step });
         }
         for (topic, sealed) in [("r/1", true), ("r/2", false)] {
-            shard.write(Change::Retained { message: (&message(topic, None)).into(), sealed });
+            shard.write(Change::Retained { message: (&message(topic, None)).into(), sealed, stamp: 41 });
         }
         shard.write(Change::RetainedRemoved { topic: "r/2" });
         let pattern = BanPattern::Address { network: "10.0.0.0".parse().expect("an address"), prefix: 8 };
@@ -479,7 +479,7 @@ mod tests {
         assert_eq!((&first.inflight[..], &first.received[..]), (&inflight[..], &[7][..]));
         assert_eq!((second.closed_at_ms, second.parked.len(), second.will.is_some()), (Some(77), 4, false));
         assert_eq!(all.retained.len(), 1);
-        assert!(&*all.retained[0].0.topic == "r/1" && all.retained[0].1, "sealed");
+        assert!(&*all.retained[0].0.topic == "r/1" && all.retained[0].1 && all.retained[0].2 == 41, "sealed");
         assert_eq!(all.bans, [(pattern, 99, "why".to_owned())]);
 
         let mut shard = store.shard(0, Box::new(|| {}));
@@ -567,7 +567,7 @@ mod tests {
             db.put_cf(&meta, b"schema", (SCHEMA + 1).to_be_bytes()).expect("is written");
         }
         let error = RocksStore::open(StoreConfig::new(folder.path())).err().expect("is refused").to_string();
-        assert!(error.contains("schema 2") && error.contains("newer"), "{error}");
+        assert!(error.contains("schema 3") && error.contains("newer"), "{error}");
     }
 
     #[test]

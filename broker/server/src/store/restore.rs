@@ -91,7 +91,7 @@ pub(super) fn restore(database: &Database, to: &mut dyn Restore) -> Result<Found
     for row in rows(database, db, Family::Retained)? {
         let (topic, row) = row?;
         match rows::take_retained(&topic, &row) {
-            Some((message, sealed)) => to.retained(message, sealed),
+            Some((message, sealed, stamp)) => to.retained(message, sealed, stamp),
             None => damaged(Family::Retained, &topic),
         }
     }
@@ -208,6 +208,7 @@ fn restore_feed(database: &Database, db: &Db, to: &mut dyn Restore, found: &mut 
 
 fn restore_sessions(database: &Database, db: &Db, queues: &mut Queues, to: &mut dyn Restore) -> Result<(), StoreError> {
     let mut subscription_rows = Rows::new(database, db, Family::Subscription)?;
+    let mut replay_rows = Rows::new(database, db, Family::Replay)?;
     let mut inflight_rows = Rows::new(database, db, Family::Inflight)?;
     let mut received_rows = Rows::new(database, db, Family::Received)?;
     for row in rows(database, db, Family::Session)? {
@@ -220,6 +221,12 @@ fn restore_sessions(database: &Database, db: &Db, queues: &mut Queues, to: &mut 
         subscription_rows.of(database, session, |key, row| {
             let filter = Filter::parse(std::str::from_utf8(key).ok()?).ok()?;
             subscriptions.push((filter, rows::take_subscription(row)?));
+            Some(())
+        })?;
+        let mut replays = Vec::new();
+        replay_rows.of(database, session, |key, row| {
+            let filter = Filter::parse(std::str::from_utf8(key).ok()?).ok()?;
+            replays.push((filter, rows::take_replay(row)?));
             Some(())
         })?;
         let mut inflight: Vec<Handshake> = Vec::new();
@@ -245,6 +252,7 @@ fn restore_sessions(database: &Database, db: &Db, queues: &mut Queues, to: &mut 
             closed_at_ms,
             will,
             subscriptions,
+            replays,
             parked: parked.into(),
             inflight,
             received,

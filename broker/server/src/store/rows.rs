@@ -8,8 +8,8 @@ use bytes::Bytes;
 use smallvec::SmallVec;
 use wasmqtt_protocol::codec::{Qos, RetainHandling, SubscribeOptions};
 use wasmqtt_protocol::ports::{BanPattern, Client, Receiver};
-use wasmqtt_protocol::router::{Message, MessageId, MessageRef, SessionId, Subscription};
-use wasmqtt_protocol::session::WillMessage;
+use wasmqtt_protocol::router::{Message, MessageId, MessageRef, Position, SessionId, Subscription};
+use wasmqtt_protocol::session::{Replay, WillMessage};
 
 /// Column families. A new one, or another form of a row, needs a new [`super::SCHEMA`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -25,6 +25,8 @@ pub(super) enum Family {
     Message,
     /// Message, Session: this one of several receivers does not need it any more.
     Done,
+    /// Session, Topic Filter → how far retained messages have come on their way to the subscription.
+    Replay,
     /// Session, Packet Identifier → handshake towards the client.
     Inflight,
     /// Session, Packet Identifier: a QoS 2 message of the client that waits for PUBREL.
@@ -40,10 +42,11 @@ pub(super) enum Family {
 }
 
 impl Family {
-    pub(super) const ALL: [Self; 11] = [
+    pub(super) const ALL: [Self; 12] = [
         Self::Meta,
         Self::Session,
         Self::Subscription,
+        Self::Replay,
         Self::Message,
         Self::Done,
         Self::Inflight,
@@ -59,6 +62,7 @@ impl Family {
             Self::Meta => "meta",
             Self::Session => "session",
             Self::Subscription => "subscription",
+            Self::Replay => "replay",
             Self::Message => "message",
             Self::Done => "done",
             Self::Inflight => "inflight",
@@ -144,6 +148,8 @@ impl<'a> Take<'a> {
 const RETAIN: u8 = 0b0100;
 const SEALED: u8 = 0b1000;
 const EXPIRES: u8 = 0b1_0000;
+/// A retained message says when it was retained, behind what all forms begin with.
+const STAMPED: u8 = 0b10_0000;
 
 /// What all forms of a message begin with.
 fn put_head(to: &mut Vec<u8>, message: MessageRef<'_>, sealed: bool) {
@@ -307,17 +313,23 @@ pub(super) fn take_feed(row: &[u8]) -> Option<FeedRow> {
 }
 
 /// Row of [`Family::Retained`], whose key is the Topic Name.
-pub(super) fn put_retained(to: &mut Vec<u8>, message: MessageRef<'_>, sealed: bool) {
+pub(super) fn put_retained(to: &mut Vec<u8>, message: MessageRef<'_>, sealed: bool, stamp: u64) {
+    let begin = to.len();
     put_head(to, message, sealed);
+    to[begin] |= STAMPED;
+    to.put_u64(stamp);
     to.put_blob(message.properties);
     to.extend_from_slice(message.payload);
 }
 
-pub(super) fn take_retained(topic: &[u8], row: &[u8]) -> Option<(Message, bool)> {
+/// The message, whether it is sealed, and its stamp; zero in a row of the first schema.
+pub(super) fn take_retained(topic: &[u8], row: &[u8]) -> Option<(Message, bool, u64)> {
+    let is_stamped = row.first()? & STAMPED != 0;
     let mut row = Take(row);
     let head = take_head(&mut row)?;
+    let stamp = if is_stamped { row.u64()? } else { 0 };
     let properties = row.blob()?;
-    Some((message(&head, std::str::from_utf8(topic).ok()?, properties, row.0), head.sealed))
+    Some((message(&head, std::str::from_utf8(topic).ok()?, properties, row.0), head.sealed, stamp))
 }
 
 /// Row of [`Family::Session`].
@@ -396,6 +408,18 @@ pub(super) fn take_subscription(row: &[u8]) -> Option<Subscription> {
         retain_handling,
     };
     Some(Subscription { options, id: NonZeroU32::new(row.u32()?) })
+}
+
+/// Row of [`Family::Replay`].
+pub(super) fn put_replay(to: &mut Vec<u8>, replay: &Replay) {
+    to.put_u64(replay.until);
+    to.extend_from_slice(replay.from.as_str().as_bytes());
+}
+
+pub(super) fn take_replay(row: &[u8]) -> Option<Replay> {
+    let mut row = Take(row);
+    let until = row.u64()?;
+    Some(Replay { from: Position::parse(std::str::from_utf8(row.0).ok()?), until })
 }
 
 /// Key of a row that belongs to one Session.

@@ -246,6 +246,10 @@ fn fault(family: Family, key: &[u8], value: &[u8], sessions: &hashbrown::HashSet
             let filter = key.get(8..).and_then(|filter| std::str::from_utf8(filter).ok());
             filter.is_some_and(|filter| Filter::parse(filter).is_ok()) && rows::take_subscription(value).is_some()
         }
+        Family::Replay => {
+            let filter = key.get(8..).and_then(|filter| std::str::from_utf8(filter).ok());
+            filter.is_some_and(|filter| Filter::parse(filter).is_ok()) && rows::take_replay(value).is_some()
+        }
         Family::Message => MessageRow::parse(value).and_then(MessageRow::receivers).is_some(),
         Family::Inflight => key.len() == 10 && rows::take_inflight(value).is_some(),
         Family::Received => key.len() == 10,
@@ -253,7 +257,8 @@ fn fault(family: Family, key: &[u8], value: &[u8], sessions: &hashbrown::HashSet
         Family::Feed => rows::take_feed(value).is_some(),
         Family::Ban => rows::take_ban(key, value).is_some(),
     };
-    let belongs = !matches!(family, Family::Subscription | Family::Inflight | Family::Received) || owner();
+    let of_sessions = [Family::Subscription, Family::Replay, Family::Inflight, Family::Received];
+    let belongs = !of_sessions.contains(&family) || owner();
     match (is_good, belongs) {
         (false, _) => Some("it cannot be read"),
         (true, false) => Some("its Session does not exist"),
@@ -273,13 +278,13 @@ fn about(family: Family, key: &[u8], value: &[u8]) -> Option<String> {
             format!("plugin {plugin}, bucket {bucket}: {key}")
         }
         Family::Session => format!("Session of {}", rows::take_session(value)?.client.client_id),
-        Family::Subscription => format!("Session {}: {}", session(), std::str::from_utf8(key.get(8..)?).ok()?),
+        Family::Subscription | Family::Replay => format!("Session {}: {}", session(), std::str::from_utf8(key.get(8..)?).ok()?),
         Family::Message => {
             let (receivers, _, message) = MessageRow::parse(value)?.receivers()?;
             format!("message to {} for {} Sessions, {} bytes", message.topic, receivers.len(), message.payload.len())
         }
         Family::Retained => {
-            let (message, _) = rows::take_retained(key, value)?;
+            let (message, ..) = rows::take_retained(key, value)?;
             format!("retained on {}, {} bytes", message.topic, message.payload.len())
         }
         Family::Feed => {

@@ -84,6 +84,8 @@ fn told(change: Change<'_>) -> String {
             format!("queued {id} {} {}", message.topic, receivers.join(","))
         }
         Change::Step { session, step } => format!("{session} {step:?}"),
+        Change::Replay { session, filter, .. } => format!("replay {session} {}", filter.as_str()),
+        Change::ReplayEnded { session, filter } => format!("replayed {session} {}", filter.as_str()),
         Change::Retained { message, .. } => format!("retained {}", message.topic),
         Change::RetainedRemoved { topic, .. } => format!("removed {topic}"),
         Change::Fed { id, .. } | Change::FedDone { id, .. } => format!("fed {id}"),
