@@ -144,7 +144,7 @@ impl Restore for Filling<'_> {
             if client.principal == client_id { Arc::clone(&client_id) } else { self.one_text(client.principal) };
         let listener = self.one_text(client.listener);
         let client = Arc::new(Client { client_id, principal, listener });
-        let standing = Standing { client, permits: Permits::default(), check_ms: None };
+        let standing = Standing::new(client, Permits::default());
         self.shards[usize::from(key.shard)].set_standing(key.slot, Some(Box::new(standing)));
     }
 

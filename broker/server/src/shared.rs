@@ -44,6 +44,8 @@ pub(crate) struct Shared {
     pub(crate) load: Vec<AtomicUsize>,
     index: RwLock<Index>,
     retained: RwLock<Retained>,
+    /// See [`Shared::interest_order`].
+    interest: Mutex<()>,
     generations: Vec<AtomicU64>,
     /// For filters that begin with a wildcard: they match in every bucket.
     generation: AtomicU64,
@@ -112,6 +114,7 @@ impl Shared {
             draining: AtomicBool::new(false),
             index: RwLock::default(),
             retained: RwLock::new(Retained::new(RETAINED_MESSAGES_MAX, RETAINED_BYTES_MAX)),
+            interest: Mutex::default(),
             generations: (0..BUCKETS).map(|_| AtomicU64::new(0)).collect(),
             generation: AtomicU64::new(0),
             directory: (0..DIRECTORY_LOCKS).map(|_| Mutex::default()).collect(),
@@ -140,6 +143,12 @@ impl Shared {
 
     pub(crate) fn index_mut(&self) -> RwLockWriteGuard<'_, Index> {
         self.index.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Held while subscriptions change and plugins are told of it, so that they hear of changes by several shards in the
+    /// order in which these were made. The lock of the index is taken, and given back, under this one.
+    pub(crate) fn interest_order(&self) -> MutexGuard<'_, ()> {
+        self.interest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn retained(&self) -> RwLockReadGuard<'_, Retained> {

@@ -37,7 +37,7 @@ impl Shard {
         };
         let client =
             Client { client_id: Arc::clone(&request.client_id), principal, listener: Arc::clone(&request.listener) };
-        let standing = Standing { client: Arc::new(client), permits, check_ms: None };
+        let standing = Standing::new(Arc::new(client), permits);
         self.sessions.set_standing(key.slot, Some(Box::new(standing)));
         self.conns[id].permitted = (0, 0);
         self.check_in(key, 0);
@@ -223,9 +223,21 @@ impl Shard {
         if epoch[1..] == before[1..] {
             return;
         }
-        let keys: Vec<SessionKey> = self.sessions.keys().collect();
-        for key in keys {
-            self.revoke(key, u64::from(random() % SPREAD_MS));
+        self.sessions.revoke_all();
+        self.revoked.begin(&self.sessions);
+    }
+
+    /// Goes on with what concerns all Sessions: subscriptions that are to be asked about again, clients that were banned.
+    pub(super) fn run_sweeps(&mut self) {
+        if self.revoked.is_under_way() {
+            for key in self.revoked.take(&self.sessions) {
+                self.revoke(key, u64::from(random() % SPREAD_MS));
+            }
+        }
+        if self.banned.is_under_way() {
+            for key in self.banned.take(&self.sessions) {
+                self.end_if_banned(key);
+            }
         }
     }
 

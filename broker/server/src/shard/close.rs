@@ -7,7 +7,7 @@ use tracing::debug;
 use wasmqtt_protocol::codec::{Connack, Disconnect, Packet, ReasonCode, UserProperties, Version, encode};
 use wasmqtt_protocol::ports::{Change, EventKind};
 use wasmqtt_protocol::router::SessionKey;
-use wasmqtt_protocol::session::WillMessage;
+use wasmqtt_protocol::session::{Session, WillMessage};
 
 use super::Shard;
 use super::conn::{State, is_fault};
@@ -234,24 +234,37 @@ impl Shard {
             }
             self.durable.write(Change::SessionEnded { session: name });
         }
-        let mut count = 0;
-        if session.subscriptions().next().is_some() {
-            let mut index = shared.index_mut();
-            for (filter, _) in session.subscriptions() {
-                match filter.share() {
-                    Some(share) => index.unsubscribe_shared(share, filter.topic_filter(), key),
-                    None => index.unsubscribe(filter.topic_filter(), key),
-                };
-                shared.bump(filter.topic_filter());
-                if self.hooks.wants_interest && !index.has(filter.topic_filter()) {
-                    self.plugins.interest_changed(filter.topic_filter(), false);
-                }
-                count += 1;
-            }
-        }
+        let count = self.end_subscriptions(&session);
         shared.stats.subscriptions.fetch_sub(count, Ordering::Relaxed);
         shared.stats.sessions.fetch_sub(1, Ordering::Relaxed);
         self.redeliver(left);
+    }
+
+    /// Takes the subscriptions of a Session that has ended out of the index; says how many there were.
+    fn end_subscriptions(&mut self, session: &Session) -> usize {
+        if session.subscription_count() == 0 {
+            return 0;
+        }
+        let shared = Arc::clone(&self.shared);
+        let _order = self.hooks.wants_interest.then(|| shared.interest_order());
+        let mut unwanted = Vec::new();
+        {
+            let mut index = shared.index_mut();
+            for (filter, _) in session.subscriptions() {
+                match filter.share() {
+                    Some(share) => index.unsubscribe_shared(share, filter.topic_filter(), session.key),
+                    None => index.unsubscribe(filter.topic_filter(), session.key),
+                };
+                shared.bump(filter.topic_filter());
+                if self.hooks.wants_interest && !index.has(filter.topic_filter()) {
+                    unwanted.push(filter.topic_filter());
+                }
+            }
+        }
+        for filter in unwanted {
+            self.plugins.interest_changed(filter, false);
+        }
+        session.subscription_count()
     }
 
     /// A plugin wants a client to go.
@@ -262,23 +275,24 @@ impl Shard {
         }
     }
 
-    /// Somebody was banned: those that are meant and connected go.
+    /// Somebody was banned: those that are meant and connected go, see [`Self::run_sweeps`].
     pub(super) fn end_banned(&mut self) {
-        let keys: Vec<SessionKey> = self.sessions.keys().collect();
-        for key in keys {
-            let Some(id) = self.sessions.conn(key.slot) else { continue };
-            let Some(client) = self.sessions.standing(key.slot).map(|standing| Arc::clone(&standing.client)) else {
-                continue;
-            };
-            let address = self.conns.get(id).and_then(|conn| conn.address);
-            let is_banned = {
-                let bans = self.shared.bans();
-                bans.find(self.now_ms, &client.client_id, Some(&client.principal), address).is_some()
-            };
-            if is_banned {
-                // Banned is for CONNACK alone.
-                self.end(id, Ending::Server(ReasonCode::ADMINISTRATIVE_ACTION, "banned"));
-            }
+        self.banned.begin(&self.sessions);
+    }
+
+    pub(super) fn end_if_banned(&mut self, key: SessionKey) {
+        let Some(id) = self.sessions.conn(key.slot) else { return };
+        let Some(client) = self.sessions.standing(key.slot).map(|standing| Arc::clone(&standing.client)) else {
+            return;
+        };
+        let address = self.conns.get(id).and_then(|conn| conn.address);
+        let is_banned = {
+            let bans = self.shared.bans();
+            bans.find(self.now_ms, &client.client_id, Some(&client.principal), address).is_some()
+        };
+        if is_banned {
+            // Banned is for CONNACK alone.
+            self.end(id, Ending::Server(ReasonCode::ADMINISTRATIVE_ACTION, "banned"));
         }
     }
 }

@@ -43,6 +43,7 @@ use self::conn::Conn;
 use self::durable::Durable;
 use self::hooks::Hooks;
 use self::routes::Routes;
+use self::sessions::Sweep;
 use self::timers::Timers;
 use crate::mailbox::{Mail, Remote, outgoing_bytes};
 use crate::shared::Shared;
@@ -115,6 +116,10 @@ pub(crate) struct Shard {
     held_replays: BTreeSet<SessionKey>,
     /// Retained messages that a turn has found; empty in between.
     found: Vec<RetainedMessage>,
+    /// Subscriptions are asked about again.
+    revoked: Sweep,
+    /// Somebody was banned.
+    banned: Sweep,
     /// Where the next look for expired messages begins.
     swept: u32,
 }
@@ -159,6 +164,8 @@ impl Shard {
             replays: VecDeque::new(),
             held_replays: BTreeSet::new(),
             found: Vec::new(),
+            revoked: Sweep::default(),
+            banned: Sweep::default(),
             swept: 0,
             shared,
         };
@@ -205,6 +212,7 @@ impl Shard {
                 self.on_readable(id);
             }
             self.look_for_changes();
+            self.run_sweeps();
             self.run_calls();
             self.run_timers();
             self.run_hooks();
@@ -216,7 +224,8 @@ impl Shard {
     }
 
     fn wait_for(&self) -> Option<Duration> {
-        if self.calls.any_ready() || !self.replays.is_empty() {
+        let is_sweeping = self.revoked.is_under_way() || self.banned.is_under_way();
+        if self.calls.any_ready() || !self.replays.is_empty() || is_sweeping {
             return Some(Duration::ZERO);
         }
         if !self.readable.is_empty() {

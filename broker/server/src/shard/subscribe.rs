@@ -118,6 +118,8 @@ impl Shard {
         {
             session.refresh_availability(outbox, &self.shared.limits);
         }
+        let shared = Arc::clone(&self.shared);
+        let order = self.hooks.wants_interest.then(|| shared.interest_order());
         let is_first = {
             let mut index = self.shared.index_mut();
             let is_first = self.hooks.wants_interest && !index.has(filter.topic_filter());
@@ -134,6 +136,7 @@ impl Shard {
         if is_first {
             self.plugins.interest_changed(filter.topic_filter(), true);
         }
+        drop(order);
         self.shared.bump(filter.topic_filter());
         self.store_subscription(key, filter, Some(&subscription));
         self.event(EventKind::Subscribed, key.slot, || {
@@ -176,6 +179,8 @@ impl Shard {
         if is_replayed {
             self.forget_replay(stored, filter);
         }
+        let shared = Arc::clone(&self.shared);
+        let order = self.hooks.wants_interest.then(|| shared.interest_order());
         let was_last = {
             let mut index = self.shared.index_mut();
             match filter.share() {
@@ -187,6 +192,7 @@ impl Shard {
         if was_last {
             self.plugins.interest_changed(filter.topic_filter(), false);
         }
+        drop(order);
         self.shared.bump(filter.topic_filter());
         self.store_subscription(key, filter, None);
         self.event(EventKind::Unsubscribed, key.slot, || vec![("filter", filter.to_string())]);
