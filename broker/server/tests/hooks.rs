@@ -276,10 +276,30 @@ fn a_will_is_shown_as_its_clients() {
     for has_acl in [false, true] {
         let (broker, hook) = start();
         hook.has_acl.store(has_acl, Ordering::SeqCst);
-        drop(broker.connect_with_will("mortal", "seen/will"));
+        drop(broker.connect_with_will("mortal", true, "seen/will"));
         settles(|| hook.shown.lock().unwrap().clone(), vec!["seen/will mortal".to_owned()]);
         settles(|| hook.committed.lock().unwrap().clone(), vec!["seen/will mortal".to_owned()]);
     }
+}
+
+/// A crash while a hook thinks must not lose it, nor may the next connection's will take its place. MQTT 5.0 §3.1.2.5.
+#[test]
+fn a_will_stays_in_the_store_until_hooks_have_answered() {
+    let (broker, hook, store) = start_durable();
+    hook.slow.store(true, Ordering::SeqCst);
+    drop(broker.connect_with_will("mortal", false, "up/will"));
+    settles(|| store.was_told("closed mortal 604800 with will"), true);
+    let mut again = broker.connect("mortal", false);
+    again.expect_silence();
+    assert!(!store.was_told("queued"));
+    store.take();
+    hook.answer();
+    again.expect(CONNACK);
+    let told = store.take_batches();
+    let batch_of = |part: &str| told.iter().find(|(_, change)| change.contains(part)).map(|(batch, _)| *batch);
+    assert!(batch_of("queued").is_some(), "{told:?}");
+    assert_eq!(batch_of("queued"), batch_of("closed mortal 604800"), "{told:?}");
+    assert!(!told.iter().any(|(_, change)| change.contains("with will")), "{told:?}");
 }
 
 /// MQTT 5.0 §4.3.3: a QoS 2 message that is discarded is answered like any other, and its identifier is free again.

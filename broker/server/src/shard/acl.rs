@@ -9,7 +9,7 @@ use tracing::{debug, info};
 use wasmqtt_protocol::access::{Action, Decision, Permits, Verdict};
 use wasmqtt_protocol::codec::{Qos, ReasonCode, Subscribe};
 use wasmqtt_protocol::ports::{Access, AuthRequest, Client, EventKind, Grant};
-use wasmqtt_protocol::router::{Message, SessionKey};
+use wasmqtt_protocol::router::SessionKey;
 use wasmqtt_protocol::session::Incoming;
 use wasmqtt_protocol::topic::Filter;
 
@@ -361,46 +361,6 @@ impl Shard {
         }
         self.check_at(key, next_ms);
         unknown
-    }
-
-    /// `false`: it may not, or plugins are thinking about it, and it is published when they have decided.
-    pub(super) fn may_publish_will(&mut self, key: SessionKey, message: &Arc<Message>) -> bool {
-        let route = self.route(&message.topic).id;
-        let Some(standing) = self.sessions.standing(key.slot) else { return true };
-        if !self.has_acl && !standing.permits.has_rules() {
-            return true;
-        }
-        match standing.permits.publish(self.now_ms, route, &message.topic) {
-            Some((Verdict::Allow, _)) => return true,
-            None if self.has_acl => {}
-            Some((Verdict::Deny(_), _)) | None => {
-                info!(client_id = %standing.client.client_id, topic = %message.topic, "Will Message denied");
-                return false;
-            }
-        }
-        let access = Access {
-            action: Action::Publish,
-            topic: (*message.topic).into(),
-            qos: message.qos,
-            retain: message.retain,
-        };
-        let client = Arc::clone(&standing.client);
-        let call = self.plugins.authorize(Arc::clone(&client), Arc::new([access]));
-        let message = Arc::clone(message);
-        let call = Box::pin(async move { Answer::Will { client, message, decisions: call.await } });
-        if let Some(answer) = self.calls.begin(None, call) {
-            self.on_answer(answer);
-        }
-        false
-    }
-
-    /// The client may be gone by now; its Will Message is shown to storage hooks as its own.
-    pub(super) fn on_will_decision(&mut self, client: Arc<Client>, message: &Arc<Message>, decisions: &[Decision]) {
-        if decisions.first().and_then(|decision| decision.verdict) == Some(Verdict::Allow) {
-            self.publish_unattended(Some(client), Arc::clone(message), 0);
-        } else {
-            info!(topic = %message.topic, "Will Message denied");
-        }
     }
 }
 

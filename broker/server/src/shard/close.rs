@@ -7,7 +7,7 @@ use tracing::debug;
 use wasmqtt_protocol::codec::{Connack, Disconnect, Packet, ReasonCode, UserProperties, Version, encode};
 use wasmqtt_protocol::ports::{Change, EventKind};
 use wasmqtt_protocol::router::SessionKey;
-use wasmqtt_protocol::session::{Session, WillMessage};
+use wasmqtt_protocol::session::Session;
 
 use super::Shard;
 use super::conn::{State, is_fault};
@@ -178,30 +178,6 @@ impl Shard {
         }
     }
 
-    pub(super) fn on_will_delay(&mut self, key: SessionKey) {
-        if let Some((session, None)) = self.sessions.resolve(key)
-            && session.will.is_some()
-        {
-            let (expires_ms, _) = self.sessions.deadlines(key.slot);
-            self.set_deadlines(key, expires_ms, None);
-            self.publish_will(key);
-            self.store_session(key);
-        }
-    }
-
-    fn publish_will(&mut self, key: SessionKey) {
-        let Some((session, _)) = self.sessions.resolve(key) else { return };
-        let Some(will) = session.will.take() else { return };
-        let WillMessage { mut message, expiry, .. } = *will;
-        message.expires_at_ms = expiry.map(|secs| self.now_ms + u64::from(secs) * 1000);
-        message.publisher = Some(key);
-        let message = Arc::new(message);
-        if self.may_publish_will(key, &message) {
-            let client = self.sessions.standing(key.slot).map(|standing| Arc::clone(&standing.client));
-            self.publish_unattended(client, message, 0);
-        }
-    }
-
     /// Ends a Session for good: its subscriptions, queue and place. A will that still waits is published.
     /// [MQTT-3.1.2-8]
     pub(super) fn end_session(&mut self, key: SessionKey) {
@@ -211,6 +187,9 @@ impl Shard {
             self.publish_will(key);
         }
         self.set_deadlines(key, None, None);
+        if self.ends_after_will(key) {
+            return;
+        }
         self.event(EventKind::SessionEnded, key.slot, Vec::new);
         let shared = Arc::clone(&self.shared);
         {

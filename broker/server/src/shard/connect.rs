@@ -240,6 +240,10 @@ impl Shard {
         if self.sessions.resolve(key).is_some() && (opening.clean_start || expired) {
             self.end_session(key);
         }
+        if self.waits_for_will(key, id, grant) {
+            self.conns[id].state = State::Opening(Box::new(opening));
+            return;
+        }
         if self.sessions.resolve(key).is_some() {
             return self.open(id, opening, grant, key, true);
         }

@@ -186,7 +186,8 @@ impl Shard {
             Some(_) => None,
             None => self.sessions.deadlines(key.slot).0.map(|at| at.saturating_sub(u64::from(expiry) * 1000)),
         };
-        let will = session.will.as_deref().filter(|will| self.keeps_will(key, will));
+        let under_way = self.wills.get(&key).map(|under_way| &*under_way.will);
+        let will = session.will.as_deref().or(under_way).filter(|will| self.keeps_will(key, will));
         let Some(Standing { client, .. }) = self.sessions.standing_of(key.slot) else { return };
         self.durable.write(Change::Session { session: name, client, expiry, closed_at_ms, will });
     }

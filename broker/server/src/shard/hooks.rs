@@ -133,6 +133,9 @@ impl Shard {
         let publisher = message.publisher;
         if plugins == 0 && !self.hooks.waiting.contains_key(&publisher) {
             self.accept(client, &message, None, origin);
+            if let Some(key) = publisher {
+                self.will_done(key);
+            }
             return;
         }
         let qos = message.qos;
@@ -221,7 +224,7 @@ impl Shard {
         match conn {
             Some((id, epoch)) if self.is_current(id, epoch) => self.acknowledge(id, key.slot, qos, packet_id, reason),
             Some(_) => self.acknowledge_earlier(key, qos, packet_id, reason),
-            None => {}
+            None => self.will_done(key),
         }
         let Some(id) = self.conn_of(publisher) else { return };
         let Some(conn) = self.conns.get_mut(id) else { return };

@@ -18,6 +18,7 @@ mod sessions;
 mod subscribe;
 mod sys;
 mod timers;
+mod wills;
 
 use std::collections::{BTreeSet, VecDeque};
 use std::io;
@@ -25,6 +26,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use hashbrown::HashMap;
 use mio::{Events, Poll, Token, Waker};
 use slab::Slab;
 use tracing::error;
@@ -45,6 +47,7 @@ use self::hooks::Hooks;
 use self::routes::Routes;
 use self::sessions::Sweep;
 use self::timers::Timers;
+use self::wills::WillUnderWay;
 use crate::mailbox::{Mail, Remote, outgoing_bytes};
 use crate::shared::Shared;
 
@@ -116,6 +119,8 @@ pub(crate) struct Shard {
     held_replays: BTreeSet<SessionKey>,
     /// Retained messages that a turn has found; empty in between.
     found: Vec<RetainedMessage>,
+    /// Will Messages that plugins think about.
+    wills: HashMap<SessionKey, WillUnderWay>,
     /// Subscriptions are asked about again.
     revoked: Sweep,
     /// Somebody was banned.
@@ -164,6 +169,7 @@ impl Shard {
             replays: VecDeque::new(),
             held_replays: BTreeSet::new(),
             found: Vec::new(),
+            wills: HashMap::new(),
             revoked: Sweep::default(),
             banned: Sweep::default(),
             swept: 0,

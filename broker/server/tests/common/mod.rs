@@ -57,10 +57,10 @@ impl Broker {
         client
     }
 
-    /// As [`Self::connect`], for a Session that ends with the connection, with a Will Message `x` for `topic`.
-    pub(crate) fn connect_with_will(&self, client_id: &str, topic: &str) -> Client {
+    /// As [`Self::connect`], with a Will Message `x` for `topic`.
+    pub(crate) fn connect_with_will(&self, client_id: &str, clean: bool, topic: &str) -> Client {
         let mut client = Client(TcpStream::connect(&self.address).unwrap());
-        let mut body = vec![0, 4, b'M', b'Q', b'T', b'T', 4, 0b110, 0, 0];
+        let mut body = vec![0, 4, b'M', b'Q', b'T', b'T', 4, 0b1_0100 | if clean { 2 } else { 0 }, 0, 0];
         for text in [client_id, topic, "x"] {
             string(text, &mut body);
         }

@@ -72,9 +72,10 @@ impl Store for Slow {
 
 fn told(change: Change<'_>) -> String {
     match change {
-        Change::Session { client, expiry, closed_at_ms, .. } => {
+        Change::Session { client, expiry, closed_at_ms, will, .. } => {
+            let will = if will.is_some() { " with will" } else { "" };
             let what = if closed_at_ms.is_some() { "closed" } else { "opened" };
-            format!("{what} {} {expiry}", client.client_id)
+            format!("{what} {} {expiry}{will}", client.client_id)
         }
         Change::SessionEnded { session } => format!("ended {session}"),
         Change::Subscribed { session, filter, .. } => format!("subscribed {session} {}", filter.as_str()),
