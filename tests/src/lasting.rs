@@ -42,10 +42,15 @@ struct Wire {
 impl Wire {
     /// With the state of the Session, if there is some.
     fn open(address: SocketAddr, client_id: &str) -> std::io::Result<(Self, bool)> {
+        Self::open_with(address, client_id, &raw::connect(V311, 0, &[], &[raw::text(client_id)]))
+    }
+
+    /// The same with this CONNECT.
+    fn open_with(address: SocketAddr, client_id: &str, connect: &[u8]) -> std::io::Result<(Self, bool)> {
         let stream = TcpStream::connect_timeout(&address, Duration::from_secs(5))?;
         stream.set_nodelay(true)?;
         let mut wire = Self { stream, buffer: Vec::new() };
-        wire.send(&raw::connect(V311, 0, &[], &[raw::text(client_id)]))?;
+        wire.send(connect)?;
         let begun = Instant::now();
         loop {
             if let Some((first, body)) = wire.recv(Duration::from_millis(100))? {
@@ -258,6 +263,47 @@ fn change(
     Ok(())
 }
 
+/// A client that connects with a numbered Will Message (QoS 2) and goes without a word, again and again.
+pub struct Mortal {
+    thread: JoinHandle<Wills>,
+}
+
+/// Numbers of Will Messages.
+#[derive(Debug, Default)]
+pub struct Wills {
+    /// Their CONNECT was acknowledged: each is published.
+    pub acknowledged: Vec<u64>,
+    /// Nobody knows whether the broker has seen the CONNECT.
+    pub uncertain: Vec<u64>,
+}
+
+impl Mortal {
+    /// Until it is told to stop.
+    pub fn start(place: &Place, client_id: &str, topic: &str, stop: &Arc<AtomicBool>) -> Self {
+        let (place, stop) = (Arc::clone(place), Arc::clone(stop));
+        let (client_id, topic) = (client_id.to_owned(), topic.to_owned());
+        let thread = thread::spawn(move || {
+            let mut wills = Wills::default();
+            for number in 0.. {
+                let Some(address) = wait_for(&place, &stop) else { break };
+                let payload = [raw::text(&client_id), raw::text(&topic), raw::text(number.to_string())];
+                match Wire::open_with(address, &client_id, &raw::connect(V311, 0x14, &[], &payload)) {
+                    Ok(_) => wills.acknowledged.push(number),
+                    Err(_) => wills.uncertain.push(number),
+                }
+                thread::sleep(Duration::from_millis(10));
+            }
+            wills
+        });
+        Self { thread }
+    }
+
+    /// What became of its CONNECTs.
+    pub fn join(self) -> Wills {
+        self.thread.join().expect("the client with a Will Message failed")
+    }
+}
+
 /// What a subscriber has got, by topic, in order.
 pub type Got = HashMap<String, Vec<u64>>;
 
@@ -268,14 +314,14 @@ pub struct Subscriber {
     pub away: Arc<AtomicBool>,
     /// It has subscribed.
     pub ready: Arc<AtomicBool>,
-    count: Arc<Mutex<HashMap<String, u64>>>,
+    numbers: Arc<Mutex<HashMap<String, HashSet<u64>>>>,
 }
 
 impl Subscriber {
     /// Subscribes to `filter`.
     pub fn start(place: &Place, client_id: &str, filter: &str, qos: u8, stop: &Arc<AtomicBool>) -> Self {
         let (away, ready) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
-        let count = Arc::default();
+        let numbers = Arc::default();
         let state = Receiver {
             place: Arc::clone(place),
             client_id: client_id.to_owned(),
@@ -284,15 +330,20 @@ impl Subscriber {
             stop: Arc::clone(stop),
             away: Arc::clone(&away),
             ready: Arc::clone(&ready),
-            count: Arc::clone(&count),
+            numbers: Arc::clone(&numbers),
             seen: RefCell::default(),
         };
-        Self { thread: thread::spawn(move || state.run()), away, ready, count }
+        Self { thread: thread::spawn(move || state.run()), away, ready, numbers }
     }
 
     /// Numbers of this topic that it has seen, each counted once.
     pub fn seen(&self, topic: &str) -> u64 {
-        self.count.lock().expect("not poisoned").get(topic).copied().unwrap_or(0)
+        self.numbers.lock().expect("not poisoned").get(topic).map_or(0, |numbers| numbers.len() as u64)
+    }
+
+    /// It has seen this number of the topic.
+    pub fn has(&self, topic: &str, number: u64) -> bool {
+        self.numbers.lock().expect("not poisoned").get(topic).is_some_and(|numbers| numbers.contains(&number))
     }
 
     /// What it got.
@@ -309,7 +360,7 @@ struct Receiver {
     stop: Arc<AtomicBool>,
     away: Arc<AtomicBool>,
     ready: Arc<AtomicBool>,
-    count: Arc<Mutex<HashMap<String, u64>>>,
+    numbers: Arc<Mutex<HashMap<String, HashSet<u64>>>>,
     seen: RefCell<HashMap<String, HashSet<u64>>>,
 }
 
@@ -379,7 +430,7 @@ impl Receiver {
             if first >> 1 & 3 == 2 || is_first {
                 numbers.push(number);
             }
-            self.count.lock().expect("not poisoned").insert(topic, numbers.len() as u64);
+            self.numbers.lock().expect("not poisoned").entry(topic).or_default().insert(number);
         }
         match first >> 1 & 3 {
             2 => wire.acknowledge(0x50, id),

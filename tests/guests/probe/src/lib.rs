@@ -13,12 +13,20 @@ pub struct Probe {
     settings: Settings,
     /// Handed over.
     seen: Cell<u32>,
+    /// How often this instance was shown messages before they are stored.
+    shown: Cell<u32>,
     kept: RefCell<Vec<Vec<u8>>>,
 }
 
 impl Probe {
     fn is(&self, name: &str, value: &str) -> bool {
         self.settings.get(name) == Some(value)
+    }
+
+    /// One of so many calls, if the setting says how many.
+    fn is_turn(&self, name: &str) -> Result<bool, String> {
+        let every: u32 = self.settings.parse(name, 0)?;
+        Ok(every > 0 && self.shown.get() % every == 0)
     }
 
     fn list(&self, name: &str) -> Vec<String> {
@@ -35,7 +43,7 @@ impl Plugin for Probe {
             settings =
                 Settings::from_pairs(&settings.iter().chain(std::iter::once(("acl", mode.trim()))).collect::<Vec<_>>());
         }
-        Ok(Self { settings, seen: Cell::new(0), kept: RefCell::default() })
+        Ok(Self { settings, seen: Cell::new(0), shown: Cell::new(0), kept: RefCell::default() })
     }
 
     fn registration(&self) -> Registration {
@@ -112,6 +120,13 @@ impl Acl for Probe {
 
 impl StorageHook for Probe {
     fn before_store(&self, messages: &Batch) -> Result<Changes, String> {
+        self.shown.set(self.shown.get() + 1);
+        if self.is_turn("slow_every")? {
+            std::thread::sleep(std::time::Duration::from_millis(self.settings.parse("slow_ms", 0)?));
+        }
+        if self.is_turn("fail_every")? {
+            return Err("as told".into());
+        }
         let mut changes = Changes::none();
         for message in messages.iter() {
             misbehave(message.topic);
@@ -122,6 +137,10 @@ impl StorageHook for Probe {
                 "fail" => return Err("as told".into()),
                 // For measuring: another payload of the same bytes.
                 _ if self.is("rewrite", "same") => changes.replace_payload(&message, message.payload.to_vec()),
+                // A number stays the same number.
+                _ if self.is("rewrite", "zero") => {
+                    changes.replace_payload(&message, [b"0".as_slice(), message.payload].concat());
+                }
                 _ if self.is("rewrite", "true") => {
                     changes.replace_payload(&message, message.payload.iter().rev().copied().collect());
                 }
