@@ -5,6 +5,7 @@
 //! messages that were queued on the way there.
 
 use std::num::NonZeroU32;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use smallvec::SmallVec;
@@ -18,6 +19,8 @@ use super::Shard;
 
 /// Topics looked at for one Session before the next one has its turn.
 const LOOKS_MAX: usize = 256;
+/// Topics looked at when a replay begins, to see whether there is anything at all.
+const FIRST_LOOKS: usize = 8;
 /// Time one turn spends on replays.
 const TURN: Duration = Duration::from_millis(1);
 /// Messages of replays that wait in a Session's queue: the others wait where they are retained.
@@ -27,10 +30,20 @@ impl Shard {
     /// Subscriptions were made whose clients want the retained messages. What is retained from now on reaches them when
     /// it is published. Told to the store before SUBACK promises it.
     pub(super) fn begin_replays(&mut self, key: SessionKey, filters: impl IntoIterator<Item = Filter>) {
-        let until = self.shared.retained().last_stamp();
+        let shared = Arc::clone(&self.shared);
+        let retained = shared.retained();
+        let until = retained.last_stamp();
         for filter in filters {
             let Some(session) = self.sessions.get_mut(key.slot) else { return };
             let replay = Replay { from: Position::default(), until };
+            let window = (self.now_ms, until);
+            let rest = retained.walk(filter.topic_filter(), &replay.from, window, FIRST_LOOKS, &mut self.found);
+            let is_empty = rest.is_none() && self.found.is_empty();
+            self.found.clear();
+            // Most filters match nothing, and then there is nothing to tell the store of.
+            if is_empty && session.replay(&filter).is_none() {
+                continue;
+            }
             let is_stored = session.subscription(&filter).is_some_and(is_stored);
             if let Some(name) = session.stored().filter(|_| is_stored) {
                 self.durable.write(Change::Replay { session: name, filter: &filter, replay: &replay });
