@@ -150,6 +150,14 @@ impl Broker {
         self.log()
     }
 
+    /// SIGTERM, and a good end; gives back the folder, for another one.
+    pub fn stop_for_another(mut self) -> TempDir {
+        self.signal(Signal::TERM);
+        let status = self.wait();
+        assert!(status.success(), "{status} after SIGTERM");
+        std::mem::replace(&mut self.folder, tempfile::tempdir().expect("a temporary folder"))
+    }
+
     /// SIGKILL; gives back the folder, for another one.
     pub fn crash(mut self) -> TempDir {
         self.signal(Signal::KILL);

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use hashbrown::HashMap;
 use tracing::debug;
 use wasmqtt_protocol::access::Verdict;
 use wasmqtt_protocol::codec::{
@@ -20,9 +21,12 @@ impl Shard {
     pub(super) fn on_subscribe(&mut self, id: usize, slot: u32, subscribe: &Subscribe<'_>) {
         let Some(key) = self.sessions.get(slot).map(|session| session.key) else { return };
         let version = self.conns[id].version;
+        let (filters, places) = distinct(&subscribe.filters);
+        let (packet_id, subscription_id) = (subscribe.packet_id, subscribe.subscription_id);
+        let subscribe = &Subscribe { packet_id, subscription_id, user_properties: UserProperties::default(), filters };
         let Some(verdicts) = self.may_subscribe(id, key, subscribe) else { return };
         let mut reasons = Vec::with_capacity(subscribe.filters.len());
-        // The same filter several times is one subscription, which gets the retained messages once.
+        // A filter with several options in turn is one subscription, which gets the retained messages once.
         let mut retained = BTreeSet::new();
         let filters_max = self.shared.config.limits.filters_per_packet_max;
         for (place, (text, options)) in subscribe.filters.iter().enumerate() {
@@ -70,8 +74,8 @@ impl Shard {
             }
         }
         let suback = Suback {
-            packet_id: subscribe.packet_id,
-            reasons,
+            packet_id,
+            reasons: places.iter().filter_map(|place| reasons.get(*place).copied()).collect(),
             reason_string: None,
             user_properties: UserProperties::default(),
         };
@@ -199,6 +203,25 @@ impl Shard {
         self.shared.stats.subscriptions.fetch_sub(1, Ordering::Relaxed);
         true
     }
+}
+
+type Filters<'a> = Vec<(&'a str, SubscribeOptions)>;
+
+/// A packet may have the same filter any number of times, and each would cost as much as the first: gives those that
+/// say something new, and for each filter of the packet its place among them.
+fn distinct<'a>(filters: &[(&'a str, SubscribeOptions)]) -> (Filters<'a>, Vec<usize>) {
+    let mut distinct: Filters<'a> = Vec::with_capacity(filters.len().min(16));
+    let mut last: HashMap<&str, usize> = HashMap::new();
+    let places = filters.iter().map(|(text, options)| match last.get(text) {
+        Some(place) if distinct[*place].1 == *options => *place,
+        _ => {
+            distinct.push((text, *options));
+            last.insert(text, distinct.len() - 1);
+            distinct.len() - 1
+        }
+    });
+    let places = places.collect();
+    (distinct, places)
 }
 
 /// 3.1.1 has one failure code.

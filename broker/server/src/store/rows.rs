@@ -21,12 +21,12 @@ pub(super) enum Family {
     Session,
     /// Session, Topic Filter → options, Subscription Identifier.
     Subscription,
+    /// Session, Topic Filter → how far retained messages have come on their way to the subscription.
+    Replay,
     /// Message → properties, receivers, payload.
     Message,
     /// Message, Session: this one of several receivers does not need it any more.
     Done,
-    /// Session, Topic Filter → how far retained messages have come on their way to the subscription.
-    Replay,
     /// Session, Packet Identifier → handshake towards the client.
     Inflight,
     /// Session, Packet Identifier: a QoS 2 message of the client that waits for PUBREL.
@@ -74,6 +74,15 @@ impl Family {
         }
     }
 }
+
+/// Columns are looked up by these numbers.
+const _: () = {
+    let mut place = 0;
+    while place < Family::ALL.len() {
+        assert!(Family::ALL[place] as usize == place);
+        place += 1;
+    }
+};
 
 /// Appends to a row.
 pub(super) trait Put {
