@@ -205,7 +205,9 @@ fn check_wills(wrong: &mut String, name: &str, numbers: &[u64], wills: &Wills) {
     if let Some([before, after]) = numbers.array_windows().find(|[before, after]| before >= after) {
         let _ = writeln!(wrong, "{name}: will {before} came before {after}");
     }
-    if let Some(unknown) = seen.iter().find(|number| !wills.acknowledged.contains(number) && !wills.uncertain.contains(number)) {
+    if let Some(unknown) =
+        seen.iter().find(|number| !wills.acknowledged.contains(number) && !wills.uncertain.contains(number))
+    {
         let _ = writeln!(wrong, "{name}: nobody has left will {unknown}");
     }
 }

@@ -186,5 +186,8 @@ fn replays_do_not_hold_up_other_clients() {
     let attacked = traffic.stop();
     println!("quiet: {quiet:?}; attacked: {attacked:?}");
     // One such packet used to take a shard for several seconds.
-    assert!(attacked.p99() < quiet.p99() * 10 + Duration::from_millis(1_500), "quiet: {quiet:?}; attacked: {attacked:?}");
+    assert!(
+        attacked.p99() < quiet.p99() * 10 + Duration::from_millis(1_500),
+        "quiet: {quiet:?}; attacked: {attacked:?}"
+    );
 }

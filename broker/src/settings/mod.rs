@@ -249,11 +249,7 @@ fn meant_limits(mut limits: Section<'_>) -> Limits {
         queue_bytes_max: limits.number("queue_bytes_max", default.queue_bytes_max, 1_024..=1 << 40),
         outbound_bytes_max: limits.number("outbound_bytes_max", default.outbound_bytes_max, 1_024..=1 << 32),
         subscriptions_max: limits.number("subscriptions_max", default.subscriptions_max, 1..=1_000_000),
-        filters_per_packet_max: limits.number(
-            "filters_per_packet_max",
-            default.filters_per_packet_max,
-            1..=1_000_000,
-        ),
+        filters_per_packet_max: limits.number("filters_per_packet_max", default.filters_per_packet_max, 1..=1_000_000),
         connections_max: limits.number("connections_max", default.connections_max, 1..=1_000_000_000),
     };
     limits.finish();

@@ -379,7 +379,8 @@ mod tests {
         let set_all = |bytes_max| {
             let mut retained = Retained::new(10, bytes_max);
             let sealed = Some(message("sealed", None));
-            let result = ["a/b/c", "a/b/d", "a", "x/y"].map(|topic| retained.set(message(topic, Some(1)), sealed.clone()));
+            let result =
+                ["a/b/c", "a/b/d", "a", "x/y"].map(|topic| retained.set(message(topic, Some(1)), sealed.clone()));
             (result[3].is_ok(), retained.bytes())
         };
         let (_, bytes) = set_all(usize::MAX);

@@ -278,7 +278,9 @@ fn about(family: Family, key: &[u8], value: &[u8]) -> Option<String> {
             format!("plugin {plugin}, bucket {bucket}: {key}")
         }
         Family::Session => format!("Session of {}", rows::take_session(value)?.client.client_id),
-        Family::Subscription | Family::Replay => format!("Session {}: {}", session(), std::str::from_utf8(key.get(8..)?).ok()?),
+        Family::Subscription | Family::Replay => {
+            format!("Session {}: {}", session(), std::str::from_utf8(key.get(8..)?).ok()?)
+        }
         Family::Message => {
             let (receivers, _, message) = MessageRow::parse(value)?.receivers()?;
             format!("message to {} for {} Sessions, {} bytes", message.topic, receivers.len(), message.payload.len())
