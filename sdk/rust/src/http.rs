@@ -10,7 +10,7 @@ pub struct HttpRequest {
     pub method: String,
     /// `http://host:port/path?query`, or https.
     pub url: String,
-    /// Names and values.
+    /// Names and values. `content-length` is set by [`HttpRequest::send`], from the body.
     pub headers: Vec<(String, String)>,
     /// Empty: none.
     pub body: Vec<u8>,
@@ -39,7 +39,7 @@ impl HttpRequest {
         }
     }
 
-    /// Asks, and waits for the whole answer.
+    /// Asks, and waits for the whole answer. A server may answer before it has read the whole body.
     ///
     /// # Errors
     /// There is none: not granted, not reachable, too late, too large.
@@ -49,6 +49,19 @@ impl HttpRequest {
         #[cfg(not(target_arch = "wasm32"))]
         crate::testing::answer_http(self)
     }
+}
+
+/// The headers with the length of the body: without it the body would be sent in chunks, and many a service reads as
+/// many bytes as Content-Length says and no more. RFC 9110 section 8.6.
+#[cfg_attr(not(target_arch = "wasm32"), allow(dead_code, reason = "the stand-in sends nothing"))]
+fn headers_of(request: &HttpRequest) -> Vec<(String, Vec<u8>)> {
+    let is_length = |name: &str| name.eq_ignore_ascii_case("content-length");
+    let own = request.headers.iter().filter(|(name, _)| !is_length(name));
+    let mut headers: Vec<_> = own.map(|(name, value)| (name.clone(), value.clone().into_bytes())).collect();
+    if !request.body.is_empty() || !matches!(request.method.as_str(), "GET" | "HEAD") {
+        headers.push(("content-length".into(), request.body.len().to_string().into_bytes()));
+    }
+    headers
 }
 
 /// Scheme, authority and path of a URL.
@@ -66,15 +79,14 @@ fn parts(url: &str) -> Result<(bool, &str, &str), String> {
 
 #[cfg(target_arch = "wasm32")]
 mod wasi {
-    use wasip2::http::outgoing_handler::handle;
+    use wasip2::http::outgoing_handler::{FutureIncomingResponse, handle};
     use wasip2::http::types::{Fields, IncomingBody, Method, OutgoingBody, OutgoingRequest, RequestOptions, Scheme};
+    use wasip2::io::poll::poll;
     use wasip2::io::streams::StreamError;
 
-    use super::{HttpRequest, HttpResponse, parts};
+    use super::{HttpRequest, HttpResponse, headers_of, parts};
 
     const BODY_BYTES_MAX: usize = 1 << 20;
-    /// What one write takes.
-    const PIECE_BYTES: usize = 4096;
 
     fn text(what: &str) -> impl FnOnce(()) -> String + '_ {
         move |()| format!("{what} is not valid")
@@ -93,9 +105,7 @@ mod wasi {
 
     pub(super) fn send(from: &HttpRequest) -> Result<HttpResponse, String> {
         let (is_tls, authority, path) = parts(&from.url)?;
-        let headers: Vec<(String, Vec<u8>)> =
-            from.headers.iter().map(|(name, value)| (name.clone(), value.clone().into_bytes())).collect();
-        let headers = Fields::from_list(&headers).map_err(|error| format!("headers: {error}"))?;
+        let headers = Fields::from_list(&headers_of(from)).map_err(|error| format!("headers: {error}"))?;
         let request = OutgoingRequest::new(headers);
         request.set_method(&method(&from.method)).map_err(text("the method"))?;
         request.set_scheme(Some(&if is_tls { Scheme::Https } else { Scheme::Http })).map_err(text("the scheme"))?;
@@ -104,19 +114,19 @@ mod wasi {
         let body = request.body().map_err(text("the body"))?;
         let options = RequestOptions::new();
         if from.timeout_ms > 0 {
-            let nanoseconds = Some(from.timeout_ms * 1_000_000);
+            let nanoseconds = Some(from.timeout_ms.saturating_mul(1_000_000));
             let _ = options.set_connect_timeout(nanoseconds);
             let _ = options.set_first_byte_timeout(nanoseconds);
             let _ = options.set_between_bytes_timeout(nanoseconds);
         }
         let answer = handle(request, Some(options)).map_err(|error| error.to_string())?;
-        {
-            let stream = body.write().map_err(text("the body"))?;
-            for piece in from.body.chunks(PIECE_BYTES) {
-                stream.blocking_write_and_flush(piece).map_err(|error| error.to_string())?;
-            }
-        }
-        OutgoingBody::finish(body, None).map_err(|error| error.to_string())?;
+        // One that is not written to its end is kept until the answer is read: dropping it ends the connection.
+        let _unfinished = if write(&body, &from.body, &answer)? {
+            OutgoingBody::finish(body, None).map_err(|error| error.to_string())?;
+            None
+        } else {
+            Some(body)
+        };
         answer.subscribe().block();
         let response = match answer.get() {
             Some(Ok(Ok(response))) => response,
@@ -126,6 +136,26 @@ mod wasi {
         let status = response.status();
         let body = response.consume().map_err(text("the answer"))?;
         Ok(HttpResponse { status, body: read(&body)? })
+    }
+
+    /// Writes until everything is written, or an answer is there, or nobody reads any more: then there may be an answer,
+    /// too. Tells whether everything was written.
+    fn write(body: &OutgoingBody, mut rest: &[u8], answer: &FutureIncomingResponse) -> Result<bool, String> {
+        let stream = body.write().map_err(text("the body"))?;
+        let (is_writable, is_answered) = (stream.subscribe(), answer.subscribe());
+        while !rest.is_empty() {
+            poll(&[&is_writable, &is_answered]);
+            if is_answered.ready() {
+                return Ok(false);
+            }
+            let Ok(room) = stream.check_write() else { return Ok(false) };
+            let (piece, after) = rest.split_at(rest.len().min(usize::try_from(room).unwrap_or(usize::MAX)));
+            if stream.write(piece).is_err() {
+                return Ok(false);
+            }
+            rest = after;
+        }
+        Ok(true)
     }
 
     fn read(body: &IncomingBody) -> Result<Vec<u8>, String> {
@@ -147,6 +177,23 @@ mod wasi {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// RFC 9110 §8.6: a request says how long its body is, also that it has none where one is expected.
+    #[test]
+    fn the_length_of_the_body_is_said() {
+        let length = |request: &HttpRequest| {
+            let lengths =
+                headers_of(request).into_iter().filter(|(name, _)| name.eq_ignore_ascii_case("content-length"));
+            lengths.map(|(_, value)| String::from_utf8(value).unwrap()).collect::<Vec<_>>()
+        };
+        let mut post = HttpRequest::post("http://a", "text/plain", "four");
+        assert_eq!(length(&post), ["4"]);
+        post.headers.push(("Content-Length".into(), "9".into()));
+        assert_eq!(length(&post), ["4"], "that of the author is not sent beside it");
+        post.body.clear();
+        assert_eq!(length(&post), ["0"]);
+        assert!(length(&HttpRequest { method: "GET".into(), ..HttpRequest::default() }).is_empty());
+    }
 
     #[test]
     fn urls_have_parts() {
