@@ -23,9 +23,13 @@ pub trait Instance: Plugin {
 }
 
 fn with<P: Instance, R>(run: impl FnOnce(&P) -> Result<R, String>) -> Result<R, Failure> {
+    with_failure(|plugin: &P| run(plugin).map_err(Failure::Unavailable))
+}
+
+fn with_failure<P: Instance, R>(run: impl FnOnce(&P) -> Result<R, Failure>) -> Result<R, Failure> {
     P::cell().with(|cell| {
         let plugin = cell.get().ok_or_else(|| Failure::Internal("init was not called".into()))?;
-        run(plugin).map_err(Failure::Unavailable)
+        run(plugin)
     })
 }
 
@@ -86,7 +90,7 @@ impl<P: Instance + StorageHook> storage_hook::Guest for Component<P> {
     }
 
     fn committed(messages: storage_hook::Batch) -> Result<(), Failure> {
-        with::<P, _>(|plugin| plugin.committed(&Batch::new(messages)))
+        with_failure::<P, _>(|plugin| plugin.committed(&Batch::new(messages)))
     }
 }
 

@@ -43,13 +43,13 @@ pub use bindings::auth::exports::wasmqtt::plugin::auth::{Challenge, Grant, Outco
 pub use bindings::cluster::exports::wasmqtt::plugin::cluster::{LeasedRoute, Route};
 pub use bindings::events::exports::wasmqtt::plugin::events::Event;
 pub use bindings::handover::exports::wasmqtt::plugin::handover::State;
-pub use bindings::imports::wasmqtt::plugin::types::{Client, Pair};
+pub use bindings::imports::wasmqtt::plugin::types::{Client, Failure, Pair};
 pub use host::{debug, error, info, warn};
 #[cfg(feature = "http")]
 pub use http::{HttpRequest, HttpResponse};
 #[cfg(feature = "keyvalue")]
 pub use keyvalue::Bucket;
-pub use topic::{filter_covers, filters_overlap, is_valid_filter, topic_matches};
+pub use topic::{filter_covers, filters_overlap, is_one_level, is_valid_filter, topic_matches};
 
 /// Reason Code 0x83, Implementation specific error.
 pub const IMPLEMENTATION_SPECIFIC_ERROR: u8 = 0x83;
@@ -100,6 +100,40 @@ impl Settings {
         match self.get(name) {
             Some(text) => text.parse().map_err(|error| format!("setting `{name}` = {text:?}: {error}")),
             None => Ok(default),
+        }
+    }
+
+    /// The texts of a name: a list, or one text with spaces between them. `None`: it is not set.
+    ///
+    /// # Errors
+    /// If it is set and empty, naming it: an empty list of what is allowed must not mean everything.
+    pub fn list(&self, name: &str) -> Result<Option<Vec<&str>>, String> {
+        let texts: Vec<&str> = match self.get(name) {
+            Some(text) => text.split_whitespace().collect(),
+            None => (0..).map_while(|at| self.get(&format!("{name}.{at}"))).collect(),
+        };
+        match texts[..] {
+            [] if self.get(name).is_some() => Err(format!("setting `{name}` is empty")),
+            [] => Ok(None),
+            _ => Ok(Some(texts)),
+        }
+    }
+
+    /// Refuses settings that nobody reads: a name with a typing mistake would leave a default in its place. `header.*`
+    /// stands for all names that begin with `header.`, and a [`Settings::list`] is called `name` and `name.*`.
+    ///
+    /// # Errors
+    /// If there is another one, naming it and what is allowed.
+    pub fn only(&self, names: &[&str]) -> Result<(), String> {
+        let is_known = |name: &str| {
+            names.iter().any(|known| match known.strip_suffix('*') {
+                Some(beginning) => name.starts_with(beginning),
+                None => name == *known,
+            })
+        };
+        match self.iter().find(|(name, _)| !is_known(name)) {
+            Some((name, _)) => Err(format!("setting `{name}` does not exist: allowed are {}", names.join(", "))),
+            None => Ok(()),
         }
     }
 
@@ -165,6 +199,13 @@ pub trait Auth: Plugin {
     /// As above.
     fn proceed(&self, _step: &Step) -> Result<Outcome, String> {
         Ok(Outcome::Deny(BAD_AUTHENTICATION_METHOD))
+    }
+}
+
+/// What cannot be done now may be done later.
+impl From<String> for Failure {
+    fn from(text: String) -> Self {
+        Self::Unavailable(text)
     }
 }
 
@@ -256,8 +297,10 @@ pub trait StorageHook: Plugin {
     /// When they are kept. At least once, in order.
     ///
     /// # Errors
-    /// The same batch comes again later.
-    fn committed(&self, _messages: &Batch) -> Result<(), String> {
+    /// The messages come again later. [`Failure::Unavailable`], which a `String` becomes with `?`: what they go to is
+    /// away, and none of them is to blame. [`Failure::Internal`]: one of them can never be taken; the broker finds out
+    /// which by offering fewer.
+    fn committed(&self, _messages: &Batch) -> Result<(), Failure> {
         Ok(())
     }
 }
@@ -352,4 +395,29 @@ macro_rules! export_point {
             $crate::bindings::$module::$macro!(ExportedComponent with_types_in $crate::bindings::$module);
         };
     };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_is_a_list_or_words() {
+        let list = |pairs: &[(&str, &str)]| {
+            let settings = Settings::from_pairs(pairs);
+            settings.list("a").map(|list| list.map(|texts| texts.join(",")))
+        };
+        assert_eq!(list(&[("a", "x  y")]), Ok(Some("x,y".into())));
+        assert_eq!(list(&[("a.0", "x"), ("a.1", "y z")]), Ok(Some("x,y z".into())));
+        assert_eq!(list(&[("ab", "x")]), Ok(None));
+        assert_eq!(list(&[("a", " ")]), Err("setting `a` is empty".into()));
+    }
+
+    #[test]
+    fn a_setting_that_nobody_reads_is_named() {
+        let settings = Settings::from_pairs(&[("file", "x"), ("header.a", "y"), ("tll", "60")]);
+        assert_eq!(settings.only(&["file", "header.*", "tll"]), Ok(()));
+        let error = settings.only(&["file", "header.*", "ttl"]).unwrap_err();
+        assert_eq!(error, "setting `tll` does not exist: allowed are file, header.*, ttl");
+    }
 }

@@ -4,8 +4,8 @@ use std::cell::{Cell, RefCell};
 
 use wasmqtt_sdk::host::{self, Outgoing};
 use wasmqtt_sdk::{
-    Access, Acl, Batch, Changes, Client, Cluster, Decision, Event, Events, Handover, LeasedRoute, Pair, Plugin,
-    Registration, Route, Settings, State, StorageHook,
+    Access, Acl, Batch, Changes, Client, Cluster, Decision, Event, Events, Failure, Handover, LeasedRoute, Pair,
+    Plugin, Registration, Route, Settings, State, StorageHook,
 };
 
 /// Its settings and what it remembers.
@@ -154,14 +154,14 @@ impl StorageHook for Probe {
         self.before_store(messages)
     }
 
-    fn committed(&self, messages: &Batch) -> Result<(), String> {
+    fn committed(&self, messages: &Batch) -> Result<(), Failure> {
         if self.is("committed_fails", "true") {
-            return Err("as told".into());
+            return Err("as told".to_owned().into());
         }
         for message in messages.iter() {
             if message.topic.ends_with("/not-yet") && self.seen.get() == 0 {
                 self.seen.set(1);
-                return Err("as told".into());
+                return Err("as told".to_owned().into());
             }
             self.kept.borrow_mut().push(message.payload.to_vec());
             let _ = host::publish(&Outgoing::new(format!("committed/{}", message.topic), message.payload));
