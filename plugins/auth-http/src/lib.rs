@@ -1,15 +1,28 @@
 //! Asks a web service who may connect.
 //!
 //! POSTs `{"client_id", "username", "password", "address", "listener"}` to the setting `url`. 204, or 200 without a body,
-//! lets in; 200 with `{"result": "allow" | "deny" | "next", "principal", "rules": [{"filter", "action", "allow"}],
-//! "complete", "expires"}` says more; 401 and 403 refuse. Anything else is no answer, and `on_error` decides.
+//! lets in; 200 with a JSON object says more; 401 and 403 refuse. Any other status is no answer, and `on_error` decides.
+//!
+//! | field | type | if it is not there |
+//! |---|---|---|
+//! | `result` | `"allow"`, `"deny"` or `"next"` | it must be there |
+//! | `principal` | text | the user name |
+//! | `rules` | list of `{"filter": text, "action": "publish" \| "subscribe" \| "all", "allow": true \| false}`, at most 1,000 | none; `filter` must be there, `action` is `"all"`, `allow` is `true` |
+//! | `complete` | `true` or `false` | `false` |
+//! | `expires` | seconds, 0 to 4294967295; 0: never | 0 |
+//!
+//! A 200 whose body is anything else (another type, a field that is not in this table, a filter that is none) refuses
+//! the client, whatever `on_error` says, with a line in the log that names what is wrong. A password that is not UTF-8
+//! cannot be written in JSON, and is refused.
 //!
 //! Settings: `url`, `timeout_ms` (5000), `header.NAME` for each header. Needs `grants = { http = ["https://…"] }`.
 
-use serde_json::{Value, json};
+mod answer;
+
+use serde_json::json;
 use wasmqtt_sdk::{
-    Auth, BAD_USER_NAME_OR_PASSWORD, Grant, HttpRequest, HttpResponse, NOT_AUTHORIZED, Outcome, Plugin, Request, Rule,
-    Settings, export_plugin, is_valid_filter,
+    Auth, BAD_USER_NAME_OR_PASSWORD, HttpRequest, HttpResponse, NOT_AUTHORIZED, Outcome, Plugin, Request, Settings,
+    debug, export_plugin, warn,
 };
 
 /// Milliseconds.
@@ -25,6 +38,7 @@ pub struct AuthHttp {
 
 impl Plugin for AuthHttp {
     fn new(settings: &Settings) -> Result<Self, String> {
+        settings.only(&["url", "timeout_ms", "header.*"])?;
         let header = |(name, value): (&str, &str)| Some((name.strip_prefix("header.")?.to_owned(), value.to_owned()));
         Ok(Self {
             url: settings.require("url")?.to_owned(),
@@ -35,8 +49,7 @@ impl Plugin for AuthHttp {
 }
 
 impl AuthHttp {
-    fn question(&self, request: &Request) -> HttpRequest {
-        let password = request.password.as_deref().map(String::from_utf8_lossy);
+    fn question(&self, request: &Request, password: Option<&str>) -> HttpRequest {
         let body = json!({
             "client_id": request.client_id,
             "username": request.username,
@@ -49,45 +62,22 @@ impl AuthHttp {
         question.timeout_ms = self.timeout_ms;
         question
     }
-}
 
-fn outcome(response: &HttpResponse, request: &Request) -> Result<Outcome, String> {
-    let username = request.username.clone().unwrap_or_default();
-    match response.status {
-        204 => Ok(Outcome::allow(username)),
-        200 if response.body.trim_ascii().is_empty() => Ok(Outcome::allow(username)),
-        200 => {
-            let answer: Value = serde_json::from_slice(&response.body).map_err(|error| format!("no JSON: {error}"))?;
-            match answer["result"].as_str() {
-                Some("allow") => grant(&answer, username).map(Outcome::Allow),
-                Some("deny") => Ok(Outcome::Deny(NOT_AUTHORIZED)),
-                Some("next") => Ok(Outcome::Next),
-                _ => Err(format!("result is {}: allowed are allow, deny and next", answer["result"])),
-            }
+    fn outcome(&self, response: &HttpResponse, request: &Request) -> Result<Outcome, String> {
+        let username = || request.username.clone().unwrap_or_default();
+        match response.status {
+            204 => Ok(Outcome::allow(username())),
+            200 if response.body.trim_ascii().is_empty() => Ok(Outcome::allow(username())),
+            // What the service says and nobody understands must let nobody in, not even with on_error = "allow".
+            200 => Ok(answer::read(&response.body, username).unwrap_or_else(|why| {
+                warn(&format!("{}: {why}; {:?} is refused", self.url, request.client_id));
+                Outcome::Deny(NOT_AUTHORIZED)
+            })),
+            401 => Ok(Outcome::Deny(BAD_USER_NAME_OR_PASSWORD)),
+            403 => Ok(Outcome::Deny(NOT_AUTHORIZED)),
+            other => Err(format!("{}: status {other}", self.url)),
         }
-        401 => Ok(Outcome::Deny(BAD_USER_NAME_OR_PASSWORD)),
-        403 => Ok(Outcome::Deny(NOT_AUTHORIZED)),
-        other => Err(format!("status {other}")),
     }
-}
-
-fn grant(answer: &Value, username: String) -> Result<Grant, String> {
-    let mut grant = Grant::new(answer["principal"].as_str().map_or(username, str::to_owned));
-    grant.complete = answer["complete"].as_bool().unwrap_or(false);
-    grant.expires = answer["expires"].as_u64().unwrap_or(0).try_into().unwrap_or(u32::MAX);
-    for rule in answer["rules"].as_array().into_iter().flatten() {
-        let filter = rule["filter"].as_str().filter(|filter| is_valid_filter(filter));
-        let filter = filter.ok_or_else(|| format!("{} is no topic filter", rule["filter"]))?;
-        let (publish, subscribe) = match rule["action"].as_str().unwrap_or("all") {
-            "publish" => (true, false),
-            "subscribe" => (false, true),
-            "all" => (true, true),
-            other => return Err(format!("action {other:?}: allowed are publish, subscribe and all")),
-        };
-        let allow = rule["allow"].as_bool().unwrap_or(true);
-        grant.rules.push(Rule { filter: filter.to_owned(), publish, subscribe, allow });
-    }
-    Ok(grant)
 }
 
 impl Auth for AuthHttp {
@@ -95,8 +85,12 @@ impl Auth for AuthHttp {
         if request.method.is_some() {
             return Ok(Outcome::Next);
         }
-        let response = self.question(request).send()?;
-        outcome(&response, request).map_err(|error| format!("{}: {error}", self.url))
+        let Ok(password) = request.password.as_deref().map(std::str::from_utf8).transpose() else {
+            debug(&format!("{:?} is refused: its password is not UTF-8", request.client_id));
+            return Ok(Outcome::Deny(BAD_USER_NAME_OR_PASSWORD));
+        };
+        let response = self.question(request, password).send()?;
+        self.outcome(&response, request)
     }
 }
 
@@ -104,6 +98,7 @@ export_plugin!(AuthHttp: auth);
 
 #[cfg(test)]
 mod tests {
+    use serde_json::Value;
     use wasmqtt_sdk::testing;
 
     use super::*;
@@ -144,13 +139,37 @@ mod tests {
 
     #[test]
     fn no_answer_is_a_failure_and_not_a_denial() {
-        for (status, body) in
-            [(500, ""), (200, "<html>"), (200, "{}"), (200, r#"{"result":"allow","rules":[{"filter":"a#"}]}"#)]
-        {
-            let failure = ask(status, body).expect_err("no answer");
-            assert!(failure.starts_with("https://idp/auth: "), "{failure}");
+        for status in [100, 201, 302, 400, 404, 429, 500, 503] {
+            let failure = ask(status, r#"{"result":"allow"}"#).expect_err("no answer");
+            assert_eq!(failure, format!("https://idp/auth: status {status}"));
         }
         let plugin = AuthHttp::new(&Settings::from_pairs(&[("url", "http://x")])).expect("good");
         assert!(plugin.authenticate(&testing::request("c")).is_err(), "nobody there");
+    }
+
+    /// Not even with `on_error = "allow"`: a service said something, and it was not that this client may come in.
+    #[test]
+    fn an_answer_that_is_not_understood_lets_nobody_in_and_is_logged() {
+        for body in ["<html>", "{}", r#"{"result":"allow","rules":[{"filter":"a","allow":"false"}]}"#] {
+            assert_eq!(ask(200, body), Ok(Outcome::Deny(NOT_AUTHORIZED)), "{body}");
+            let lines = testing::take().lines;
+            assert!(lines.len() == 1 && lines[0].1.contains("https://idp/auth"), "{lines:?}");
+        }
+    }
+
+    /// Two passwords that differ only in what JSON cannot say would look alike to the service.
+    #[test]
+    fn a_password_that_is_not_text_is_refused() {
+        let plugin = AuthHttp::new(&Settings::from_pairs(&[("url", "http://x")])).expect("good");
+        let request = Request { password: Some(vec![0xFF]), ..testing::login("c", "ann", "") };
+        testing::respond(Ok(HttpResponse { status: 204, body: Vec::new() }));
+        assert_eq!(plugin.authenticate(&request), Ok(Outcome::Deny(BAD_USER_NAME_OR_PASSWORD)));
+        assert!(testing::take_requests().is_empty());
+    }
+
+    #[test]
+    fn settings_that_do_not_exist_are_named() {
+        let wrong = AuthHttp::new(&Settings::from_pairs(&[("url", "http://x"), ("headers.a", "b")]));
+        assert!(wrong.expect_err("is refused").contains("`headers.a`"));
     }
 }
