@@ -1,25 +1,39 @@
 //! Keys that tokens are checked with, and for which algorithm each is: a token must not choose that.
 
+mod pem;
+
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use jsonwebtoken::crypto::verify;
 use jsonwebtoken::jwk::{AlgorithmParameters, EllipticCurve, Jwk, KeyAlgorithm, PublicKeyUse};
 use jsonwebtoken::{Algorithm, DecodingKey};
 use serde::Deserialize;
 use serde_json::Value;
 use wasmqtt_sdk::{HttpRequest, Settings, debug, warn};
 
+/// Keys that are tried for one token: its signature is checked with each, which takes about a millisecond for RSA.
+pub(crate) const TRIED_MAX: usize = 8;
+/// Bits that the modulus of an RSA key may have; beyond that, no signature could be checked with it.
+const RSA_BITS_MAX: usize = 4096;
+
 /// Between two attempts to fetch a key set.
 const ATTEMPT_PAUSE: Duration = Duration::from_secs(10);
 
 /// Where keys come from. Asked for each token, so that a source may get new ones meanwhile.
 pub(crate) trait KeySource {
-    /// The key for a token; without `kid`, the only one for its algorithm. `None`: there is none, or more than one.
+    /// The keys for a token, at most [`TRIED_MAX`]: those with its `kid`, then those without any; without `kid`, all for
+    /// its algorithm.
     ///
     /// # Errors
     /// Nobody can tell now.
-    fn find(&self, id: Option<&str>, algorithm: Algorithm) -> Result<Option<Rc<DecodingKey>>, String>;
+    fn find(&self, id: Option<&str>, algorithm: Algorithm) -> Result<Vec<Rc<DecodingKey>>, String>;
+
+    /// What an operator should look at: keys that cannot be used.
+    fn warnings(&self) -> &[String] {
+        &[]
+    }
 }
 
 /// One key.
@@ -27,6 +41,14 @@ pub(crate) struct Known {
     id: Option<String>,
     algorithm: Algorithm,
     key: Rc<DecodingKey>,
+}
+
+impl Known {
+    /// A key that cannot be used is found here, and not with the first token.
+    fn checked(id: Option<String>, algorithm: Algorithm, key: DecodingKey) -> Result<Self, String> {
+        verify("", b"", &key, algorithm).map_err(|error| format!("not a key for {algorithm:?}: {error}"))?;
+        Ok(Self { id, algorithm, key: Rc::new(key) })
+    }
 }
 
 /// The one that the settings name.
@@ -44,7 +66,12 @@ pub(crate) fn from_settings(settings: &Settings) -> Result<Box<dyn KeySource>, S
 const NAMES: [&str; 4] = ["secret", "secret_file", "key_file", "jwks_file"];
 
 /// Keys that stay the same.
-pub(crate) struct Keys(Vec<Known>);
+#[derive(Default)]
+pub(crate) struct Keys {
+    keys: Vec<Known>,
+    /// About keys that are not among them.
+    warnings: Vec<String>,
+}
 
 impl Keys {
     fn from_settings(settings: &Settings) -> Result<Self, String> {
@@ -69,15 +96,17 @@ impl Keys {
         if secret.is_empty() {
             return Err("the secret is empty".into());
         }
-        let key = Rc::new(DecodingKey::from_secret(secret));
-        Ok(Self(vec![Known { id: None, algorithm: Algorithm::HS256, key }]))
+        let key = Known::checked(None, Algorithm::HS256, DecodingKey::from_secret(secret))?;
+        Ok(Self { keys: vec![key], ..Self::default() })
     }
 
+    /// All keys of a file of PEM that can be used; the others are named.
     fn pem(pem: &[u8]) -> Result<Self, String> {
-        let rsa = DecodingKey::from_rsa_pem(pem).map(|key| (Algorithm::RS256, key));
-        let found = rsa.or_else(|_| DecodingKey::from_ec_pem(pem).map(|key| (Algorithm::ES256, key)));
-        let (algorithm, key) = found.map_err(|_| "not a public key for RSA or P-256 in PEM".to_owned())?;
-        Ok(Self(vec![Known { id: None, algorithm, key: Rc::new(key) }]))
+        let found = pem::keys(pem)?;
+        let keys =
+            Self::usable(found.into_iter().enumerate().map(|(at, key)| (format!("key {}", at + 1), key)).collect())?;
+        let warnings = [keys.too_many(), keys.warnings].concat();
+        Ok(Self { keys: keys.keys, warnings })
     }
 
     /// Keys for other purposes are left out, as RFC 7517 section 5 wants it.
@@ -87,26 +116,59 @@ impl Keys {
             keys: Vec<Value>,
         }
         let set: Set = serde_json::from_slice(json).map_err(|error| format!("not a JSON Web Key Set: {error}"))?;
-        let mut keys = Vec::new();
-        for key in &set.keys {
-            match known(key) {
+        let name = |(at, key): (usize, &Value)| match key["kid"].as_str() {
+            Some(id) => format!("key {} ({id:?})", at + 1),
+            None => format!("key {}", at + 1),
+        };
+        let found = set.keys.iter().enumerate().map(|(at, key)| (name((at, key)), known(key))).collect();
+        let found = Self::usable(found)?;
+        // Providers publish keys for other purposes in the same set: nobody need look at those.
+        found.warnings.iter().for_each(|why| debug(why));
+        Ok(Self { warnings: found.too_many(), ..found })
+    }
+
+    fn usable(found: Vec<(String, Result<Known, String>)>) -> Result<Self, String> {
+        let (mut keys, mut wrong) = (Vec::new(), Vec::new());
+        for (name, key) in found {
+            match key {
                 Ok(known) => keys.push(known),
-                Err(why) => debug(&format!("key {} left out: {why}", key["kid"])),
+                Err(why) => wrong.push(format!("{name}: {why}")),
             }
         }
-        if keys.is_empty() { Err("no key for HS256, RS256 or ES256".into()) } else { Ok(Self(keys)) }
+        if keys.is_empty() {
+            return Err(format!("no key for HS256, RS256 or ES256; {}", wrong.join("; ")));
+        }
+        let warnings = wrong.iter().map(|why| format!("left out: {why}")).collect();
+        Ok(Self { keys, warnings })
+    }
+
+    fn too_many(&self) -> Vec<String> {
+        let count = |algorithm| self.keys.iter().filter(|known| known.algorithm == algorithm).count();
+        let counts =
+            [Algorithm::HS256, Algorithm::RS256, Algorithm::ES256].map(|algorithm| (algorithm, count(algorithm)));
+        let warning = |(algorithm, count)| {
+            format!("{count} keys for {algorithm:?}: a token without a kid is checked with {TRIED_MAX} of them")
+        };
+        counts.into_iter().filter(|(_, count)| *count > TRIED_MAX).map(warning).collect()
     }
 }
 
 impl KeySource for Keys {
-    fn find(&self, id: Option<&str>, algorithm: Algorithm) -> Result<Option<Rc<DecodingKey>>, String> {
-        let mut fits = self.0.iter().filter(|known| {
-            known.algorithm == algorithm && (id.is_none() || known.id.is_none() || known.id.as_deref() == id)
-        });
-        Ok(match (fits.next(), fits.next()) {
-            (Some(known), None) => Some(Rc::clone(&known.key)),
-            _ => None,
-        })
+    fn find(&self, id: Option<&str>, algorithm: Algorithm) -> Result<Vec<Rc<DecodingKey>>, String> {
+        let of = |with_id: bool| {
+            let fits = move |known: &&Known| match (id, known.id.as_deref()) {
+                _ if known.algorithm != algorithm => false,
+                (None, _) => with_id,
+                (Some(_), None) => !with_id,
+                (wanted, known) => with_id && wanted == known,
+            };
+            self.keys.iter().filter(fits)
+        };
+        Ok(of(true).chain(of(false)).take(TRIED_MAX).map(|known| Rc::clone(&known.key)).collect())
+    }
+
+    fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 }
 
@@ -147,6 +209,7 @@ impl Fetched {
         });
         match keys {
             Ok(keys) => {
+                keys.warnings.iter().for_each(|warning| warn(&format!("key set {}: {warning}", self.url)));
                 *state = State { keys: Some(keys), fetched: Some(now), tried: Some((now, String::new())) };
             }
             Err(error) => {
@@ -163,12 +226,12 @@ impl Fetched {
         now: Instant,
         id: Option<&str>,
         algorithm: Algorithm,
-    ) -> Result<Option<Rc<DecodingKey>>, String> {
+    ) -> Result<Vec<Rc<DecodingKey>>, String> {
         if self.state.borrow().fetched.is_none_or(|at| now.duration_since(at) >= self.refresh) {
             self.fetch(now);
         }
         let found = self.known(id, algorithm)?;
-        if found.is_some() {
+        if !found.is_empty() {
             return Ok(found);
         }
         // It may be a new one.
@@ -176,7 +239,7 @@ impl Fetched {
         self.known(id, algorithm)
     }
 
-    fn known(&self, id: Option<&str>, algorithm: Algorithm) -> Result<Option<Rc<DecodingKey>>, String> {
+    fn known(&self, id: Option<&str>, algorithm: Algorithm) -> Result<Vec<Rc<DecodingKey>>, String> {
         let state = self.state.borrow();
         match (&state.keys, &state.tried) {
             (Some(keys), _) => keys.find(id, algorithm),
@@ -187,7 +250,7 @@ impl Fetched {
 }
 
 impl KeySource for Fetched {
-    fn find(&self, id: Option<&str>, algorithm: Algorithm) -> Result<Option<Rc<DecodingKey>>, String> {
+    fn find(&self, id: Option<&str>, algorithm: Algorithm) -> Result<Vec<Rc<DecodingKey>>, String> {
         self.find_at(Instant::now(), id, algorithm)
     }
 }
@@ -200,9 +263,16 @@ fn known(key: &Value) -> Result<Known, String> {
     }
     let (algorithm, name) = match &jwk.algorithm {
         AlgorithmParameters::OctetKey(key) if !key.value.is_empty() => (Algorithm::HS256, KeyAlgorithm::HS256),
+        // Six bits for each character.
+        AlgorithmParameters::RSA(key) if key.n.len() * 6 > RSA_BITS_MAX + 16 => {
+            return Err(format!("an RSA key of more than {RSA_BITS_MAX} bits"));
+        }
         AlgorithmParameters::RSA(_) => (Algorithm::RS256, KeyAlgorithm::RS256),
         AlgorithmParameters::EllipticCurve(key) if key.curve == EllipticCurve::P256 => {
             (Algorithm::ES256, KeyAlgorithm::ES256)
+        }
+        AlgorithmParameters::EllipticCurve(key) => {
+            return Err(format!("a key for the curve {:?}: only P-256 (ES256) can be used", key.curve));
         }
         _ => return Err("not a key for HS256, RS256 or ES256".into()),
     };
@@ -210,5 +280,5 @@ fn known(key: &Value) -> Result<Known, String> {
         return Err("for another algorithm".into());
     }
     let key = DecodingKey::from_jwk(&jwk).map_err(|error| error.to_string())?;
-    Ok(Known { id: jwk.common.key_id, algorithm, key: Rc::new(key) })
+    Known::checked(jwk.common.key_id, algorithm, key)
 }

@@ -1,25 +1,32 @@
 //! Clients show a JSON Web Token instead of a password. HS256, RS256 and ES256.
 //!
-//! Settings, one of: `secret` or `secret_file` (HS256), `key_file` (a public key in PEM: RS256 or ES256), `jwks_file` (a
-//! JSON Web Key Set; the token's `kid` chooses), `jwks_url` (one that is fetched with the first token, every
-//! `jwks_refresh_secs` (300), and when a token has a `kid` that is not in it; its server needs a grant). Then `from` = `password` or `username`; `issuer`, `audience` (several
-//! with spaces between them); `leeway` in seconds (30); `require_exp` = `true` or `false`; `principal_claim` (`sub`);
+//! Settings, one of: `secret` or `secret_file` (HS256), `key_file` (public keys in PEM, one or several: RS256 or ES256),
+//! `jwks_file` (a JSON Web Key Set; the token's `kid` chooses, and a token without one is checked with each key for its
+//! algorithm, eight at most), `jwks_url` (one that is fetched with the first token, every `jwks_refresh_secs` (300), and
+//! when a token has a `kid` that is not in it; its server needs a grant). A key that cannot be used is named when the
+//! plugin is loaded. Then `from` = `password` or `username`; `issuer`, `audience` (a list, or a text with spaces between
+//! several); `leeway` in seconds (30); `require_exp` = `true` or `false`; `principal_claim` (`sub`);
 //! `username_claim` and `client_id_claim`, which must equal what the client says; `acl_claim` (`acl`).
 //!
 //! A token without the principal's claim is refused, unless `username_claim` confirms the user name, which it then is.
 //!
 //! A token with the ACL claim `{"pub": [FILTER…], "sub": [FILTER…], "all": [FILTER…]}` carries its permissions: nothing
 //! else is allowed, and no other plugin is asked. A client must have shown a new token when the old one expires.
+//!
+//! A token with critical header parameters (`crit`) is refused: it is not for those who do not know them, and this
+//! plugin knows none. RFC 7515 section 4.1.11.
 
 mod claims;
 mod keys;
 
 use std::time::Duration;
 
+use jsonwebtoken::errors::ErrorKind;
 use jsonwebtoken::{Algorithm, DecodingKey, Validation, decode, decode_header, get_current_timestamp};
 use serde_json::{Map, Value};
 use wasmqtt_sdk::{
     Auth, BAD_USER_NAME_OR_PASSWORD, Grant, NOT_AUTHORIZED, Outcome, Plugin, Request, Settings, debug, export_plugin,
+    warn,
 };
 
 use crate::keys::KeySource;
@@ -48,12 +55,34 @@ pub struct AuthJwt {
     acl_claim: String,
 }
 
-fn words(settings: &Settings, name: &str) -> Vec<String> {
-    settings.get(name).unwrap_or_default().split_whitespace().map(str::to_owned).collect()
+/// All there are: a name with a typing mistake, such as `audiance`, would leave a check out.
+const NAMES: [&str; 17] = [
+    "secret",
+    "secret_file",
+    "key_file",
+    "jwks_file",
+    "jwks_url",
+    "jwks_refresh_secs",
+    "from",
+    "issuer",
+    "issuer.*",
+    "audience",
+    "audience.*",
+    "leeway",
+    "require_exp",
+    "principal_claim",
+    "username_claim",
+    "client_id_claim",
+    "acl_claim",
+];
+
+fn words(settings: &Settings, name: &str) -> Result<Vec<String>, String> {
+    Ok(settings.list(name)?.unwrap_or_default().into_iter().map(str::to_owned).collect())
 }
 
 impl Plugin for AuthJwt {
     fn new(settings: &Settings) -> Result<Self, String> {
+        settings.only(&NAMES)?;
         let from = match settings.get("from").unwrap_or("password") {
             "password" => From::Password,
             "username" => From::Username,
@@ -65,8 +94,8 @@ impl Plugin for AuthJwt {
         Ok(Self {
             keys: keys::from_settings(settings)?,
             from,
-            issuer: words(settings, "issuer"),
-            audience: words(settings, "audience"),
+            issuer: words(settings, "issuer")?,
+            audience: words(settings, "audience")?,
             leeway: settings.parse("leeway", LEEWAY_DEFAULT)?,
             require_exp: settings.parse("require_exp", true)?,
             principal_claim: settings.get("principal_claim").unwrap_or("sub").to_owned(),
@@ -74,6 +103,12 @@ impl Plugin for AuthJwt {
             client_id_claim: settings.get("client_id_claim").map(str::to_owned),
             acl_claim: settings.get("acl_claim").unwrap_or("acl").to_owned(),
         })
+    }
+
+    /// Once for each build, and not in each instance.
+    fn health(&self) -> Result<(), String> {
+        self.keys.warnings().iter().for_each(|warning| warn(warning));
+        Ok(())
     }
 }
 
@@ -84,14 +119,29 @@ impl AuthJwt {
             Ok(header) => header,
             Err(error) => return Ok(Err(format!("not a token: {error}"))),
         };
+        // The issuer says: whoever does not understand these must refuse the token. RFC 7515 section 4.1.11.
+        if let Some(critical) = &header.crit {
+            return Ok(Err(format!("its critical header parameters {critical:?} are not understood")));
+        }
         let (id, algorithm) = (header.kid.as_deref(), header.alg);
-        Ok(match self.keys.find(id, algorithm)? {
-            Some(key) => self.verified(token, algorithm, &key),
-            None => Err(format!("no key, or more than one, for {algorithm:?} with kid {id:?}")),
-        })
+        let mut why = format!("no key for {algorithm:?} with kid {id:?}");
+        for key in self.keys.find(id, algorithm)? {
+            match self.verified(token, algorithm, &key) {
+                Ok(claims) => return Ok(Ok(claims)),
+                // Another key may have signed it.
+                Err(error) if *error.kind() == ErrorKind::InvalidSignature => why = error.to_string(),
+                Err(error) => return Ok(Err(error.to_string())),
+            }
+        }
+        Ok(Err(why))
     }
 
-    fn verified(&self, token: &str, algorithm: Algorithm, key: &DecodingKey) -> Result<Map<String, Value>, String> {
+    fn verified(
+        &self,
+        token: &str,
+        algorithm: Algorithm,
+        key: &DecodingKey,
+    ) -> jsonwebtoken::errors::Result<Map<String, Value>> {
         let mut validation = Validation::new(algorithm);
         validation.leeway = self.leeway;
         validation.validate_nbf = true;
@@ -110,7 +160,7 @@ impl AuthJwt {
             required.push("aud");
         }
         validation.set_required_spec_claims(&required);
-        decode(token, key, &validation).map(|token| token.claims).map_err(|error| error.to_string())
+        decode(token, key, &validation).map(|token| token.claims)
     }
 
     /// A claim that must say what the client says.
@@ -124,7 +174,11 @@ impl AuthJwt {
 
     /// Whom the token is about. What the client says of itself counts only if a claim has confirmed it.
     fn principal<'a>(&self, claims: &'a Map<String, Value>, username: Option<&'a str>) -> Result<&'a str, String> {
-        let claimed = claims.get(&self.principal_claim).and_then(Value::as_str);
+        let claimed = match claims.get(&self.principal_claim) {
+            None => None,
+            Some(Value::String(name)) => Some(name.as_str()),
+            Some(other) => return Err(format!("the claim {} is {other}, which is no text", self.principal_claim)),
+        };
         let confirmed = username.filter(|_| self.username_claim.is_some());
         let mut names = claimed.into_iter().chain(confirmed).filter(|name| !name.is_empty());
         names.next().ok_or_else(|| format!("the claim {} does not say who it is", self.principal_claim))

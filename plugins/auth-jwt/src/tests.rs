@@ -10,6 +10,9 @@ use super::*;
 
 const RSA: &[u8] = include_bytes!("../test-keys/rsa.pem");
 const RSA_PUBLIC: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/test-keys/rsa.pub.pem");
+const RSA2: &[u8] = include_bytes!("../test-keys/rsa2.pem");
+const RSA2_PUBLIC: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/test-keys/rsa2.pub.pem");
+const P384_PUBLIC: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/test-keys/p384.pub.pem");
 const EC: &[u8] = include_bytes!("../test-keys/ec.pem");
 const EC_PUBLIC: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/test-keys/ec.pub.pem");
 
@@ -26,13 +29,16 @@ fn later() -> u64 {
 }
 
 fn token(algorithm: Algorithm, kid: Option<&str>, claims: &Value) -> String {
-    let header = Header { kid: kid.map(str::to_owned), ..Header::new(algorithm) };
-    let key = match algorithm {
+    signed(&Header { kid: kid.map(str::to_owned), ..Header::new(algorithm) }, claims)
+}
+
+fn signed(header: &Header, claims: &Value) -> String {
+    let key = match header.alg {
         Algorithm::RS256 => EncodingKey::from_rsa_pem(RSA).expect("a key"),
         Algorithm::ES256 => EncodingKey::from_ec_pem(EC).expect("a key"),
         _ => EncodingKey::from_secret(b"s3cret"),
     };
-    encode(&header, claims, &key).expect("a token")
+    encode(header, claims, &key).expect("a token")
 }
 
 fn ask(plugin: &AuthJwt, token: &str) -> Outcome {
@@ -68,10 +74,18 @@ fn tokens_of_each_algorithm_are_checked_with_their_own_key() {
 
 #[test]
 fn time_issuer_and_audience_must_be_right() {
-    let plugin = plugin(&[("secret", "s3cret"), ("issuer", "idp"), ("audience", "mqtt other"), ("leeway", "5")]);
+    let more: [&[(&str, &str)]; 2] =
+        [&[("audience", "mqtt other")], &[("audience.0", "mqtt"), ("audience.1", "other")]];
+    for audience in more {
+        let settings = [&[("secret", "s3cret"), ("issuer", "idp"), ("leeway", "5")], audience].concat();
+        check_time_issuer_and_audience(&plugin(&settings));
+    }
+}
+
+fn check_time_issuer_and_audience(plugin: &AuthJwt) {
     let now = get_current_timestamp();
     let good = json!({ "sub": "ann", "exp": later(), "iss": "idp", "aud": ["mqtt"] });
-    assert!(matches!(ask(&plugin, &token(Algorithm::HS256, None, &good)), Outcome::Allow(_)));
+    assert!(matches!(ask(plugin, &token(Algorithm::HS256, None, &good)), Outcome::Allow(_)));
     for (name, value) in [
         ("exp", json!(now - 10)),
         ("exp", Value::Null),
@@ -86,7 +100,7 @@ fn time_issuer_and_audience_must_be_right() {
         if value.is_null() {
             bad.as_object_mut().expect("an object").remove(name);
         }
-        assert_eq!(ask(&plugin, &token(Algorithm::HS256, None, &bad)), DENIED, "{name} = {value}");
+        assert_eq!(ask(plugin, &token(Algorithm::HS256, None, &bad)), DENIED, "{name} = {value}");
     }
 }
 
@@ -131,6 +145,8 @@ fn a_token_that_names_nobody_does_not_take_the_client_at_its_word() {
     let by_name = plugin(&[("secret", "s3cret"), ("username_claim", "user")]);
     let confirmed = token(Algorithm::HS256, None, &json!({ "user": "ann", "exp": later() }));
     assert_eq!(granted(ask(&by_name, &confirmed)).principal, "ann");
+    let wrong = token(Algorithm::HS256, None, &json!({ "sub": 7, "user": "ann", "exp": later() }));
+    assert_eq!(ask(&by_name, &wrong), Outcome::Deny(NOT_AUTHORIZED), "wrong is not the same as absent");
 }
 
 /// RFC 7519 §2: a `NumericDate` may have a fraction.
@@ -178,7 +194,113 @@ fn a_key_set_is_searched_by_kid() {
     assert!(matches!(ask(&plugin, &token(Algorithm::HS256, Some("new"), &claims)), Outcome::Allow(_)));
     assert_eq!(ask(&plugin, &token(Algorithm::HS256, Some("old"), &claims)), DENIED, "signed with another key");
     assert_eq!(ask(&plugin, &token(Algorithm::HS256, Some("gone"), &claims)), DENIED);
-    assert_eq!(ask(&plugin, &token(Algorithm::HS256, None, &claims)), DENIED, "it could be either");
+    assert!(matches!(ask(&plugin, &token(Algorithm::HS256, None, &claims)), Outcome::Allow(_)), "each is tried");
+    let other =
+        encode(&Header::new(Algorithm::HS256), &claims, &EncodingKey::from_secret(b"nobody's")).expect("a token");
+    assert_eq!(ask(&plugin, &other), DENIED);
+}
+
+/// What the issuer marks as critical must be understood, and nothing is: whatever the algorithm, wherever the key is
+/// from, and though the signature is right. RFC 7515 §4.1.11.
+#[test]
+fn critical_header_parameters_refuse_a_token() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("jwks.json");
+    std::fs::write(&file, key_set(&["a"]).body).expect("write");
+    let claims = json!({ "sub": "ann", "exp": later() });
+    let fetched = || {
+        testing::respond(Ok(key_set(&["a"])));
+        plugin(&[("jwks_url", "https://idp/keys")])
+    };
+    for (algorithm, plugin) in [
+        (Algorithm::HS256, hs256()),
+        (Algorithm::HS256, plugin(&[("jwks_file", file.to_str().expect("UTF-8"))])),
+        (Algorithm::HS256, fetched()),
+        (Algorithm::RS256, plugin(&[("key_file", RSA_PUBLIC)])),
+        (Algorithm::ES256, plugin(&[("key_file", EC_PUBLIC)])),
+    ] {
+        assert!(matches!(ask(&plugin, &token(algorithm, None, &claims)), Outcome::Allow(_)), "{algorithm:?}");
+        for critical in [vec![], vec!["exp"], vec!["b64", "cnf"]] {
+            let crit = Some(critical.iter().map(|&name| name.to_owned()).collect());
+            let header = Header { crit, ..Header::new(algorithm) };
+            assert_eq!(ask(&plugin, &signed(&header, &claims)), DENIED, "{algorithm:?} {critical:?}");
+        }
+    }
+    let lines = testing::take().lines;
+    assert!(lines.iter().any(|(_, line)| line.contains("\"cnf\"") && line.contains("not understood")), "{lines:?}");
+}
+
+/// During a change of keys a set has two, and not every provider writes a `kid` into its tokens.
+#[test]
+fn without_a_kid_each_key_that_fits_is_tried() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("jwks.json");
+    let rsa = |pem: &[u8], kid: &str| {
+        let key = EncodingKey::from_rsa_pem(pem).expect("a key");
+        let mut public = Jwk::from_encoding_key(&key, Algorithm::RS256).expect("has a public key");
+        public.common.key_id = Some(kid.into());
+        public
+    };
+    let set = json!({ "keys": [rsa(RSA2, "new"), rsa(RSA, "old")] });
+    std::fs::write(&file, set.to_string()).expect("write");
+    let plugin = plugin(&[("jwks_file", file.to_str().expect("UTF-8"))]);
+    let claims = json!({ "sub": "ann", "exp": later() });
+    for pem in [RSA, RSA2] {
+        let token = encode(&Header::new(Algorithm::RS256), &claims, &EncodingKey::from_rsa_pem(pem).expect("a key"));
+        assert!(matches!(ask(&plugin, &token.expect("a token")), Outcome::Allow(_)));
+    }
+    let expired = token(Algorithm::RS256, None, &json!({ "sub": "ann", "exp": 1 }));
+    assert_eq!(ask(&plugin, &expired), DENIED);
+    let line = testing::take().lines.pop().expect("a line").1;
+    assert!(line.contains("ExpiredSignature"), "the key that fits says why: {line}");
+}
+
+/// Checking signatures costs time, and anybody may send tokens.
+#[test]
+fn only_so_many_keys_are_tried() {
+    let kids: Vec<String> = (0..20).map(|kid| kid.to_string()).collect();
+    let kids: Vec<&str> = kids.iter().map(String::as_str).collect();
+    testing::respond(Ok(key_set(&kids)));
+    let source = Fetched::new("https://idp/keys", &Settings::default()).expect("settings are good");
+    let found = |kid| source.find_at(Instant::now(), kid, Algorithm::HS256).expect("is there").len();
+    assert_eq!((found(None), found(Some("19"))), (super::keys::TRIED_MAX, 1));
+    let lines = testing::take().lines;
+    assert!(lines.iter().any(|(_, line)| line.contains("20 keys for HS256")), "{lines:?}");
+}
+
+#[test]
+fn a_key_file_may_have_several_keys() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("keys.pem");
+    let text =
+        [P384_PUBLIC, RSA2_PUBLIC, EC_PUBLIC, RSA_PUBLIC].map(|file| std::fs::read_to_string(file).expect("text"));
+    std::fs::write(&file, text.concat()).expect("write");
+    let plugin = plugin(&[("key_file", file.to_str().expect("UTF-8"))]);
+    assert_eq!(plugin.health(), Ok(()));
+    let lines = testing::take().lines;
+    assert_eq!(lines.len(), 1);
+    assert!(lines[0].1.contains("key 1: a key for the curve P-384"), "the one that cannot be used is named: {lines:?}");
+    let claims = json!({ "sub": "ann", "exp": later() });
+    for algorithm in [Algorithm::RS256, Algorithm::ES256] {
+        assert!(matches!(ask(&plugin, &token(algorithm, None, &claims)), Outcome::Allow(_)), "{algorithm:?}");
+    }
+}
+
+/// Not with the first login, which would only be refused.
+#[test]
+fn key_files_that_cannot_be_used_are_refused_when_loaded() {
+    let file = |name: &str| format!("{}/test-keys/{name}", env!("CARGO_MANIFEST_DIR"));
+    for (name, why) in [
+        ("p384.pub.pem", "a key for the curve P-384 (ES384): only RSA (RS256) and P-256 (ES256) can be used"),
+        ("ed25519.pub.pem", "an Ed25519 key (EdDSA)"),
+        ("rsa8192.pub.pem", "an RSA key of more than 4096 bits"),
+        ("rsa.pem", "is a private key: whoever reads it can sign tokens"),
+        ("ec.pem", "is a private key"),
+    ] {
+        let file = file(name);
+        let error = AuthJwt::new(&Settings::from_pairs(&[("key_file", &file)])).err().expect("is refused");
+        assert!(error.starts_with(&file) && error.contains(why), "{error}");
+    }
 }
 
 #[test]
@@ -215,13 +337,13 @@ fn a_key_set_is_fetched_once_and_again_when_it_is_old_or_lacks_a_key() {
     assert!(find(after(9), "a").is_err());
     assert_eq!(testing::take_requests().len(), 1, "not again at once");
     testing::respond(Ok(key_set(&["a"])));
-    assert!(find(after(10), "a").expect("is there now").is_some());
-    assert!(find(after(11), "b").expect("nobody has it").is_none());
+    assert!(!find(after(10), "a").expect("is there now").is_empty());
+    assert!(find(after(11), "b").expect("nobody has it").is_empty());
     assert_eq!(testing::take_requests().len(), 1, "whoever invents a kid does not cause a request");
     testing::respond(Ok(key_set(&["a", "b"])));
-    assert!(find(after(20), "b").expect("is new").is_some());
+    assert!(!find(after(20), "b").expect("is new").is_empty());
     testing::respond(Err("away".into()));
-    assert!(find(after(400), "a").expect("the old set goes on").is_some());
+    assert!(!find(after(400), "a").expect("the old set goes on").is_empty());
     assert_eq!(testing::take_requests().len(), 2);
 }
 
@@ -278,6 +400,9 @@ fn wrong_settings_are_named() {
     assert!(wrong(&[("secret", "x"), ("from", "cookie")]).contains("allowed are password and username"));
     assert!(wrong(&[("key_file", "/nowhere")]).contains("cannot read /nowhere"));
     let here = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
-    assert!(wrong(&[("key_file", here)]).contains("not a public key"));
+    assert!(wrong(&[("key_file", here)]).contains("not public keys in PEM"));
+    let mistyped = wrong(&[("secret", "x"), ("audiance", "mqtt")]);
+    assert!(mistyped.contains("`audiance` does not exist"), "tokens for others would be taken: {mistyped}");
+    assert!(wrong(&[("secret", "x"), ("audience", " ")]).contains("`audience` is empty"));
     assert!(wrong(&[("jwks_file", here)]).contains("not a JSON Web Key Set"));
 }
