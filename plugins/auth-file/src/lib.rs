@@ -1,24 +1,30 @@
-//! Users from a password file: `user:$argon2id$…`, one a line, as `wasmqtt passwd` writes it.
+//! Users from a password file: `user:$argon2id$…`, one a line, as `wasmqtt passwd` writes it. The hashes of mosquitto's
+//! password files (`$7$`, `$6$`) and bcrypt (`$2b$`, `$2a$`, `$2y$`) are checked, too.
 //!
 //! Settings: `file`, the path as the plugin sees it; the operator grants it with `grants.files`.
+
+mod hash;
 
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 
-use argon2::password_hash::phc::PasswordHash;
-use argon2::{Argon2, Block, Params, PasswordVerifier};
 use sha2::{Digest, Sha256};
 use wasmqtt_sdk::{Auth, BAD_USER_NAME_OR_PASSWORD, Outcome, Plugin, Request, Settings};
 
-/// Verified passwords an instance remembers; Argon2 is slow on purpose, and clients come back.
+use crate::hash::Hash;
+
+/// Verified passwords an instance remembers; hashes are slow on purpose, and clients come back.
 const REMEMBERED_MAX: usize = 10_000;
 
 /// The users of one password file.
 pub struct AuthFile {
-    users: HashMap<String, String>,
-    /// Somebody's hash: an unknown user must take as long as a wrong password.
-    decoy: Option<String>,
+    users: HashMap<String, Hash>,
+    /// An unknown user must take as long as a wrong password: each gets somebody's hash, and always the same one, so that
+    /// different kinds of hashes do not tell who is known.
+    decoys: Vec<String>,
+    /// Chooses among them: a secret, and the same in all instances.
+    choice: [u8; 32],
     /// User → keyed digest of the password that was right.
     remembered: RefCell<HashMap<String, [u8; 32]>>,
     /// Random, so that what is remembered is worth nothing outside this instance.
@@ -34,13 +40,24 @@ impl AuthFile {
             }
             let at = |error: String| format!("line {}: {error}", number + 1);
             let (name, hash) = line.trim_end().split_once(':').ok_or_else(|| at("no colon".into()))?;
-            check(hash).map_err(at)?;
-            if users.insert(name.to_owned(), hash.to_owned()).is_some() {
+            if name.is_empty() {
+                return Err(at("the user name is missing".into()));
+            }
+            let hash = Hash::parse(hash).map_err(at)?;
+            if users.insert(name.to_owned(), hash).is_some() {
                 return Err(at(format!("{name} was named before")));
             }
         }
-        let decoy = users.values().next().cloned();
-        Ok(Self { users, decoy, remembered: RefCell::default(), key: random_key() })
+        let mut decoys: Vec<String> = users.keys().cloned().collect();
+        decoys.sort();
+        let choice = Sha256::digest(text).into();
+        Ok(Self { users, decoys, choice, remembered: RefCell::default(), key: random_key() })
+    }
+
+    fn decoy(&self, username: &str) -> Option<&Hash> {
+        let digest: [u8; 32] = Sha256::new().chain_update(self.choice).chain_update(username).finalize().into();
+        let number = digest.first_chunk::<4>().map_or(0, |bytes| u32::from_le_bytes(*bytes) as usize);
+        self.users.get(self.decoys.get(number % self.decoys.len().max(1))?)
     }
 
     fn digest(&self, password: &[u8]) -> [u8; 32] {
@@ -53,9 +70,8 @@ impl AuthFile {
             return true;
         }
         let known = self.users.get(username);
-        let Some(hash) = known.or(self.decoy.as_ref()) else { return false };
-        let Ok(hash) = PasswordHash::new(hash) else { return false };
-        let right = Argon2::default().verify_password(password, &hash).is_ok() && known.is_some();
+        let Some(hash) = known.or_else(|| self.decoy(username)) else { return false };
+        let right = hash.is_of(password) && known.is_some();
         if right {
             let mut remembered = self.remembered.borrow_mut();
             if remembered.len() >= REMEMBERED_MAX {
@@ -65,20 +81,6 @@ impl AuthFile {
         }
         right
     }
-}
-
-/// Refuses what could never be verified, before anybody waits for it.
-fn check(hash: &str) -> Result<(), String> {
-    let bad = |error: &dyn std::fmt::Display| format!("not an Argon2id hash: {error}");
-    let hash = PasswordHash::new(hash).map_err(|error| bad(&error))?;
-    if hash.algorithm.as_str() != "argon2id" {
-        return Err(bad(&hash.algorithm));
-    }
-    let params = Params::try_from(&hash).map_err(|error| bad(&error))?;
-    // The plugin has little memory, and running out of it later would end the instance instead of naming the line.
-    let mut blocks: Vec<Block> = Vec::new();
-    let kib = params.block_count();
-    blocks.try_reserve_exact(kib).map_err(|_| format!("needs {kib} KiB of memory; raise limits.memory_mib"))
 }
 
 fn random_key() -> [u8; 32] {
@@ -91,6 +93,7 @@ fn random_key() -> [u8; 32] {
 
 impl Plugin for AuthFile {
     fn new(settings: &Settings) -> Result<Self, String> {
+        settings.only(&["file"])?;
         let path = settings.require("file")?;
         let text = std::fs::read_to_string(path).map_err(|error| format!("cannot read {path}: {error}"))?;
         Self::parse(&text).map_err(|error| format!("{path}: {error}"))
@@ -116,8 +119,7 @@ wasmqtt_sdk::export_plugin!(AuthFile: auth);
 
 #[cfg(test)]
 mod tests {
-    use argon2::PasswordHasher;
-    use argon2::{Algorithm, Params, Version};
+    use argon2::{Algorithm, Argon2, Params, PasswordHasher, Version};
 
     use super::*;
 
@@ -142,10 +144,31 @@ mod tests {
     fn bad_lines_are_named() {
         let error = |text: &str| AuthFile::parse(text).err().expect("must be refused");
         assert_eq!(error("# ok\nalice"), "line 2: no colon");
-        assert!(error("alice:plain").starts_with("line 1: not an Argon2id hash"));
+        assert!(error("alice:plain").starts_with("line 1: the password is not hashed"));
+        assert!(error("alice:$argon2id$x").starts_with("line 1: not an Argon2id hash"));
+        assert!(
+            error("alice:$argon2i$v=19$m=64,t=1,p=1$c2FsdHNhbHQ$aGFzaGhhc2g").contains("\"argon2i\" is not a hash")
+        );
         let alice = entry("alice", "secret");
         assert_eq!(error(&format!("{alice}\n{alice}")), "line 2: alice was named before");
-        let scrypt = "a:$scrypt$ln=16,r=8,p=1$aM15713r3Xsvxbi31lqr1Q$nFNh2CVHVjNldFVKDHDlm4CbdRSCdEBsjjJxD+iCs5E";
-        assert_eq!(error(scrypt), "line 1: not an Argon2id hash: scrypt");
+        assert_eq!(error(":$6$AAAA$AAAA"), "line 1: the user name is missing");
+    }
+
+    /// A file that was mosquitto's, with a new user of ours in it.
+    #[test]
+    fn hashes_of_several_kinds_stand_in_one_file() {
+        let text = format!(
+            "ann:$7$101$AAECAwQFBgcICQoL$Xr99N9ym9ys8TWxis5ajETJq6EVYzmc6nb8t3pUYnPBbCAbICS4xejTltonXWCtJNBvA+By+TXUqU6qCblO00w==\n\
+             bob:$2b$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a\n{}\n",
+            entry("carl", "secret")
+        );
+        let plugin = AuthFile::parse(&text).expect("parses");
+        for user in ["ann", "bob", "carl"] {
+            assert!(plugin.is_right(user, b"secret") && !plugin.is_right(user, b"other"), "{user}");
+        }
+        assert!(!plugin.is_right("dora", b"secret"));
+        let chosen = |name: &str| plugin.decoy(name).cloned();
+        assert!((0..50).any(|n| chosen(&n.to_string()) != chosen("dora")), "unknown users differ as known ones do");
+        assert_eq!(AuthFile::parse(&text).expect("parses").decoy("dora").cloned(), chosen("dora"));
     }
 }
