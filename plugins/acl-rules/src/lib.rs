@@ -9,12 +9,22 @@
 //! ```
 //!
 //! Settings: `file` (granted to it), `format` = `rules` or `mosquitto`, `default` = `deny`, `allow` or `next` for what no
-//! rule is about, `ttl` = seconds that a decision holds (300).
+//! rule is about, `ttl` = seconds that a decision holds (300), `allow_slash` = `true` or `false` (`false`).
+//!
+//! A rule with `%c` or `%u` allows nothing to a client whose name has `+` or `#` in it, and a prohibition holds for it
+//! whatever the name. A name with `/` is treated likewise, since `users/%u/#` would give the user `org` all that is below
+//! `users/org/dev1`; with `allow_slash = true` it is put in as it is, which is right where the names of levels above are
+//! nobody's. At the level `debug` the log says when a rule was left out for such a name.
+//!
+//! Unlike mosquitto, which grants every SUBSCRIBE and looks at each message when it is delivered, this plugin decides
+//! when a client subscribes: to be granted, its filter must reach no further than what it may read. With
+//! `topic read weather/+`, a client that subscribes to `weather/+` is granted, and one that subscribes to `#` is refused.
 
 mod mosquitto;
 mod rules;
+mod warnings;
 
-use wasmqtt_sdk::{Access, Acl, Action, Client, Decision, Plugin, Settings, export_plugin};
+use wasmqtt_sdk::{Access, Acl, Action, Client, Decision, Plugin, Settings, debug, export_plugin, warn};
 use wasmqtt_sdk::{filter_covers, filters_overlap, topic_matches};
 
 /// Seconds that a decision holds unless the settings say otherwise.
@@ -49,6 +59,17 @@ pub(crate) struct Rule {
     pub(crate) is_literal: bool,
     /// All must be so.
     pub(crate) who: Vec<Who>,
+    /// Where it stands in the file, from 1.
+    pub(crate) line: usize,
+}
+
+/// The Client Identifier or the principal, where a rule has a mark for it.
+fn marked<'a>(mark: &str, client: &'a Client) -> Option<&'a str> {
+    match mark.as_bytes().get(1) {
+        Some(b'c') => Some(&client.client_id),
+        Some(b'u') => Some(&client.principal),
+        _ => None,
+    }
 }
 
 impl Rule {
@@ -70,7 +91,7 @@ impl Rule {
 
     /// The filter for this client; `None`: its name would change what the filter matches, and so allow too much. A
     /// prohibition reaches further then: no client gets around it by the name it takes.
-    fn filter_for(&self, client: &Client) -> Option<String> {
+    fn filter_for(&self, client: &Client, allow_slash: bool) -> Option<String> {
         if self.is_literal {
             return Some(self.filter.clone());
         }
@@ -80,16 +101,13 @@ impl Rule {
         while let Some(at) = rest.find('%') {
             let (before, mark) = rest.split_at(at);
             filter.push_str(before);
-            let name = match mark.as_bytes().get(1) {
-                Some(b'c') => &client.client_id,
-                Some(b'u') => &client.principal,
-                _ => {
-                    filter.push('%');
-                    rest = &mark[1..];
-                    continue;
-                }
+            let Some(name) = marked(mark, client) else {
+                filter.push('%');
+                rest = &mark[1..];
+                continue;
             };
-            if name.is_empty() || name.contains(['+', '#']) || (self.allow && name.contains('/')) {
+            let is_one_level = !name.contains('/') || allow_slash || !self.allow;
+            if name.is_empty() || name.contains(['+', '#']) || !is_one_level {
                 return (!self.allow).then(|| self.filter_for_any_name());
             }
             filter.push_str(name);
@@ -133,10 +151,14 @@ pub struct AclRules {
     deny_wins: bool,
     otherwise: Otherwise,
     ttl: u32,
+    allow_slash: bool,
+    /// What is odd about the file.
+    warnings: Vec<String>,
 }
 
 impl AclRules {
     fn from_text(text: &str, settings: &Settings) -> Result<Self, String> {
+        settings.only(&["file", "format", "default", "ttl", "allow_slash"])?;
         let (rules, deny_wins) = match settings.get("format").unwrap_or("rules") {
             "rules" => (rules::parse(text)?, false),
             "mosquitto" => (mosquitto::parse(text)?, true),
@@ -148,13 +170,16 @@ impl AclRules {
             "next" => Otherwise::Next,
             other => return Err(format!("setting `default` = {other:?}: allowed are deny, allow and next")),
         };
-        Ok(Self { rules, deny_wins, otherwise, ttl: settings.parse("ttl", TTL_DEFAULT)? })
+        let allow_slash = settings.parse("allow_slash", false)?;
+        let warnings = warnings::of(&rules, deny_wins);
+        Ok(Self { rules, deny_wins, otherwise, ttl: settings.parse("ttl", TTL_DEFAULT)?, allow_slash, warnings })
     }
 
     /// The rules about this client and action, with their filters.
     fn about(&self, client: &Client, action: Action) -> Vec<(bool, String)> {
         let about = self.rules.iter().filter(|rule| rule.is_about(client, action));
-        let mut found: Vec<_> = about.filter_map(|rule| Some((rule.allow, rule.filter_for(client)?))).collect();
+        let filter = |rule: &Rule| Some((rule.allow, rule.filter_for(client, self.allow_slash)?));
+        let mut found: Vec<_> = about.filter_map(filter).collect();
         if self.deny_wins {
             // Stable: within each kind the order of the file stays.
             found.sort_by_key(|(allow, _)| *allow);
@@ -166,6 +191,7 @@ impl AclRules {
         let rules = self.about(client, access.action);
         let found = rules.iter().position(|(allow, filter)| applies(*allow, filter, access));
         let Some(place) = found else {
+            self.explain(client, access);
             return match self.otherwise {
                 Otherwise::Deny => Decision::deny().lease(self.ttl),
                 Otherwise::Allow => Decision::allow().lease(self.ttl),
@@ -182,11 +208,37 @@ impl AclRules {
     }
 }
 
+impl AclRules {
+    /// For somebody who wonders why a rule does not count.
+    fn explain(&self, client: &Client, access: &Access) {
+        let left_out = |rule: &&Rule| {
+            rule.is_about(client, access.action)
+                && rule.filter_for(client, self.allow_slash).is_none()
+                && filters_overlap(&rule.filter_for_any_name(), &access.topic)
+        };
+        if let Some(rule) = self.rules.iter().find(left_out) {
+            let Client { client_id, principal, .. } = client;
+            debug(&format!(
+                "{:?} of line {} allows nothing to client {client_id:?} with principal {principal:?}: a name in it is empty, \
+                 begins with `$`, or has one of + # / (for /, see the setting allow_slash)",
+                rule.filter, rule.line
+            ));
+        }
+    }
+}
+
 impl Plugin for AclRules {
     fn new(settings: &Settings) -> Result<Self, String> {
         let file = settings.require("file")?;
         let text = std::fs::read_to_string(file).map_err(|error| format!("cannot read {file}: {error}"))?;
-        Self::from_text(&text, settings).map_err(|error| format!("{file}: {error}"))
+        let rules = Self::from_text(&text, settings).map_err(|error| format!("{file}: {error}"))?;
+        Ok(Self { warnings: rules.warnings.iter().map(|warning| format!("{file}: {warning}")).collect(), ..rules })
+    }
+
+    /// Once for each build, and not in each instance.
+    fn health(&self) -> Result<(), String> {
+        self.warnings.iter().for_each(|warning| warn(warning));
+        Ok(())
     }
 }
 
@@ -200,8 +252,9 @@ export_plugin!(AclRules: acl);
 
 #[cfg(test)]
 mod tests {
-    use wasmqtt_sdk::Verdict;
+    use proptest::prelude::*;
     use wasmqtt_sdk::testing::client;
+    use wasmqtt_sdk::{Verdict, testing};
 
     use super::*;
 
@@ -281,6 +334,24 @@ allow publish open/# listener=mqtt://127.0.0.1:1883 client=c
         assert!(!may(&rules, ("$SYS", "u"), Action::Publish, "state/$SYS/on"));
     }
 
+    /// `users/%u/#` for `org/dev1`: only where the operator says so.
+    #[test]
+    fn a_name_with_a_slash_counts_if_the_operator_wants_it() {
+        let text = "pattern readwrite users/%u/#\npattern readwrite clients/%c/#\n";
+        let strict = plugin(text, &[("format", "mosquitto")]);
+        let open = plugin(text, &[("format", "mosquitto"), ("allow_slash", "true")]);
+        let who = ("c", "org/dev1");
+        testing::take();
+        assert!(!may(&strict, who, Action::Publish, "users/org/dev1/x"));
+        let lines = testing::take().lines;
+        assert!(lines.len() == 1 && lines[0].1.contains("line 1") && lines[0].1.contains("allow_slash"), "{lines:?}");
+        assert!(may(&open, who, Action::Publish, "users/org/dev1/x"));
+        assert!(!may(&open, who, Action::Publish, "users/org/dev2/x"));
+        assert!(!may(&open, ("+", "org/+"), Action::Publish, "users/org/dev2/x"), "wildcards never");
+        assert!(!may(&strict, ("c", "ann"), Action::Publish, "elsewhere"));
+        assert!(testing::take().lines.iter().all(|(_, line)| !line.contains("\"ann\"")), "no rule was left out");
+    }
+
     #[test]
     fn decisions_are_leased_as_far_as_their_rule_reaches() {
         let rules = plugin(RULES, &[("ttl", "60")]);
@@ -306,6 +377,8 @@ allow publish open/# listener=mqtt://127.0.0.1:1883 client=c
         }
         let wrong = AclRules::from_text("", &Settings::from_pairs(&[("default", "maybe")]));
         assert!(wrong.unwrap_err().contains("allowed are deny, allow and next"));
+        let mistyped = AclRules::from_text("", &Settings::from_pairs(&[("defualt", "deny")]));
+        assert!(mistyped.unwrap_err().contains("`defualt` does not exist"));
     }
 
     #[test]
@@ -331,5 +404,31 @@ topic as-it-is/%c
         assert!(may(&rules, ("c", "bob"), Action::Subscribe, "inbox/bob/x"), "patterns are for all");
         assert!(may(&rules, ("c", ""), Action::Publish, "outbox/c/x"));
         assert!(!may(&rules, ann, Action::Publish, "as-it-is/c"), "only patterns have marks");
+    }
+
+    proptest! {
+        /// Whatever a client calls itself, its rule is about its own level and nothing else, in both forms.
+        #[test]
+        fn no_name_opens_what_is_another_clients(
+            name in "[a-b+#/$%c]{0,6}",
+            filter in "own(/[a-b+#]{1,2}){1,3}",
+        ) {
+            let own = plugin("allow all own/%c/#\n", &[]);
+            let pattern = plugin("pattern readwrite own/%c/#\n", &[("format", "mosquitto"), ("allow_slash", "true")]);
+            for (rules, levels) in [(&own, 1), (&pattern, name.split('/').count())] {
+                let level = filter.split('/').skip(1).take(levels).collect::<Vec<_>>().join("/");
+                if wasmqtt_sdk::is_valid_filter(&filter) && may(rules, (&name, ""), Action::Subscribe, &filter) {
+                    prop_assert_eq!(&level, &name);
+                    prop_assert!(!name.contains(['+', '#']));
+                }
+            }
+        }
+
+        #[test]
+        fn any_file_is_read_without_a_panic(text in "((allow|deny|user|topic|pattern|all|read|%c|[ -~\n]){0,6}\n?){0,6}") {
+            for format in ["rules", "mosquitto"] {
+                let _ = AclRules::from_text(&text, &Settings::from_pairs(&[("format", format)]));
+            }
+        }
     }
 }

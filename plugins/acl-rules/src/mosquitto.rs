@@ -20,8 +20,8 @@ pub(crate) fn parse(text: &str) -> Result<Vec<Rule>, String> {
                 continue;
             }
             "user" => Err("the user name is missing".to_owned()),
-            "topic" => rule(rest, who.clone(), true),
-            "pattern" => rule(rest, Who::Everybody, false),
+            "topic" => rule(rest, who.clone(), true, at + 1),
+            "pattern" => rule(rest, Who::Everybody, false, at + 1),
             other => Err(format!("{other:?}: allowed are topic, user and pattern")),
         };
         rules.push(added.map_err(|error| format!("line {}: {error}", at + 1))?);
@@ -30,7 +30,7 @@ pub(crate) fn parse(text: &str) -> Result<Vec<Rule>, String> {
 }
 
 /// `[read|write|readwrite|deny] FILTER`; a filter with spaces needs the word before it.
-fn rule(text: &str, who: Who, is_literal: bool) -> Result<Rule, String> {
+fn rule(text: &str, who: Who, is_literal: bool, line: usize) -> Result<Rule, String> {
     let (first, filter) = text.split_once(char::is_whitespace).unwrap_or(("readwrite", text));
     let (allow, on) = match first {
         "read" => (true, On::Subscribe),
@@ -43,7 +43,7 @@ fn rule(text: &str, who: Who, is_literal: bool) -> Result<Rule, String> {
     if !is_valid_filter(filter) {
         return Err(format!("{filter:?} is not a topic filter"));
     }
-    Ok(Rule { allow, on, filter: filter.to_owned(), is_literal, who: vec![who] })
+    Ok(Rule { allow, on, filter: filter.to_owned(), is_literal, who: vec![who], line })
 }
 
 #[cfg(test)]
@@ -60,6 +60,7 @@ mod tests {
         ] {
             assert_eq!(parse(text).unwrap_err(), error);
         }
+        assert_eq!(parse("topic read a\n\npattern b").unwrap()[1].line, 3);
         assert_eq!(parse("topic read with space/a").unwrap()[0].filter, "with space/a");
     }
 }

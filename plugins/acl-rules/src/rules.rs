@@ -7,10 +7,10 @@ use crate::{On, Rule, Who};
 pub(crate) fn parse(text: &str) -> Result<Vec<Rule>, String> {
     let lines = text.lines().enumerate().map(|(at, line)| (at + 1, line.trim()));
     let rules = lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#'));
-    rules.map(|(at, line)| rule(line).map_err(|error| format!("line {at}: {error}"))).collect()
+    rules.map(|(at, line)| rule(line, at).map_err(|error| format!("line {at}: {error}"))).collect()
 }
 
-fn rule(line: &str) -> Result<Rule, String> {
+fn rule(line: &str, at: usize) -> Result<Rule, String> {
     let mut words = line.split_whitespace();
     let allow = match words.next() {
         Some("allow") => true,
@@ -33,7 +33,8 @@ fn rule(line: &str) -> Result<Rule, String> {
         Some(("listener", name)) => Ok(Who::Listener(name.to_owned())),
         _ => Err(format!("{word:?}: allowed are user=NAME, client=ID and listener=NAME")),
     });
-    Ok(Rule { allow, on, filter: filter.to_owned(), is_literal: false, who: who.collect::<Result<_, _>>()? })
+    let who = who.collect::<Result<_, _>>()?;
+    Ok(Rule { allow, on, filter: filter.to_owned(), is_literal: false, who, line: at })
 }
 
 #[cfg(test)]
