@@ -2,8 +2,8 @@
 //! notice.
 //!
 //! Settings: `key_file` (granted to it): a key in 64 hexadecimal digits, or lines `ID:KEY` with an ID from 0 to 255, of
-//! which the first seals and all open, so that keys can be changed; `filters`: Topic Filters with spaces between them
-//! (`#`).
+//! which the first seals and all open, so that keys can be changed; `filters`: a list of Topic Filters,
+//! or a text with spaces between them (`#`).
 //!
 //! Sealed form: four bytes that mark it, a version, the ID of the key, 12 random bytes, the ciphertext with its tag. The
 //! Topic Name is authenticated, too: a sealed payload is worth nothing under another topic.
@@ -12,7 +12,7 @@ use aes_gcm::aead::{Aead, KeyInit, Payload};
 use aes_gcm::{Aes256Gcm, Key, Nonce};
 use wasmqtt_sdk::{
     Batch, Changes, IMPLEMENTATION_SPECIFIC_ERROR, Message, Plugin, Registration, Settings, StorageHook, error,
-    export_plugin,
+    export_plugin, is_valid_filter,
 };
 
 const MARK: &[u8; 5] = b"wqs\x00\x01";
@@ -45,8 +45,11 @@ impl PayloadSeal {
         if keys.is_empty() {
             return Err("there is no key in it".into());
         }
-        let filters = settings.get("filters").unwrap_or("#").split_whitespace().map(str::to_owned).collect();
-        Ok(Self { keys, filters })
+        let filters = settings.list("filters")?.unwrap_or_else(|| vec!["#"]);
+        if let Some(wrong) = filters.iter().find(|filter| !is_valid_filter(filter)) {
+            return Err(format!("setting `filters`: {wrong:?} is not a topic filter"));
+        }
+        Ok(Self { keys, filters: filters.into_iter().map(str::to_owned).collect() })
     }
 
     fn seal(&self, message: &Message<'_>) -> Result<Vec<u8>, String> {
@@ -76,7 +79,7 @@ impl PayloadSeal {
 
 fn key(digits: &str) -> Option<[u8; 32]> {
     let mut key = [0; 32];
-    if digits.len() != 64 || !digits.is_ascii() {
+    if digits.len() != 64 || !digits.bytes().all(|digit| digit.is_ascii_hexdigit()) {
         return None;
     }
     for (byte, at) in key.iter_mut().zip((0..64).step_by(2)) {
@@ -87,6 +90,7 @@ fn key(digits: &str) -> Option<[u8; 32]> {
 
 impl Plugin for PayloadSeal {
     fn new(settings: &Settings) -> Result<Self, String> {
+        settings.only(&["key_file", "filters", "filters.*"])?;
         let file = settings.require("key_file")?;
         let text = std::fs::read_to_string(file).map_err(|error| format!("cannot read {file}: {error}"))?;
         Self::from_text(&text, settings).map_err(|error| format!("{file}: {error}"))
@@ -194,8 +198,16 @@ mod tests {
     #[test]
     fn wrong_key_files_are_named() {
         let wrong = |text: &str| PayloadSeal::from_text(text, &Settings::default()).err().expect("is refused");
+        let filters = |value: &str| {
+            let settings = Settings::from_pairs(&[("filters", value)]);
+            PayloadSeal::from_text(&line(0, 1), &settings).err().expect("is refused")
+        };
+        assert_eq!(filters(" "), "setting `filters` is empty", "nothing would be sealed");
+        assert_eq!(filters("a/# b#"), "setting `filters`: \"b#\" is not a topic filter");
         assert_eq!(wrong("# nothing\n"), "there is no key in it");
-        assert_eq!(wrong("abc"), "line 1: a key has 64 hexadecimal digits");
+        for text in ["abc".to_owned(), "+a".repeat(32), "gg".repeat(32)] {
+            assert_eq!(wrong(&text), "line 1: a key has 64 hexadecimal digits", "{text}");
+        }
         assert_eq!(wrong(&format!("300:{}", "ab".repeat(32))), "line 1: \"300\" is no number from 0 to 255");
         assert_eq!(wrong(&format!("{}{}", line(1, 1), line(1, 2))), "line 2: there is another key with the ID 1");
     }

@@ -18,6 +18,7 @@ pub struct Presence {
 
 impl Plugin for Presence {
     fn new(settings: &Settings) -> Result<Self, String> {
+        settings.only(&["topic", "retain"])?;
         let topic = settings.get("topic").unwrap_or("presence/%c").to_owned();
         if !is_valid_filter(&topic) || topic.contains(['+', '#']) {
             return Err(format!("setting `topic` = {topic:?}: must be a topic name, in which %c and %u are replaced"));
