@@ -4,7 +4,9 @@ use wasmtime::Store;
 use wasmtime::component::{Instance, InstancePre};
 
 use crate::bindings::{acl, auth, cluster, events, handover, lifecycle, storage_hook};
+use crate::diagnosis;
 use crate::guest::Guest;
+use crate::instance::one_line;
 
 macro_rules! exports {
     ($($field:ident: $module:ident $indices:ident $bound:ident $name:literal,)+) => {
@@ -23,9 +25,18 @@ macro_rules! exports {
                 Self { $($field: $module::$indices::new(pre).ok(),)+ }
             }
 
-            pub(crate) fn load(&self, store: &mut Store<Guest>, instance: &Instance) -> wasmtime::Result<Exports> {
+            /// An error says which function is not as this broker knows it.
+            pub(crate) fn load(&self, store: &mut Store<Guest>, instance: &Instance) -> Result<Exports, String> {
                 Ok(Exports {
-                    $($field: self.$field.as_ref().map(|indices| indices.load(&mut *store, instance)).transpose()?,)+
+                    $($field: match &self.$field {
+                        None => None,
+                        Some(indices) => match indices.load(&mut *store, instance) {
+                            Ok(exports) => Some(exports),
+                            Err(error) => {
+                                return Err(diagnosis::misfit(store, instance, $name, &one_line(&error)));
+                            }
+                        },
+                    },)+
                 })
             }
 

@@ -15,6 +15,7 @@ use crate::bindings::handover::exports::wasmqtt::plugin::handover::State;
 use crate::bindings::types::Pair;
 use crate::call::ANSWER_BYTES_MAX;
 use crate::config::PluginConfig;
+use crate::diagnosis;
 use crate::engine::Clock;
 use crate::exports::Indices;
 use crate::grants::{self, Mounts};
@@ -24,7 +25,7 @@ use crate::instance::{Dead, Pooled, Running, metered, one_line};
 use crate::plugin::Plugin;
 use crate::registration::Registration;
 use crate::services::{Door, Services};
-use crate::{HostError, Status};
+use crate::{HostError, Inspection, Status};
 
 /// Bytes one instance may hand over.
 const STATE_BYTES_MAX: usize = 16 << 20;
@@ -100,15 +101,16 @@ impl Generation {
         mounts: Mounts,
         digest: &str,
     ) -> Result<Self, HostError> {
-        let pre = parts.linker.instantiate_pre(component).map_err(|error| {
-            HostError::new(format!("it imports something that this broker does not offer: {}", one_line(&error)))
-        })?;
-        grants::check_imports(&component.component_type(), &parts.engine, &config.grants)?;
+        let ty = component.component_type();
+        let pre = parts.linker.instantiate_pre(component);
+        let pre = pre.map_err(|error| diagnosis::import(&ty, &parts.engine, &one_line(&error)))?;
+        grants::check_imports(&ty, &parts.engine, &config.grants)?;
         let exports = Indices::find(&pre);
+        if let Some(error) = diagnosis::incomplete(&ty, &parts.engine, &exports.names()) {
+            return Err(error);
+        }
         if !exports.has_plug_point() {
-            return Err(HostError::new(
-                "it exports no plug-point: none of auth, acl, storage-hook, cluster and events of wasmqtt:plugin@0.1.0",
-            ));
+            return Err(diagnosis::no_plug_point(&ty, &parts.engine));
         }
         let plugin = identity.plugin;
         let services = Services {
@@ -162,6 +164,11 @@ impl Generation {
     pub(crate) fn registration(&self) -> &Registration {
         static NOTHING: Registration = Registration::NOTHING;
         self.registration.get().unwrap_or(&NOTHING)
+    }
+
+    pub(crate) fn inspection(&self) -> Inspection {
+        let bytes = std::fs::metadata(&self.config.path).map_or(0, |file| file.len());
+        Inspection::of(&self.pre.component().component_type(), &self.engine, bytes)
     }
 
     pub(crate) fn status(&self) -> Status {
@@ -341,7 +348,7 @@ impl Generation {
         let instance = metered(&self.clock, &meter, self.cpu(), self.pre.instantiate_async(&mut store)).await;
         let instance = instance
             .map_err(|error| format!("cannot be instantiated: {}", self.explained_by(&store.data().limits, error)))?;
-        let exports = self.exports.load(&mut store, &instance).map_err(|error| one_line(&error))?;
+        let exports = self.exports.load(&mut store, &instance)?;
         let (mounts, plugin) = (Arc::clone(&self.mounts), Arc::clone(&self.plugin));
         let running = Running::new((store, meter), exports, mounts, plugin);
         let mut pooled = Pooled::new(running, self.reaper.clone());
@@ -376,7 +383,10 @@ impl Generation {
     fn explained_by(&self, limits: &Limits, error: String) -> String {
         let memory_mib = self.config.limits.memory_mib;
         match (limits.memory_refused, limits.tables_refused) {
-            (true, _) => format!("it wanted more memory than limits.memory_mib = {memory_mib}: {error}"),
+            (true, _) => {
+                let cure = diagnosis::raise_memory(memory_mib, (u64::from(memory_mib) + 1).next_power_of_two());
+                format!("it wanted more memory than {cure}: {error}")
+            }
             (_, true) => format!("it wanted more table elements than there may be: {error}"),
             _ => error,
         }

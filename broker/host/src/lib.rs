@@ -13,6 +13,7 @@ mod chain;
 mod cluster;
 mod config;
 mod counters;
+mod diagnosis;
 mod engine;
 mod events;
 mod explain;
@@ -203,6 +204,12 @@ impl PluginHost {
     /// The plugins that serve now.
     pub fn status(&self) -> Vec<Status> {
         self.chain.load().links.iter().map(chain::Link::status).collect()
+    }
+
+    /// The outside of the component that serves under this name.
+    pub fn inspection(&self, name: &str) -> Option<Inspection> {
+        let chain = self.chain.load();
+        chain.link(name).map(|link| link.serving.inspection())
     }
 
     /// Builds these components, by the names of their plugins, and lets all serve in one step; or none, and says why.

@@ -15,6 +15,7 @@ use crate::background;
 use crate::cache::{self, Cache};
 use crate::chain::{Candidate, Chain, Link, Trial};
 use crate::config::{HostConfig, PluginConfig, PluginLimits, Rollout};
+use crate::diagnosis;
 use crate::engine::{self, Clock, Pool};
 use crate::generation::{Generation, Identity, Loading, Parts};
 use crate::grants::{self, FILE_BYTES_MAX, Mounts};
@@ -429,7 +430,11 @@ impl Loader {
     ) -> Result<Arc<Generation>, HostError> {
         let begun = Instant::now();
         let digest = cache::digest(bytes);
-        let (component, cached) = self.cache.component(&self.parts.engine, bytes, &digest)?;
+        diagnosis::check_header(bytes)?;
+        let component = self.cache.component(&self.parts.engine, bytes, &digest);
+        let memory_mib = config.limits.memory_mib;
+        let too_large = |error: HostError| diagnosis::memory(&error.to_string(), memory_mib).unwrap_or(error);
+        let (component, cached) = component.map_err(too_large)?;
         let compile_ms = begun.elapsed().as_millis() as u64;
         let mounts = Mounts::new(&config.files, &copies(&self.cache))?;
         let generation = Generation::new(&self.parts, &component, config.clone(), identity, mounts, &digest)?;
