@@ -1,7 +1,11 @@
 //! `wasmqtt passwd`: entries of a password file, `user:$argon2id$…`, one per line.
 //!
+//! [`import`] takes over those of another broker.
+//!
 //! The file is the one that the bundled plugin `auth-file` reads. It is replaced as a whole, so that a reader sees the
 //! old entries or the new ones and never half of them.
+
+mod import;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, IsTerminal, Write};
@@ -11,6 +15,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail, ensure};
 use argon2::password_hash::PasswordHasher;
 use argon2::{Algorithm, Argon2, Params, Version};
+
+pub(crate) use self::import::import;
 
 /// What an MQTT packet can carry: User Name and Password have two bytes of length. MQTT 5.0 §1.5.4, §1.5.6.
 const FIELD_BYTES_MAX: usize = 65_535;
@@ -93,6 +99,24 @@ fn entry(user: &str, password: &[u8], cost: Cost) -> anyhow::Result<String> {
 
 /// Puts `entry` in the place of the lines of `user`; tells whether there were any.
 fn edit(file: &Path, user: &str, entry: Option<&str>) -> anyhow::Result<bool> {
+    let mut found = false;
+    rewrite(file, entry.is_some(), |old| {
+        let mut new = String::with_capacity(old.len() + entry.map_or(0, str::len) + 1);
+        let mut rest = entry;
+        for line in old.lines() {
+            let is_user = line.split_once(':').is_some_and(|(name, _)| name == user);
+            found |= is_user;
+            let keep = if is_user { rest.take() } else { Some(line) };
+            new.extend(keep.into_iter().flat_map(|line| [line, "\n"]));
+        }
+        new.extend(rest.into_iter().flat_map(|line| [line, "\n"]));
+        (entry.is_some() || found).then_some(new)
+    })?;
+    Ok(found)
+}
+
+/// Replaces the file by what `change` makes of its text, while no other `wasmqtt passwd` does; `None`: it stays.
+fn rewrite(file: &Path, may_be_new: bool, change: impl FnOnce(&str) -> Option<String>) -> anyhow::Result<()> {
     // A link stays a link: what it points at is replaced.
     let file = fs::canonicalize(file).unwrap_or_else(|_| file.to_owned());
     let folder = match file.parent() {
@@ -101,26 +125,15 @@ fn edit(file: &Path, user: &str, entry: Option<&str>) -> anyhow::Result<bool> {
     };
     let lock = File::open(&folder).with_context(|| format!("open folder {}", folder.display()))?;
     lock.lock().with_context(|| format!("lock folder {}", folder.display()))?;
-
     let old = match fs::read_to_string(&file) {
         Ok(text) => text,
-        Err(error) if error.kind() == io::ErrorKind::NotFound && entry.is_some() => String::new(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound && may_be_new => String::new(),
         Err(error) => return Err(error).with_context(|| format!("read {}", file.display())),
     };
-    let mut new = String::with_capacity(old.len() + entry.map_or(0, str::len) + 1);
-    let mut found = false;
-    let mut entry = entry;
-    for line in old.lines() {
-        let is_user = line.split_once(':').is_some_and(|(name, _)| name == user);
-        found |= is_user;
-        let keep = if is_user { entry.take() } else { Some(line) };
-        new.extend(keep.into_iter().flat_map(|line| [line, "\n"]));
+    match change(&old) {
+        Some(new) => replace(&file, &folder, new.as_bytes()).with_context(|| format!("write {}", file.display())),
+        None => Ok(()),
     }
-    new.extend(entry.into_iter().flat_map(|line| [line, "\n"]));
-    if entry.is_some() || found {
-        replace(&file, &folder, new.as_bytes()).with_context(|| format!("write {}", file.display()))?;
-    }
-    Ok(found)
 }
 
 /// Writes beside the file and renames, with mode 0600 and the owner the file had.
