@@ -18,7 +18,7 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use wasmqtt_server::Listener;
 
-use crate::authoring::{Kind, Language};
+use crate::authoring::{Kind, Language, Subject};
 use crate::operate::{Access, Which};
 use crate::stores::StoreCommand;
 
@@ -63,10 +63,15 @@ Examples:
     #[command(after_help = "\
 The password is asked for twice, or taken from the first line of standard input when that is not a terminal.
 
+--import takes over the users of a password file of mosquitto ($7$, $6$, $argon2id$) or of htpasswd -B (bcrypt); those who
+have an entry already keep it. What was taken and what was refused is said line by line, and the exit status is 0 if
+nothing was refused.
+
 Examples:
   wasmqtt passwd etc/passwords ann
   printf '%s\\n' \"$PASSWORD\" | wasmqtt passwd etc/passwords ann
-  wasmqtt passwd --delete etc/passwords ann")]
+  wasmqtt passwd --delete etc/passwords ann
+  wasmqtt passwd --import /etc/mosquitto/passwd etc/passwords")]
     Passwd(PasswdArgs),
     /// Look at plugins.
     #[command(subcommand)]
@@ -108,10 +113,14 @@ struct PasswdArgs {
     /// The password file; made if it is not there, readable by its owner only.
     file: PathBuf,
     /// User name.
-    user: String,
+    #[arg(required_unless_present = "import")]
+    user: Option<String>,
     /// Delete the entry.
-    #[arg(long)]
+    #[arg(long, requires = "user")]
     delete: bool,
+    /// Take over the users of another broker's password file.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["user", "delete", "memory_kib", "iterations"])]
+    import: Option<PathBuf>,
     /// Memory one check takes; more makes guessing dearer, and needs room in the plugin's memory limit.
     #[arg(long, value_name = "KIB", default_value_t = argon2::Params::DEFAULT_M_COST,
         value_parser = clap::value_parser!(u32).range(8..=4_194_304))]
@@ -152,12 +161,15 @@ Examples:
     },
     /// Load a component as the broker would, and show what it needs.
     #[command(after_help = "\
+What the component prints and logs meanwhile goes to standard error.
+
 Examples:
   wasmqtt plugin check acl.wasm
-  wasmqtt plugin check auth.wasm --set password=secret --json")]
+  wasmqtt plugin check auth.wasm --set password=secret --json
+  wasmqtt plugin check zig.wasm --limit memory_mib=32")]
     Check {
-        /// The component.
-        file: PathBuf,
+        #[command(flatten)]
+        subject: Subject,
         /// A setting; may be repeated.
         #[arg(long, value_name = "NAME=VALUE", value_parser = authoring::parse_pair)]
         set: Vec<(String, String)>,
@@ -173,8 +185,8 @@ come back; `plugin new` makes an example.
 Example:
   wasmqtt plugin test acl.wasm cases.toml")]
     Test {
-        /// The component.
-        file: PathBuf,
+        #[command(flatten)]
+        subject: Subject,
         /// The cases.
         cases: PathBuf,
         /// For machines.
@@ -182,10 +194,15 @@ Example:
         json: bool,
     },
     /// Measure what a component costs.
-    #[command(after_help = "Example:\n  wasmqtt plugin bench acl.wasm")]
+    #[command(after_help = "\
+A function of which a call fails gets the reason instead of figures, and the exit status is then 1.
+
+Examples:
+  wasmqtt plugin bench acl.wasm
+  wasmqtt plugin bench python.wasm --limit memory_mib=64")]
     Bench {
-        /// The component.
-        file: PathBuf,
+        #[command(flatten)]
+        subject: Subject,
         /// A setting; may be repeated.
         #[arg(long, value_name = "NAME=VALUE", value_parser = authoring::parse_pair)]
         set: Vec<(String, String)>,
@@ -296,11 +313,11 @@ fn run(command: Command) -> anyhow::Result<()> {
                 toml::to_string(&shown).context("write TOML")?
             })
         }
-        Command::Passwd(args) if args.delete => passwd::delete(&args.file, &args.user),
-        Command::Passwd(args) => {
-            let cost = passwd::Cost { memory_kib: args.memory_kib, iterations: args.iterations };
-            passwd::set(&args.file, &args.user, cost)
-        }
+        Command::Passwd(PasswdArgs { file, user, delete, import, memory_kib, iterations }) => match (import, user) {
+            (Some(from), _) => passwd::import(&from, &file),
+            (None, Some(user)) if delete => passwd::delete(&file, &user),
+            (None, user) => passwd::set(&file, &user.unwrap_or_default(), passwd::Cost { memory_kib, iterations }),
+        },
         Command::Plugin(command) => print(&run_plugin(command)?),
         Command::Store(command) => print(&stores::run(command)?),
     }
@@ -310,16 +327,23 @@ fn run_plugin(command: PluginCommand) -> anyhow::Result<String> {
     match command {
         PluginCommand::Inspect { file, json } => plugins::inspect(&file, json),
         PluginCommand::New { name, lang, kind, path } => authoring::new(&name, lang, kind, path.as_deref()),
-        PluginCommand::Check { file, set, json } => authoring::check(&file, &set, json),
-        PluginCommand::Test { file, cases, json } => {
-            let (text, ok) = authoring::test(&file, &cases, json)?;
+        PluginCommand::Check { subject, set, json } => authoring::check(&subject, &set, json),
+        PluginCommand::Test { subject, cases, json } => {
+            let (text, ok) = authoring::test(&subject, &cases, json)?;
             if !ok {
                 print(&text)?;
                 anyhow::bail!("some cases failed");
             }
             Ok(text)
         }
-        PluginCommand::Bench { file, set, json } => authoring::bench(&file, &set, json),
+        PluginCommand::Bench { subject, set, json } => {
+            let (text, ok) = authoring::bench(&subject, &set, json)?;
+            if !ok {
+                print(&text)?;
+                anyhow::bail!("some calls failed");
+            }
+            Ok(text)
+        }
         PluginCommand::List { which, json } => operate::list(&which, json),
         PluginCommand::Deploy { which, name, files } => operate::deploy(&which, name.as_deref(), &files),
         PluginCommand::Rollback { which, name, to } => operate::roll_back(&which, &name, to.as_deref()),

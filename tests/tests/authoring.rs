@@ -13,6 +13,10 @@ fn stdout(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
 fn component(name: &str) -> String {
     wasmqtt_guests::component(name).to_str().expect("UTF-8").to_owned()
 }
@@ -30,7 +34,94 @@ fn check_shows_plug_points_and_grants() {
     }
     let refused = run(&["check", &component("probe"), "--set", "init=trap"], folder.path());
     assert!(!refused.status.success());
-    assert!(String::from_utf8_lossy(&refused.stderr).contains("unreachable"), "{refused:?}");
+    // What the panic says, and which component said it.
+    for expected in ["unreachable", "component (warn): ", "panicked at", "as told", "plugin \"probe\""] {
+        assert!(stderr(&refused).contains(expected), "{expected:?} is not in {}", stderr(&refused));
+    }
+}
+
+/// Each with a sentence that names the cure, and not in the words of a parser or a linker.
+#[test]
+fn what_is_no_plugin_is_refused_with_its_cure() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("mine.wasm");
+    let component = |text: &str| wat::parse_str(format!("(component {text})")).expect("a component");
+    let acl = |function: &str| {
+        component(&format!(
+            r#"(core module $m (func (export "f") (result i32) i32.const 0))
+               (core instance $i (instantiate $m))
+               (func $f (result u32) (canon lift (core func $i "f")))
+               (instance $acl (export "{function}" (func $f)))
+               (export "wasmqtt:plugin/acl@0.1.0" (instance $acl))"#
+        ))
+    };
+    for (bytes, expected) in [
+        (
+            b"\x7fELF\x02\x01\x01".to_vec(),
+            "a native library or program, not WebAssembly: build it with --target wasm32-wasip2",
+        ),
+        (wat::parse_str("(module)").expect("a module"), "a core module, not a component: build it with --target"),
+        (
+            component(r#"(instance $i) (export "wasmqtt:plugin/acl@0.2.0" (instance $i))"#),
+            "it exports wasmqtt:plugin/acl@0.2.0: it was built against another version of wit/",
+        ),
+        (
+            component(r#"(import "wasi:cli/environment@0.3.0" (instance (export "f" (func))))"#),
+            "it imports wasi:cli/environment@0.3.0, which is WASI 0.3, and this broker has WASI 0.2",
+        ),
+        (
+            acl("authorize"),
+            "`authorize` of wasmqtt:plugin/acl@0.1.0 takes or returns something else than in this broker's contract: it was \
+             built against another wit/",
+        ),
+        (acl("decide"), "it exports wasmqtt:plugin/acl@0.1.0 without all of its functions"),
+        (
+            component("(core module $m (memory 300)) (core instance (instantiate $m))"),
+            "limits.memory_mib = 16; raise it with limits = { memory_mib = 32 } in its [[plugin]] entry, and with --limit \
+             memory_mib=32",
+        ),
+    ] {
+        std::fs::write(&file, bytes).expect("write");
+        for command in ["check", "bench"] {
+            let refused = run(&[command, "mine.wasm"], folder.path());
+            assert!(!refused.status.success());
+            let said = stderr(&refused);
+            assert!(said.contains(expected) && said.contains("plugin \"mine\""), "{expected:?} is not in {said}");
+        }
+    }
+    // The last one begins with more memory than there is without the limit.
+    let raised = stderr(&run(&["check", "mine.wasm", "--limit", "memory_mib=32"], folder.path()));
+    assert!(raised.contains("it exports nothing") && !raised.contains("memory_mib"), "{raised}");
+    let wrong = stderr(&run(&["check", "mine.wasm", "--limit", "memory_mib=0"], folder.path()));
+    assert!(wrong.contains("--limit") && wrong.contains("memory_mib"), "{wrong}");
+}
+
+/// The reason, and no figures: those of refused calls are quick.
+#[test]
+fn a_bench_of_calls_that_fail_says_why() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let failed = run(&["bench", &component("probe"), "--set", "acl=fail"], folder.path());
+    assert!(!failed.status.success(), "{failed:?}");
+    let row = stdout(&failed).lines().find(|line| line.starts_with("authorize")).map(str::to_owned);
+    assert!(row.as_ref().is_some_and(|row| row.ends_with("call 1 failed: unavailable: as told")), "{failed:?}");
+    let json = stdout(&run(&["bench", &component("probe"), "--set", "acl=fail", "--json"], folder.path()));
+    assert!(json.contains("as told") && !json.contains("p50_us"), "{json}");
+    let events = run(&["bench", &component("presence")], folder.path());
+    assert!(events.status.success(), "{events:?}");
+    assert!(stdout(&events).contains("nothing that a client waits for"), "{events:?}");
+}
+
+/// A case without an answer says why there is none, and what the component said.
+#[test]
+fn a_case_that_traps_shows_the_panic() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let case =
+        "[[case]]\nname = \"traps\"\ncall = \"authorize\"\npublish = \"a/trap\"\nexpect = { verdict = \"allow\" }\n";
+    std::fs::write(folder.path().join("trap.toml"), case).expect("write");
+    let output = run(&["test", &component("probe"), "trap.toml"], folder.path());
+    assert!(!output.status.success());
+    assert!(stdout(&output).contains("no answer: ") && stdout(&output).contains("unreachable"), "{output:?}");
+    assert!(stderr(&output).contains("as told"), "{output:?}");
 }
 
 #[test]
@@ -118,6 +209,8 @@ fn new_projects_build_and_pass_their_tests() {
         let name = format!("my-{kind}");
         let output = run(&["new", &name, "--lang", "rust", "--kind", kind], folder.path());
         assert!(output.status.success(), "{output:?}");
+        let deploy = format!("wasmqtt plugin deploy {}", folder.path().join(&name).display());
+        assert!(stdout(&output).contains(&deploy), "{output:?}");
         let project = folder.path().join(&name);
         cargo(&project, &["test"]);
         cargo(&project, &["build", "--release", "--target", "wasm32-wasip2"]);

@@ -102,3 +102,35 @@ fn presence_tells_who_is_connected() {
     let went = heard();
     assert!(went.contains("\"online\":false"), "{went}");
 }
+
+/// The users of mosquitto's password file log in with the passwords that they have.
+#[test]
+fn users_of_mosquitto_are_taken_over() {
+    let theirs = "ann:$7$101$05dZjo3mzDhz6tOY$w+1EGs+bjOxkMISPxerliH93uDyq4M6V+QruAUZGaONje8unXks179Eoos5H+yNylwPCg37y/yO1Q/fj6YAIAg==\n\
+        bob:$6$ZW6YXY9QBS1b/9bR$dNb7x6RGxO+O08MiNqHat9NIKpGY2tJE630zRGf0svOlQfF1IKTzJIWVQMnUNAbVcfumr/h7Rol+W2kFWwZ2XA==\n\
+        carl:$2y$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a\n\
+        dora:plain\n";
+    let folder = folder_with("theirs", theirs);
+    let ours = folder.path().join("ours");
+    let import = || {
+        let mut command = wasmqtt_tests::wasmqtt();
+        command.args(["passwd", "--import"]).arg(folder.path().join("theirs")).arg(&ours).output().expect("runs")
+    };
+    let output = import();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success(), "one was refused: {said}");
+    for line in
+        ["line 1: ann taken, PBKDF2", "line 4: refused: the password is not hashed", "3 taken into", "1 refused"]
+    {
+        assert!(said.contains(line), "{line:?} is not in {said}");
+    }
+    let again = String::from_utf8_lossy(&import().stderr).into_owned();
+    assert!(again.contains("0 taken into") && again.contains("3 there already"), "{again}");
+    let more = format!("config = {{ file = \"/passwords\" }}\ngrants = {{ {} }}", file_grant(&ours, "/passwords"));
+    let broker = Broker::start(&entry("auth-file", &more));
+    for user in ["ann", "bob", "carl"] {
+        broker.connect(&login("c", user, "secret")).disconnect();
+        broker.check_refused(&login("c", user, "wrong"), 0x86);
+    }
+    broker.check_refused(&login("c", "dora", "plain"), 0x86);
+}

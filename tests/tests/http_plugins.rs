@@ -1,7 +1,8 @@
 //! Plugins that ask web services, with a small one in the test.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -176,4 +177,139 @@ fn messages_are_collected() {
         assert!(line.contains(topic) && line.contains("\"client\":\"c\""), "{topic} is not in {line}");
     }
     broker.await_log("plugin did not take messages, will try again", 1);
+}
+
+/// Answers each connection with what `answer` makes of it, one after the other, and counts them.
+fn serve(answer: impl Fn(&mut TcpStream) + Send + 'static) -> (SocketAddr, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = listener.local_addr().expect("an address");
+    let count = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&count);
+    // Ends with the test's process.
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let Ok(mut stream) = stream else { return };
+            let _ = stream.set_read_timeout(Some(Duration::from_secs(10)));
+            counted.fetch_add(1, Ordering::SeqCst);
+            answer(&mut stream);
+        }
+    });
+    (address, count)
+}
+
+/// Reads to the end of the header, byte by byte, and nothing after it.
+fn read_head(stream: &mut TcpStream) -> String {
+    let (mut head, mut byte) = (Vec::new(), [0]);
+    while !head.ends_with(b"\r\n\r\n") && stream.read_exact(&mut byte).is_ok() {
+        head.push(byte[0]);
+    }
+    String::from_utf8_lossy(&head).to_ascii_lowercase()
+}
+
+fn respond(stream: &mut TcpStream, status: u16) {
+    let head = format!("HTTP/1.1 {status} X\r\nconnection: close\r\ncontent-length: 0\r\n\r\n");
+    let _ = stream.write_all(head.as_bytes());
+}
+
+fn content_length(head: &str) -> Option<usize> {
+    head.lines().find_map(|line| line.strip_prefix("content-length:")?.trim().parse().ok())
+}
+
+/// WSGI, CGI and many a small handler read as many bytes as Content-Length says, and nothing without it.
+#[test]
+fn a_service_that_reads_content_length_bytes_gets_the_whole_request() {
+    let (address, _) = serve(|stream| {
+        let head = read_head(stream);
+        let mut body = vec![0; content_length(&head).unwrap_or(0)];
+        let _ = stream.read_exact(&mut body);
+        let is_right = !head.contains("chunked") && body.windows(5).any(|window| window == b"\"ann\"");
+        respond(stream, if is_right { 204 } else { 400 });
+    });
+    let url = format!("http://{address}");
+    let broker = Broker::start(&config("auth-http", &format!("url = \"{url}/auth\""), &format!("http = [\"{url}\"]")));
+    broker.connect(&login("ann")).disconnect();
+}
+
+/// It has decided by the header, and does not read what comes after it.
+#[test]
+fn a_service_that_answers_and_closes_before_it_has_read_the_body_is_heard() {
+    let (address, count) = serve(|stream| {
+        read_head(stream);
+        respond(stream, 204);
+    });
+    let url = format!("http://{address}");
+    let broker = Broker::start(&config("auth-http", &format!("url = \"{url}/auth\""), &format!("http = [\"{url}\"]")));
+    let long = Options { password: Some(vec![b'x'; 60_000].into()), ..login("ann") };
+    for _ in 0..20 {
+        broker.connect(&long).disconnect();
+    }
+    assert_eq!(count.load(Ordering::SeqCst), 20);
+}
+
+/// An answer counts though the request was not written to its end, and would not be: nobody reads it.
+#[test]
+fn an_answer_in_the_middle_of_a_request_is_taken() {
+    let (address, count) = serve(|stream| {
+        read_head(stream);
+        respond(stream, 200);
+        // Not a byte of the body: what fits into no buffer is not written as long as this waits.
+        thread::sleep(Duration::from_millis(500));
+    });
+    let url = format!("http://{address}");
+    let settings = format!("url = \"{url}/in\", filters = \"a/#\", request_bytes_max = 67108864");
+    let more = "limits = { memory_mib = 64 }";
+    let broker = Broker::start(&(config("topic-tap", &settings, &format!("http = [\"{url}\"]")) + more));
+    let mut client = broker.connect(&Options::new(V5, "c"));
+    for _ in 0..3 {
+        client.publish(&Message::new("a/x", vec![b'x'; 900_000]).qos(1));
+    }
+    let begun = Instant::now();
+    while count.load(Ordering::SeqCst) < 3 {
+        assert!(begun.elapsed() < Duration::from_secs(30), "{}", broker.log());
+        thread::sleep(Duration::from_millis(20));
+    }
+    assert!(!broker.log().contains("did not take messages"), "{}", broker.log());
+}
+
+/// Zero bytes are UTF-8, and JSON would write six bytes for each: more than the plugin has. What comes after it is
+/// collected, too.
+#[test]
+fn a_payload_of_control_characters_is_collected() {
+    let service = Service::start(|_, _| (200, String::new()));
+    let url = format!("http://{}", service.address);
+    let settings = format!("url = \"{url}/in\", filters = \"dev/#\"");
+    let broker = Broker::start(&config("topic-tap", &settings, &format!("http = [\"{url}\"]")));
+    let mut client = broker.connect(&Options::new(V5, "c"));
+    client.publish(&Message::new("dev/x", vec![0; 1_000_000]).qos(1));
+    client.publish(&Message::new("dev/y", "after it").qos(1));
+    await_text(&service, &broker, "after it");
+    assert!(service.bodies().concat().contains("\"payload_base64\":\"AAAA"), "{}", broker.log());
+    assert!(!broker.log().contains("did not take messages"), "{}", broker.log());
+}
+
+/// nginx takes 1 MiB unless it is told otherwise.
+#[test]
+fn a_service_that_takes_no_more_than_a_mebibyte_gets_all_messages() {
+    let service = Service::start(|body, _| (if body.len() > 1 << 20 { 413 } else { 200 }, String::new()));
+    let url = format!("http://{}", service.address);
+    let settings = format!("url = \"{url}/in\", filters = \"cam/#\"");
+    let broker = Broker::start(&config("topic-tap", &settings, &format!("http = [\"{url}\"]")));
+    let mut client = broker.connect(&Options::new(V5, "c"));
+    for n in 0..8 {
+        client.publish(&Message::new(&format!("cam/{n}"), vec![0xFF; 300_000]).qos(1));
+    }
+    client.publish(&Message::new("cam/end", "the last").qos(1));
+    await_text(&service, &broker, "the last");
+    for n in 0..8 {
+        let topic = format!("\"topic\":\"cam/{n}\"");
+        assert!(service.bodies().iter().any(|body| body.contains(&topic)), "{topic}: {}", broker.log());
+    }
+}
+
+fn await_text(service: &Service, broker: &Broker, text: &str) {
+    let begun = Instant::now();
+    while !service.bodies().iter().any(|body| body.contains(text)) {
+        assert!(begun.elapsed() < Duration::from_secs(30), "{}", broker.log());
+        thread::sleep(Duration::from_millis(20));
+    }
 }

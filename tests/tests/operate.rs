@@ -51,7 +51,7 @@ fn plugins_are_listed_deployed_and_rolled_back() {
     let rubbish = broker.folder().join("rubbish.wasm");
     std::fs::write(&rubbish, "rubbish").expect("write");
     let refused = run(&broker, &["deploy", "--name", "acl", rubbish.to_str().expect("UTF-8")]).expect_err("is refused");
-    assert!(refused.contains("not a component") && refused.contains("nothing was changed"), "{refused}");
+    assert!(refused.contains("not WebAssembly") && refused.contains("nothing was changed"), "{refused}");
     assert_eq!(run(&broker, &["rollback", "acl"]).expect("rolls back"), "rolled acl back\n");
     broker.await_log("plugin replaced", 2);
     let refused = run(&broker, &["promote", "acl"]).expect_err("nothing is on trial");

@@ -136,9 +136,9 @@ fn builds_that_cannot_serve_are_rejected_and_the_old_one_goes_on() {
     let good = build("auth-demo", 0);
     let misbehave = |round| build("misbehave", round);
     let cases: [(&str, Vec<u8>, &str); 8] = [
-        ("", b"not a component".repeat(100), "not a component that can be used"),
+        ("", b"not a component".repeat(100), "not WebAssembly: build it with --target wasm32-wasip2"),
         ("", good[..good.len() / 2].to_vec(), "not a component that can be used"),
-        ("", vec![0, b'a', b's', b'm', 1, 0, 0, 0], "not a component that can be used"),
+        ("", vec![0, b'a', b's', b'm', 1, 0, 0, 0], "a core module, not a component"),
         ("", another_world(), "exports no plug-point"),
         ("", table_bomb(), "it wanted more table elements than there may be"),
         ("trap", misbehave(1), "unreachable"),

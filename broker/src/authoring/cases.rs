@@ -12,8 +12,13 @@ use wasmqtt_protocol::access::{Action, Decision, Verdict};
 use wasmqtt_protocol::codec::{Qos, Version};
 use wasmqtt_protocol::ports::{Accepted, Access, AuthOutcome, AuthRequest, Client, Event, EventKind, Submission};
 use wasmqtt_protocol::router::Message;
+use wasmqtt_protocol::text::escaped;
 
-use super::Bench;
+use super::heard::Heard;
+use super::{Bench, Subject, aloud};
+
+/// Bytes that are shown of why there was no answer.
+const FAILURE_BYTES_MAX: usize = 1000;
 
 /// A file of cases.
 #[derive(Debug, Deserialize)]
@@ -86,6 +91,9 @@ struct Outcome {
     ok: bool,
     expected: Map<String, Value>,
     actual: Map<String, Value>,
+    /// Why the component gave no answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    failure: Option<String>,
 }
 
 fn pairs(table: &toml::Table) -> Vec<(String, String)> {
@@ -220,7 +228,11 @@ impl Case {
 }
 
 /// Runs all cases; an error if one fails.
-pub(crate) fn test(file: &Path, cases: &Path, json: bool) -> anyhow::Result<(String, bool)> {
+pub(crate) fn test(subject: &Subject, cases: &Path, json: bool) -> anyhow::Result<(String, bool)> {
+    aloud(|heard| run(subject, cases, json, heard))
+}
+
+fn run(subject: &Subject, cases: &Path, json: bool, heard: &Heard) -> anyhow::Result<(String, bool)> {
     let text = std::fs::read_to_string(cases).with_context(|| format!("read {}", cases.display()))?;
     let Cases { config, cases: list } = toml::from_str(&text).with_context(|| format!("read {}", cases.display()))?;
     if list.is_empty() {
@@ -230,12 +242,13 @@ pub(crate) fn test(file: &Path, cases: &Path, json: bool) -> anyhow::Result<(Str
     let mut cache = tempfile::tempdir().context("make a folder for compiled components")?;
     for case in list {
         // Each with an instance of its own; compiled once.
-        let bench = Bench::open_with(file, &pairs(case.config.as_ref().unwrap_or(&config)), cache)?;
+        let bench = Bench::open_with(subject, &pairs(case.config.as_ref().unwrap_or(&config)), cache)?;
         let actual = case.run(&bench).with_context(|| format!("case {:?}", case.name))?;
         cache = bench.close();
+        let failure = heard.take_failure();
         let actual = actual.as_object().cloned().unwrap_or_default();
         let ok = case.expect.iter().all(|(name, expected)| actual.get(name) == Some(expected));
-        outcomes.push(Outcome { name: case.name, ok, expected: case.expect, actual });
+        outcomes.push(Outcome { name: case.name, ok, expected: case.expect, actual, failure });
     }
     let ok = outcomes.iter().all(|outcome| outcome.ok);
     let text =
@@ -245,8 +258,11 @@ pub(crate) fn test(file: &Path, cases: &Path, json: bool) -> anyhow::Result<(Str
 
 fn shown(outcomes: &[Outcome]) -> String {
     let mut text = String::new();
-    for Outcome { name, ok, expected, actual } in outcomes {
+    for Outcome { name, ok, expected, actual, failure } in outcomes {
         let _ = writeln!(text, "{} {name}", if *ok { "ok  " } else { "FAIL" });
+        if let Some(failure) = failure.as_ref().filter(|_| !ok) {
+            let _ = writeln!(text, "     no answer: {}", escaped(failure, FAILURE_BYTES_MAX));
+        }
         for (key, wanted) in expected.iter().filter(|(key, wanted)| actual.get(*key) != Some(wanted)) {
             let _ = writeln!(text, "     - {key}: {wanted}");
             let _ = writeln!(text, "     + {key}: {}", actual.get(key).unwrap_or(&Value::Null));

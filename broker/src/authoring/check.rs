@@ -5,9 +5,9 @@ use std::path::Path;
 
 use anyhow::Context;
 use serde::Serialize;
-use wasmqtt_host::{Inspection, Status, inspect};
+use wasmqtt_host::{Inspection, Status};
 
-use super::Bench;
+use super::{Bench, Subject, aloud};
 
 #[derive(Serialize)]
 struct Checked {
@@ -36,9 +36,13 @@ fn grants(inspection: &Inspection) -> Vec<String> {
 }
 
 /// Loads it as the broker would.
-pub(crate) fn check(file: &Path, config: &[(String, String)], json: bool) -> anyhow::Result<String> {
-    let inspection = inspect(file).with_context(|| format!("check {}", file.display()))?;
-    let bench = Bench::open(file, config)?;
+pub(crate) fn check(subject: &Subject, config: &[(String, String)], json: bool) -> anyhow::Result<String> {
+    aloud(|_| loaded(subject, config, json))
+}
+
+fn loaded(subject: &Subject, config: &[(String, String)], json: bool) -> anyhow::Result<String> {
+    let bench = Bench::open(subject, config)?;
+    let inspection = bench.inspection()?;
     let Status { registered, memory_bytes, .. } = bench.status()?;
     let start_ms = bench.start.as_millis() as u64;
     let grants = grants(&inspection);
@@ -47,7 +51,7 @@ pub(crate) fn check(file: &Path, config: &[(String, String)], json: bool) -> any
     if json {
         return Ok(serde_json::to_string_pretty(&checked).context("write JSON")? + "\n");
     }
-    Ok(shown(file, &checked))
+    Ok(shown(&subject.file, &checked))
 }
 
 fn shown(file: &Path, checked: &Checked) -> String {

@@ -3,6 +3,7 @@
 mod bench; // `plugin bench`
 mod cases; // `plugin test`
 mod check; // `plugin check`
+mod heard; // what a component says meanwhile
 mod new; // `plugin new`
 
 pub(crate) use self::bench::bench;
@@ -10,15 +11,50 @@ pub(crate) use self::cases::test;
 pub(crate) use self::check::check;
 pub(crate) use self::new::{Kind, Language, new};
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use clap::Args;
 use tokio::runtime::Runtime;
-use wasmqtt_host::{Grants, HostConfig, PluginConfig, PluginHost, PluginLimits, Status};
+use wasmqtt_host::{Grants, HostConfig, Inspection, PluginConfig, PluginHost, PluginLimits, Status};
 use wasmqtt_protocol::ports::{Plugins, ShardPlugins};
 use wasmqtt_protocol::topic::Filter;
+
+use self::heard::Heard;
+use crate::settings;
+
+/// A component, and the bounds it is tried with.
+#[derive(Debug, Args)]
+pub(crate) struct Subject {
+    /// The component.
+    pub(crate) file: PathBuf,
+    /// A limit, as under `limits` of a `[[plugin]]` entry, such as memory_mib=32; may be repeated.
+    #[arg(long, value_name = "KEY=VALUE", value_parser = parse_pair)]
+    pub(crate) limit: Vec<(String, String)>,
+}
+
+impl Subject {
+    /// `name` of the plugin in messages: that of the file.
+    fn name(&self) -> String {
+        self.file.file_stem().map_or_else(|| "plugin".into(), |stem| stem.to_string_lossy().into_owned())
+    }
+
+    fn limits(&self) -> anyhow::Result<PluginLimits> {
+        // A machine on which things are tried may be slow, and nobody waits.
+        let default = PluginLimits { hook_cpu_ms: 1000, ..PluginLimits::default() };
+        settings::limits(&self.limit, default).map_err(|why| anyhow::anyhow!("--limit {why}"))
+    }
+}
+
+/// Shows on standard error what the component said, whatever comes of it.
+fn aloud<T>(run: impl FnOnce(&Heard) -> anyhow::Result<T>) -> anyhow::Result<T> {
+    let heard = Heard::start();
+    let result = run(heard);
+    eprint!("{}", heard.take_text());
+    result
+}
 
 /// One component without a broker around it, with everything granted but files.
 struct Bench {
@@ -31,15 +67,13 @@ struct Bench {
     cache: tempfile::TempDir,
 }
 
-const NAME: &str = "plugin";
-
 impl Bench {
-    fn open(file: &Path, config: &[(String, String)]) -> anyhow::Result<Self> {
-        Self::open_with(file, config, tempfile::tempdir().context("make a folder for compiled components")?)
+    fn open(subject: &Subject, config: &[(String, String)]) -> anyhow::Result<Self> {
+        Self::open_with(subject, config, tempfile::tempdir().context("make a folder for compiled components")?)
     }
 
     /// With what an earlier one has compiled.
-    fn open_with(file: &Path, config: &[(String, String)], cache: tempfile::TempDir) -> anyhow::Result<Self> {
+    fn open_with(subject: &Subject, config: &[(String, String)], cache: tempfile::TempDir) -> anyhow::Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
@@ -53,10 +87,10 @@ impl Bench {
             keyvalue_mib: 64,
             ..Grants::default()
         };
-        let limits = PluginLimits { hook_cpu_ms: 1000, ..PluginLimits::default() };
+        let limits = subject.limits()?;
         let plugin = PluginConfig {
-            name: NAME.into(),
-            path: file.to_owned(),
+            name: subject.name(),
+            path: subject.file.clone(),
             config: config.to_vec(),
             grants,
             limits,
@@ -78,6 +112,10 @@ impl Bench {
 
     fn status(&self) -> anyhow::Result<Status> {
         self.host.status().into_iter().next().context("the component is gone")
+    }
+
+    fn inspection(&self) -> anyhow::Result<Inspection> {
+        self.host.inspection(&self.status()?.name).context("the component is gone")
     }
 
     /// Stops it, and gives back what it has compiled.

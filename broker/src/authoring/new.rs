@@ -131,10 +131,15 @@ pub(crate) fn new(name: &str, Language::Rust: Language, kind: Kind, path: Option
     for (to, text) in SHARED {
         write(&folder.join(to), text)?;
     }
-    let folder = folder.display();
+    let component = folder.join(format!("target/wasm32-wasip2/release/{file}.wasm"));
+    let component = std::path::absolute(&component).unwrap_or(component);
+    let (folder, component) = (folder.display(), component.display());
     Ok(format!(
-        "made {folder}\n\n  cd {folder}\n  cargo test\n  cargo build --release --target wasm32-wasip2\n  \
-         wasmqtt plugin test target/wasm32-wasip2/release/{file}.wasm cases.toml\n"
+        "made {folder}\n\n  cd {folder}\n  cargo test                          the first build takes about a minute\n  \
+         cargo build --release --target wasm32-wasip2\n  \
+         wasmqtt plugin test target/wasm32-wasip2/release/{file}.wasm cases.toml\n\n\
+         then, where the broker runs (or with its --config FILE):\n\n  \
+         wasmqtt plugin deploy {component}\n"
     ))
 }
 

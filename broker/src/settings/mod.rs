@@ -21,6 +21,7 @@ use wasmqtt_protocol::session::QueuePolicy;
 use wasmqtt_server::store::{Durability, StoreConfig};
 use wasmqtt_server::{Anonymous, Bind, Limits, Listener};
 
+pub(crate) use self::plugin::limits;
 use self::plugin::meant_plugin;
 use self::read::{Section, Source};
 

@@ -8,8 +8,8 @@ use std::time::Duration;
 use wasmqtt_host::{FileGrant, Grants, Mode, PluginConfig, PluginLimits, Rollout};
 use wasmqtt_protocol::topic::Filter;
 
-use super::read::{Section, Text};
-use super::{MODES, ON_ERROR, ORDER_DEFAULT};
+use super::read::{Section, Source, Text};
+use super::{MODES, ON_ERROR, ORDER_DEFAULT, Problem};
 
 pub(super) fn meant_plugin<'a>(
     mut plugin: Section<'a>,
@@ -41,7 +41,7 @@ pub(super) fn meant_plugin<'a>(
     let (files, grants) = meant_grants(plugin.section("grants"), base);
     let rollout = meant_rollout(&mut plugin);
     let probation = plugin.seconds("probation_secs", Duration::from_mins(1), 0..=86_400);
-    let limits = meant_limits(plugin.section("limits"));
+    let limits = meant_limits(plugin.section("limits"), PluginLimits::default());
     plugin.finish();
     Some(PluginConfig {
         name: name?.value.to_owned(),
@@ -87,8 +87,28 @@ fn meant_grants(mut grants: Section<'_>, base: &Path) -> (Vec<FileGrant>, Grants
     (files, meant)
 }
 
-fn meant_limits(mut limits: Section<'_>) -> PluginLimits {
-    let default = PluginLimits::default();
+/// Limits as `KEY=VALUE` on the command line, with the keys and ranges of the configuration file.
+///
+/// # Errors
+/// Names what is wrong and what is allowed.
+pub(crate) fn limits(pairs: &[(String, String)], default: PluginLimits) -> Result<PluginLimits, String> {
+    let is_word = |text: &str| text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-'));
+    if let Some((key, value)) = pairs.iter().find(|(key, value)| !is_word(key) || !is_word(value)) {
+        return Err(format!("{key}={value}: allowed are a key of `limits` and a number"));
+    }
+    let lines = pairs.iter().map(|(key, value)| format!("{key} = {value}\n"));
+    let text = std::iter::once("[limits]\n".to_owned()).chain(lines).collect::<String>();
+    let source = Source::new(&text);
+    let shown =
+        |problems: Vec<Problem>| problems.into_iter().map(|problem| problem.text).collect::<Vec<_>>().join("; ");
+    let document = source.parse().map_err(shown)?;
+    let mut root = source.root(&document);
+    let meant = meant_limits(root.section("limits"), default);
+    source.finish().map_err(shown)?;
+    Ok(meant)
+}
+
+fn meant_limits(mut limits: Section<'_>, default: PluginLimits) -> PluginLimits {
     let meant = PluginLimits {
         memory_mib: limits.number("memory_mib", default.memory_mib, 1..=4_096),
         deadline_ms: limits.number("deadline_ms", default.deadline_ms, 1..=600_000),

@@ -278,3 +278,23 @@ fn listen_arguments_are_addresses_or_sockets() {
         assert!(parse_listen(wrong).is_err(), "{wrong}");
     }
 }
+
+/// The command line of `plugin check`, `test` and `bench` knows the same limits as the file.
+#[test]
+fn limits_of_the_command_line_are_those_of_the_file() {
+    let limits = |pairs: &[(&str, &str)]| {
+        let pairs: Vec<_> = pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        super::limits(&pairs, PluginLimits { hook_cpu_ms: 7, ..PluginLimits::default() })
+    };
+    let meant = limits(&[("memory_mib", "32"), ("instances", "1")]).expect("are right");
+    assert_eq!((meant.memory_mib, meant.instances, meant.hook_cpu_ms), (32, 1, 7));
+    for (pair, why) in [
+        (("memory_mib", "0"), "memory_mib"),
+        (("memory_mib", "lots"), "memory_mib"),
+        (("memory_mb", "32"), "memory_mib"),
+        (("memory_mib", "1\n[x]"), "allowed are a key of `limits` and a number"),
+    ] {
+        let error = limits(&[pair]).expect_err("is refused");
+        assert!(error.contains(why), "{error}");
+    }
+}
