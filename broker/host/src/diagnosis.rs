@@ -284,7 +284,7 @@ mod tests {
         let many = vec!["\x1B[31mlong\n"; 20];
         let many = no_plug_point_in(&many).to_string();
         assert!(many.contains("and 10 more") && !many.contains(char::is_control), "{many}");
-        assert!(no_plug_point_in(&[&"x".repeat(1000)]).to_string().len() < 300);
+        assert!(no_plug_point_in(&["x".repeat(1000).as_str()]).to_string().len() < 300);
     }
 
     #[test]
