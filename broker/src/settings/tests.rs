@@ -284,7 +284,7 @@ fn listen_arguments_are_addresses_or_sockets() {
 fn limits_of_the_command_line_are_those_of_the_file() {
     let limits = |pairs: &[(&str, &str)]| {
         let pairs: Vec<_> = pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
-        super::limits(&pairs, PluginLimits { hook_cpu_ms: 7, ..PluginLimits::default() })
+        super::limits(&pairs, wasmqtt_host::PluginLimits { hook_cpu_ms: 7, ..Default::default() })
     };
     let meant = limits(&[("memory_mib", "32"), ("instances", "1")]).expect("are right");
     assert_eq!((meant.memory_mib, meant.instances, meant.hook_cpu_ms), (32, 1, 7));
