@@ -9,6 +9,7 @@ mod plugins; // settings → plugin host
 mod serve; // from settings to a running broker and back
 mod settings; // the configuration file, and what it means
 mod stores; // `store stats`, `check`, `compact`, `export`, `import`, `backup`
+mod supervise; // ends the broker when one of its threads has ended
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -283,7 +284,8 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
-            ExitCode::FAILURE
+            // Service managers tell a broker that broke from one that was set up wrong.
+            error.downcast_ref::<supervise::Died>().map_or(ExitCode::FAILURE, |_| ExitCode::from(supervise::EXIT))
         }
     }
 }

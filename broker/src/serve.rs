@@ -14,12 +14,14 @@ use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, fmt};
+use wasmqtt_host::PluginHost;
 use wasmqtt_protocol::ports;
 use wasmqtt_server::store::RocksStore;
 use wasmqtt_server::{Anonymous, Bind, Server};
 
 use crate::control::{self, Reach};
 use crate::plugins;
+use crate::supervise::{self, Supervisor};
 use crate::settings::{Log, Settings};
 
 /// Time for clients to take what is waiting for them once a signal has come.
@@ -32,6 +34,7 @@ const BACKGROUND_THREADS: usize = 2;
 /// Runs the broker; returns once it has drained.
 pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
     start_log(&settings.log)?;
+    supervise::log_panics();
     // Before any thread could miss them.
     let mut signals = Signals::new([SIGINT, SIGTERM]).context("listen for signals")?;
     raise_open_files();
@@ -70,6 +73,7 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
         crate::print(&format!("listening on {listener}\n"))?;
     }
 
+    let supervisor = Supervisor::start(watched(&server, store.as_ref(), plugins.as_ref()), DRAIN_GRACE)?;
     if let Some(signal) = signals.forever().next() {
         info!(signal, "draining; a second signal ends it at once");
     }
@@ -89,7 +93,20 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
     info!("stopped");
     // A plugin that still waits for something must not hold up the end.
     runtime.shutdown_timeout(Duration::from_secs(1));
-    Ok(())
+    supervisor.verdict()
+}
+
+/// All threads that the broker cannot do without.
+fn watched(server: &Server, store: Option<&Arc<RocksStore>>, plugins: Option<&Arc<PluginHost>>) -> Vec<supervise::Look> {
+    let server = server.watch();
+    let mut looks: Vec<supervise::Look> = vec![Box::new(move || server.ended())];
+    if let Some(store) = store.map(Arc::clone) {
+        looks.push(Box::new(move || store.ended()));
+    }
+    if let Some(plugins) = plugins.map(Arc::clone) {
+        looks.push(Box::new(move || plugins.ended()));
+    }
+    looks
 }
 
 fn start_log(log: &Log) -> anyhow::Result<()> {

@@ -255,6 +255,17 @@ impl PluginHost {
         self.signal.rescan();
     }
 
+    /// The name of a thread that has ended although the host was not stopped: it panicked, and plugins are not replaced
+    /// any more, or do not end.
+    pub fn ended(&self) -> Option<String> {
+        let threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        let (loader, reaper) = threads.as_ref()?;
+        if loader.is_finished() {
+            return Some(loader.thread().name().unwrap_or("the plugin loader").to_owned());
+        }
+        reaper.has_ended().then(|| "plugin-reaper".to_owned())
+    }
+
     /// Stops watching, unloads, and waits until instances have said goodbye: views of shards should be gone by now, or
     /// it waits for them in vain, two seconds at most. Calls under way may finish; later ones find no plugins.
     pub fn stop(&self) {

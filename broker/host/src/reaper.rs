@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, SyncSender, sync_channel};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
@@ -45,6 +45,11 @@ impl Reaper {
         let thread = std::thread::Builder::new().name("plugin-reaper".into()).spawn(reap);
         thread.map_err(|error| HostError::new(format!("cannot start the plugin reaper: {error}")))?;
         Ok((sender, Self { ended, hurry }))
+    }
+
+    /// The thread is gone.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.ended.try_recv() == Err(TryRecvError::Disconnected)
     }
 
     /// Waits until all instances have ended, for a bounded time: they need the runtime, and what they keep needs the

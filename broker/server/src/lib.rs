@@ -13,12 +13,12 @@ mod shard;
 mod shared;
 pub mod store;
 mod stream;
+mod watch;
 
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::sync_channel;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use mio::Waker;
@@ -26,6 +26,7 @@ use wasmqtt_protocol::access::Verdict;
 use wasmqtt_protocol::ports::{Access, Client, Plugins, Store, StoreError};
 
 pub use config::{Anonymous, Bind, Config, Limits, Listener};
+pub use watch::Watch;
 
 use crate::acceptor::Acceptor;
 use crate::control::Control;
@@ -84,9 +85,8 @@ impl Inspector {
 pub struct Server {
     shared: Arc<Shared>,
     listeners: Vec<String>,
-    acceptor: JoinHandle<()>,
     acceptor_waker: Arc<Waker>,
-    shards: Vec<JoinHandle<()>>,
+    watch: Watch,
 }
 
 impl Server {
@@ -112,7 +112,7 @@ impl Server {
         let shared = Arc::new(Shared::new(config, mailboxes));
         plugins.attach(Arc::new(Control(Arc::clone(&shared))));
         let restored = restore::restore(&*store, &shared, &*plugins, &runtime)?;
-        let mut shards = Vec::new();
+        let mut threads = Vec::new();
         for (index, ((poll, waker), sessions)) in polls.into_iter().zip(restored).enumerate() {
             let (shared, plugins, runtime) = (Arc::clone(&shared), Arc::clone(&plugins), runtime.clone());
             let store = Arc::clone(&store);
@@ -122,7 +122,7 @@ impl Server {
                 let (plugins, store) = (plugins.shard(index), store.shard(index, wake));
                 Shard::new(index, poll, shared, sessions, plugins, store).run();
             });
-            shards.push(thread.map_err(StartError::Shard)?);
+            threads.push(thread.map_err(StartError::Shard)?);
         }
         let listeners = acceptor.names();
         let acceptor_waker = acceptor.waker();
@@ -131,7 +131,14 @@ impl Server {
             .name("acceptor".into())
             .spawn(move || acceptor.run(&for_acceptor))
             .map_err(StartError::Shard)?;
-        Ok(Self { shared, listeners, acceptor, acceptor_waker, shards })
+        threads.push(acceptor);
+        let watch = Watch { shared: Arc::clone(&shared), threads: Arc::new(threads) };
+        Ok(Self { shared, listeners, acceptor_waker, watch })
+    }
+
+    /// For whoever ends the broker when a thread of the server has ended.
+    pub fn watch(&self) -> Watch {
+        self.watch.clone()
     }
 
     /// For questions of operators; outlives the server, and then knows nobody.
@@ -148,12 +155,11 @@ impl Server {
     pub fn stop(self, grace: Duration) {
         self.shared.draining.store(true, Ordering::Release);
         let _ = self.acceptor_waker.wake();
-        let _ = self.acceptor.join();
         for mailbox in &self.shared.mailboxes {
             mailbox.send(Mail::Drain);
         }
         let until = Instant::now() + grace;
-        while self.shards.iter().any(|shard| !shard.is_finished()) && Instant::now() < until {
+        while !self.watch.all_ended() && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(5));
         }
     }

@@ -174,6 +174,15 @@ impl RocksStore {
         }
     }
 
+    /// The name of a thread that has ended although the store was not stopped: it panicked, and nothing is kept any
+    /// more.
+    pub fn ended(&self) -> Option<String> {
+        let threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        let ended = threads.iter().find(|thread| thread.is_finished())?;
+        let is_stopping = self.lines.stopping.load(Ordering::Acquire);
+        (!is_stopping).then(|| ended.thread().name().unwrap_or("a thread of the store").to_owned())
+    }
+
     fn start(&self, counts: hashbrown::HashMap<u64, u32>) -> Result<(), StoreError> {
         let (jobs, for_writer) = channel();
         let (loads, for_reader) = channel();
