@@ -35,7 +35,9 @@ impl Supervisor {
     /// Watches until the process ends. When a thread has ended, the broker is ended as SIGTERM would, and if that takes
     /// longer than `grace` and some seconds, without further ado.
     pub(crate) fn start(looks: Vec<Look>, grace: Duration) -> anyhow::Result<Self> {
-        let terminate = || drop(kill_process(getpid(), Signal::TERM));
+        let terminate = || {
+            let _ = kill_process(getpid(), Signal::TERM);
+        };
         let end = move || {
             std::thread::sleep(grace + END_GRACE);
             error!("the broker does not end in good order");
@@ -111,7 +113,7 @@ mod tests {
     #[test]
     fn a_broker_with_all_its_threads_ends_well() {
         let ((told, terminated), (last, _ended)) = (channel(), channel());
-        let (terminate, end) = (move || drop(told.send(())), move || drop(last.send(())));
+        let (terminate, end) = (move || told.send(()).expect("a test"), move || last.send(()).expect("a test"));
         let supervisor = Supervisor::watch(vec![Box::new(|| None)], terminate, end).expect("starts");
         assert!(terminated.recv_timeout(3 * LOOK_PAUSE).is_err());
         assert!(supervisor.verdict().is_ok());

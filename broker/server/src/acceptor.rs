@@ -91,7 +91,10 @@ impl Acceptor {
 fn accept_all(socket: &Socketed, name: &Arc<str>, shared: &Shared) {
     loop {
         match accept(socket) {
-            Ok((stream, address)) => place(shared, Arrival { stream, address, listener: Arc::clone(name) }),
+            Ok((stream, address)) => {
+                let number = shared.arrivals.fetch_add(1, Ordering::Relaxed);
+                place(shared, Arrival { stream, address, listener: Arc::clone(name), number });
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
             Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
             Err(error) => {

@@ -9,7 +9,7 @@ use wasmqtt_protocol::ports::{BanPattern, Broker, Outgoing, Refusal};
 use wasmqtt_protocol::router::MessageId;
 use wasmqtt_protocol::topic::is_valid_topic_name;
 
-use crate::mailbox::Mail;
+use crate::mailbox::{Mail, Wish};
 use crate::shared::{Shared, is_too_deep};
 
 /// Handed to plugins.
@@ -35,12 +35,16 @@ impl Broker for Control {
 
     fn disconnect(&self, client_id: &str, reason: ReasonCode) {
         if let Some(key) = self.0.directory(client_id).get(client_id).copied() {
-            self.0.mailboxes[usize::from(key.shard)].send(Mail::Disconnect(client_id.into(), reason));
+            let wish = Wish { disconnect: Some(reason), ..Wish::default() };
+            self.0.mailboxes[usize::from(key.shard)].wish(client_id, wish);
         }
     }
 
     fn ban(&self, pattern: BanPattern, seconds: u32, note: &str) -> Result<(), Refusal> {
         let now_ms = self.0.now_ms();
+        if self.0.mailboxes[0].is_congested() {
+            return Err(Refusal::Busy);
+        }
         info!(?pattern, seconds, note, "ban");
         let until_ms = now_ms + u64::from(seconds) * 1000;
         if !self.0.bans_mut().set(now_ms, pattern.clone(), until_ms, note) {
@@ -48,7 +52,7 @@ impl Broker for Control {
         }
         self.0.mailboxes[0].send(Mail::KeepBan(pattern, until_ms, note.into()));
         for mailbox in &self.0.mailboxes {
-            mailbox.send(Mail::Banned);
+            mailbox.announce_ban();
         }
         Ok(())
     }
@@ -59,14 +63,14 @@ impl Broker for Control {
 
     fn plugins_changed(&self) {
         for mailbox in &self.0.mailboxes {
-            mailbox.send(Mail::Look);
+            mailbox.wake();
         }
     }
 
     fn revoke(&self, client_id: Option<&str>) {
         if let Some(client_id) = client_id {
             if let Some(key) = self.0.directory(client_id).get(client_id).copied() {
-                self.0.mailboxes[usize::from(key.shard)].send(Mail::Revoke(client_id.into()));
+                self.0.mailboxes[usize::from(key.shard)].wish(client_id, Wish { revoke: true, ..Wish::default() });
             }
             return;
         }

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use hashbrown::HashMap;
 use mio::Waker;
 use wasmqtt_protocol::codec::ReasonCode;
 use wasmqtt_protocol::ports::{Access, BanPattern, Outgoing};
@@ -12,35 +13,52 @@ use wasmqtt_protocol::router::{Group, Message, MessageId, Target};
 use crate::Explained;
 use crate::shard::{Adopted, Arrival};
 
-/// Bytes of messages waiting in one mailbox beyond which the senders stop reading from their clients.
+/// Bytes waiting in one mailbox beyond which the senders stop reading from their clients, and plugins are refused.
 const CONGESTED_BYTES: usize = 16 << 20;
+/// What an entry costs beside what it holds.
+const MAIL_BYTES: usize = 128;
 
 /// Something for another shard.
 pub(crate) enum Mail {
-    /// A new connection.
+    /// A new connection. As many as `connections_max` lets in.
     Arrived(Arrival),
-    /// A connection that was accepted, for a Session that lives here.
+    /// A connection that was accepted, for a Session that lives here. As many as `connections_max` lets in.
     Adopt(Box<Adopted>),
     /// Messages for Sessions here.
     Deliver(Vec<Remote>),
-    /// What plugins decided for a client is asked again.
-    Revoke(Arc<str>),
     /// A plugin publishes.
     Publish(Box<Outgoing>),
-    /// A plugin wants a client to go.
-    Disconnect(Arc<str>, ReasonCode),
-    /// A plugin has messages that the store kept for it.
+    /// A plugin has messages that the store kept for it. As many as plugins may have waiting.
     Fed(Arc<str>, Vec<MessageId>),
     /// The store is to know of a ban.
     KeepBan(BanPattern, u64, Box<str>),
-    /// Somebody was banned; who is in may have to go.
-    Banned,
-    /// Plugins changed, or decisions were revoked.
-    Look,
-    /// Somebody wants to know what a client may do.
+    /// Somebody wants to know what a client may do; they wait for the answer.
     Explain { client_id: Arc<str>, access: Access, reply: SyncSender<Option<Explained>> },
     /// Say goodbye to everybody.
     Drain,
+}
+
+impl Mail {
+    fn bytes(&self) -> usize {
+        MAIL_BYTES
+            + match self {
+                Self::Deliver(remotes) => remotes.iter().map(Remote::bytes).sum(),
+                Self::Publish(outgoing) => outgoing.payload.len() + outgoing.topic.len() + outgoing.properties.len(),
+                Self::Fed(plugin, ids) => plugin.len() + size_of_val(&ids[..]),
+                Self::KeepBan(_, _, note) => note.len(),
+                Self::Explain { access, .. } => access.topic.len(),
+                Self::Arrived(_) | Self::Adopt(_) | Self::Drain => 0,
+            }
+    }
+}
+
+/// What plugins want of one client. Wanted twice it is the same, so that no more than one waits for each Session.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Wish {
+    /// What plugins decided for it is asked again.
+    pub(crate) revoke: bool,
+    /// It is to go, for this reason.
+    pub(crate) disconnect: Option<ReasonCode>,
 }
 
 /// One message and its receivers on the shard it is sent to.
@@ -55,18 +73,25 @@ pub(crate) struct Remote {
 }
 
 impl Remote {
-    pub(crate) fn bytes(&self) -> usize {
-        self.message.payload.len() + self.message.topic.len() + 128
+    fn bytes(&self) -> usize {
+        let of = |message: &Message| message.payload.len() + message.topic.len() + message.properties.len();
+        of(&self.message) + self.kept_as.as_deref().map_or(0, of) + size_of_val(&*self.targets) + MAIL_BYTES
     }
 }
 
-pub(crate) fn outgoing_bytes(outgoing: &Outgoing) -> usize {
-    outgoing.payload.len() + outgoing.topic.len() + outgoing.properties.len() + 128
+/// What waits for a shard.
+#[derive(Default)]
+pub(crate) struct Waiting {
+    pub(crate) mails: Vec<Mail>,
+    pub(crate) wishes: HashMap<Arc<str>, Wish, foldhash::fast::RandomState>,
+    /// Somebody was banned; who is in may have to go.
+    pub(crate) is_ban_new: bool,
+    bytes: usize,
 }
 
-/// One per shard. Message bytes are bounded by [`CONGESTED_BYTES`] plus what each sender reads in one batch.
+/// One per shard. Bytes are bounded by [`CONGESTED_BYTES`] plus what each sender reads in one batch.
 pub(crate) struct Mailbox {
-    mails: Mutex<Vec<Mail>>,
+    waiting: Mutex<Waiting>,
     bytes: AtomicUsize,
     awake: AtomicBool,
     waker: Arc<Waker>,
@@ -74,7 +99,7 @@ pub(crate) struct Mailbox {
 
 impl Mailbox {
     pub(crate) fn new(waker: Arc<Waker>) -> Self {
-        Self { mails: Mutex::default(), bytes: AtomicUsize::new(0), awake: AtomicBool::new(false), waker }
+        Self { waiting: Mutex::default(), bytes: AtomicUsize::new(0), awake: AtomicBool::new(false), waker }
     }
 
     pub(crate) fn waker(&self) -> &Arc<Waker> {
@@ -82,34 +107,115 @@ impl Mailbox {
     }
 
     pub(crate) fn send(&self, mail: Mail) {
-        let bytes = match &mail {
-            Mail::Deliver(remotes) => remotes.iter().map(Remote::bytes).sum(),
-            Mail::Publish(outgoing) => outgoing_bytes(outgoing),
-            _ => 0,
-        };
-        if bytes > 0 {
-            self.bytes.fetch_add(bytes, Ordering::Relaxed);
-        }
-        self.mails.lock().unwrap_or_else(PoisonError::into_inner).push(mail);
+        let bytes = mail.bytes();
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.add(|waiting| {
+            waiting.bytes += bytes;
+            waiting.mails.push(mail);
+        });
+    }
+
+    /// A plugin wants something of a client, which has a Session here.
+    pub(crate) fn wish(&self, client_id: &str, wish: Wish) {
+        self.add(|waiting| {
+            let known = waiting.wishes.entry(client_id.into()).or_default();
+            known.revoke |= wish.revoke;
+            known.disconnect = known.disconnect.or(wish.disconnect);
+        });
+    }
+
+    /// Somebody was banned.
+    pub(crate) fn announce_ban(&self) {
+        self.add(|waiting| waiting.is_ban_new = true);
+    }
+
+    /// Has the shard take a turn: plugins changed, or decisions were revoked.
+    pub(crate) fn wake(&self) {
         // One wake-up until the shard has looked: an eventfd write costs more than the message.
         if !self.awake.swap(true, Ordering::AcqRel) {
             let _ = self.waker.wake();
         }
     }
 
-    /// Moves everything into `mails`, which must be empty.
-    pub(crate) fn take(&self, mails: &mut Vec<Mail>) {
+    fn add(&self, add: impl FnOnce(&mut Waiting)) {
+        add(&mut self.waiting.lock().unwrap_or_else(PoisonError::into_inner));
+        self.wake();
+    }
+
+    /// Moves everything into `waiting`, which must be empty.
+    pub(crate) fn take(&self, waiting: &mut Waiting) {
+        debug_assert!(waiting.mails.is_empty() && waiting.wishes.is_empty() && !waiting.is_ban_new);
         if !self.awake.swap(false, Ordering::AcqRel) {
             return;
         }
-        std::mem::swap(&mut *self.mails.lock().unwrap_or_else(PoisonError::into_inner), mails);
+        std::mem::swap(&mut *self.waiting.lock().unwrap_or_else(PoisonError::into_inner), waiting);
     }
 
-    pub(crate) fn delivered(&self, bytes: usize) {
-        self.bytes.fetch_sub(bytes, Ordering::Relaxed);
+    /// What was taken is done.
+    pub(crate) fn done(&self, waiting: &mut Waiting) {
+        self.bytes.fetch_sub(std::mem::take(&mut waiting.bytes), Ordering::Relaxed);
     }
 
     pub(crate) fn is_congested(&self) -> bool {
         self.bytes.load(Ordering::Relaxed) > CONGESTED_BYTES
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mailbox() -> (mio::Poll, Mailbox) {
+        let poll = mio::Poll::new().expect("epoll");
+        let waker = Waker::new(poll.registry(), mio::Token(0)).expect("eventfd");
+        (poll, Mailbox::new(Arc::new(waker)))
+    }
+
+    fn remote(bytes: usize) -> Remote {
+        let message = Message {
+            topic: "t".into(),
+            payload: bytes::Bytes::new(),
+            properties: vec![0; bytes].into(),
+            qos: wasmqtt_protocol::codec::Qos::AtMostOnce,
+            retain: false,
+            expires_at_ms: None,
+            publisher: None,
+        };
+        Remote { message: Arc::new(message), targets: Arc::from([]), share: None, id: None, kept_as: None }
+    }
+
+    #[test]
+    fn every_byte_counts_until_it_is_done() {
+        let (_poll, mailbox) = mailbox();
+        let half = CONGESTED_BYTES / 2 + 1;
+        mailbox.send(Mail::Deliver(vec![remote(half)]));
+        assert!(!mailbox.is_congested());
+        mailbox.send(Mail::KeepBan(BanPattern::ClientId("c".into()), 0, "x".repeat(half).into()));
+        assert!(mailbox.is_congested(), "properties and notes count like payloads");
+        let mut waiting = Waiting::default();
+        mailbox.take(&mut waiting);
+        assert!(mailbox.is_congested(), "taken is not done");
+        waiting.mails.clear();
+        mailbox.done(&mut waiting);
+        assert!(!mailbox.is_congested());
+        assert_eq!(mailbox.bytes.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn what_is_wanted_of_one_client_waits_once() {
+        let (_poll, mailbox) = mailbox();
+        for _ in 0..1000 {
+            mailbox.wish("c", Wish { revoke: true, ..Wish::default() });
+            mailbox.wish("c", Wish { disconnect: Some(ReasonCode::NOT_AUTHORIZED), ..Wish::default() });
+            mailbox.wish("c", Wish { disconnect: Some(ReasonCode::SERVER_BUSY), ..Wish::default() });
+            mailbox.announce_ban();
+        }
+        let mut waiting = Waiting::default();
+        mailbox.take(&mut waiting);
+        let expected = Wish { revoke: true, disconnect: Some(ReasonCode::NOT_AUTHORIZED) };
+        assert_eq!(waiting.wishes.drain().collect::<Vec<_>>(), [("c".into(), expected)]);
+        assert!(std::mem::take(&mut waiting.is_ban_new) && waiting.mails.is_empty());
+        mailbox.take(&mut waiting);
+        assert!(waiting.mails.is_empty(), "nothing new");
     }
 }

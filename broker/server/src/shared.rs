@@ -39,6 +39,8 @@ pub(crate) struct Shared {
     pub(crate) mailboxes: Vec<Mailbox>,
     pub(crate) stats: Stats,
     pub(crate) connections: AtomicUsize,
+    /// Connections accepted so far.
+    pub(crate) arrivals: AtomicU64,
     pub(crate) draining: AtomicBool,
     /// Connections of each shard, for placing new ones.
     pub(crate) load: Vec<AtomicUsize>,
@@ -111,6 +113,7 @@ impl Shared {
             mailboxes,
             stats: Stats::default(),
             connections: AtomicUsize::new(0),
+            arrivals: AtomicU64::new(0),
             draining: AtomicBool::new(false),
             index: RwLock::default(),
             retained: RwLock::new(Retained::new(RETAINED_MESSAGES_MAX, RETAINED_BYTES_MAX)),

@@ -35,6 +35,12 @@ impl Stream {
         each!(self, stream => stream.write_vectored(slices))
     }
 
+    /// Bytes that came and were not read.
+    pub(crate) fn unread(&self) -> u32 {
+        let bytes = each!(self, stream => rustix::io::ioctl_fionread(stream)).unwrap_or(0);
+        u32::try_from(bytes).unwrap_or(u32::MAX)
+    }
+
     /// Tells the peer that nothing more will come, and still lets it finish what it is sending: closing at once could
     /// make the kernel throw away the DISCONNECT we just wrote.
     pub(crate) fn shutdown_write(&self) {

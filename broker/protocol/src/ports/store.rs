@@ -179,8 +179,14 @@ pub trait ShardStore {
     fn commit(&mut self);
     /// The batch with the last change that was told; 0 before the first.
     fn ticket(&self) -> Ticket;
-    /// The last batch that is committed, with all before it.
+    /// The last batch that is settled, with all before it: committed, unless [`Self::take_failed`] names it.
     fn committed(&self) -> Ticket;
+    /// Batches up to [`Self::committed`] that could not be written, each named once: what was promised with them is
+    /// refused. Changes of theirs that take something away or bring a handshake on are not lost by that; they are
+    /// written as soon as that is possible.
+    fn take_failed(&mut self) -> Vec<Ticket> {
+        Vec::new()
+    }
     /// Begins to read, with all that was committed or began to be until now.
     fn load(&mut self, load: Load);
     /// Takes what was read since the last time.

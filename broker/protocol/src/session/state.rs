@@ -350,11 +350,27 @@ impl Session {
     /// The message was taken over by the broker (or refused, with an error): acknowledges it.
     pub fn published(&mut self, qos: Qos, packet_id: Option<PacketId>, reason: ReasonCode, out: &mut Outbox) {
         let Some(packet_id) = packet_id else { return };
+        if qos == Qos::ExactlyOnce && !reason.is_error() {
+            self.accepted(packet_id);
+        }
+        self.acknowledge(qos, packet_id, reason, out);
+    }
+
+    /// A QoS 2 message was taken over, and is acknowledged later.
+    pub fn accepted(&mut self, packet_id: PacketId) {
+        self.take_over(packet_id, ReasonCode::SUCCESS);
+    }
+
+    /// Acknowledges a message; one with QoS 2 that is not refused was [`Session::accepted`].
+    pub fn acknowledge(&mut self, qos: Qos, packet_id: PacketId, reason: ReasonCode, out: &mut Outbox) {
         match qos {
             Qos::AtMostOnce => {}
             Qos::AtLeastOnce => self.send_ack(Packet::Puback, packet_id, reason, out),
             Qos::ExactlyOnce => {
-                self.take_over(packet_id, reason);
+                if reason.is_error() {
+                    self.take_over(packet_id, reason);
+                    self.forget_received(packet_id);
+                }
                 self.send_ack(Packet::Pubrec, packet_id, reason, out);
             }
         }
@@ -379,6 +395,13 @@ impl Session {
             self.steps.note(Step::Received { packet_id });
         }
         is_repeated.unwrap_or(false)
+    }
+
+    /// A QoS 2 message was not taken over after all: the same packet again is another message.
+    pub fn forget_received(&mut self, packet_id: PacketId) {
+        if self.received.remove(&packet_id.get()) {
+            self.steps.note(Step::ReceivedDone { packet_id });
+        }
     }
 
     fn on_puback(&mut self, ack: &Ack<'_>) -> Result<(), Fault> {

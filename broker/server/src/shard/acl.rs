@@ -14,6 +14,7 @@ use wasmqtt_protocol::session::Incoming;
 use wasmqtt_protocol::topic::Filter;
 
 use super::calls::Answer;
+use super::gate::Reason;
 use super::routes::random;
 use super::sessions::Standing;
 use super::timers::Timer;
@@ -181,7 +182,7 @@ impl Shard {
             self.learn(key, &accesses, decisions);
             return true;
         }
-        self.conns[id].asking = true;
+        self.conns[id].gate.close(Reason::Asking);
         false
     }
 
@@ -203,9 +204,8 @@ impl Shard {
         let super::conn::State::Live { slot } = self.conns[id].state else { return };
         let Some(key) = self.sessions.get(slot).map(|session| session.key) else { return };
         self.learn(key, accesses, decisions);
-        self.conns[id].asking = false;
-        self.on_partial(id);
-        self.hold(id);
+        self.open_gate(id, Reason::Asking);
+        self.on_kept(id);
     }
 
     /// Plugins came, went or were replaced, or all decisions were revoked.

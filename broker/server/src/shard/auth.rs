@@ -8,6 +8,7 @@ use wasmqtt_protocol::codec::{self, Auth, Packet, ReasonCode, Version, encode};
 use wasmqtt_protocol::ports::{AuthOutcome, AuthRequest, AuthStep, Client, EventKind};
 
 use super::conn::State;
+use super::gate::Reason;
 use super::{Ending, Shard};
 
 /// Bytes a plugin may ask the broker to keep between a challenge and its answer.
@@ -52,7 +53,7 @@ impl Shard {
                 self.on_connect_outcome(id, &request, outcome);
             }
             State::Live { .. } => self.on_reauth_outcome(id, outcome),
-            State::New | State::Leaving { .. } | State::Lingering => {}
+            State::New | State::Leaving { .. } | State::TakingOver { .. } | State::Lingering => {}
         }
     }
 
@@ -72,12 +73,11 @@ impl Shard {
                 }
                 self.send_auth(id, request, ReasonCode::CONTINUE_AUTHENTICATION, Some(&data));
                 if let State::Opening(opening) = &mut self.conns[id].state {
-                    opening.reads = true;
                     opening.state = state;
                     opening.plugin = plugin;
                 }
-                self.on_partial(id);
-                self.hold(id);
+                self.open_gate(id, Reason::Opening);
+                self.on_kept(id);
             }
         }
     }
@@ -123,7 +123,7 @@ impl Shard {
                 if auth.authentication_method != opening.request.method.as_deref() {
                     return self.refuse(id, ReasonCode::PROTOCOL_ERROR);
                 }
-                opening.reads = false;
+                conn.gate.close(Reason::Opening);
                 let step = AuthStep {
                     request: Arc::clone(&opening.request),
                     data: Bytes::copy_from_slice(auth.authentication_data.unwrap_or_default()),

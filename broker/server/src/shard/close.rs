@@ -11,6 +11,7 @@ use wasmqtt_protocol::session::Session;
 
 use super::Shard;
 use super::conn::{State, is_fault};
+use super::read::Inbox;
 use super::timers::Timer;
 
 /// How long a connection that was told to go may still send before it is cut.
@@ -54,7 +55,7 @@ impl Shard {
                 self.calls.cancel(id, epoch);
                 None
             }
-            State::New | State::Leaving { .. } => None,
+            State::New | State::Leaving { .. } | State::TakingOver { .. } => None,
             State::Lingering => return self.remove(id),
         };
         let conn = &mut self.conns[id];
@@ -64,6 +65,9 @@ impl Shard {
         if let Ending::Server(reason, text) = ending {
             if is_fault(reason) {
                 debug!(address = ?conn.address, ?reason, text, "connection ended");
+            }
+            if let Some(slot) = live {
+                self.promise_at_last(id, slot);
             }
             self.say_disconnect(id, live, reason, text);
         }
@@ -120,7 +124,7 @@ impl Shard {
 
     fn linger(&mut self, id: usize) {
         let epoch = self.conns[id].epoch;
-        self.conns[id].partial = Vec::new();
+        self.conns[id].inbox = Inbox::default();
         self.set_conn_timer(id, self.now_ms + LINGER_MS, Timer::Linger { id, epoch });
         self.mark_dirty(id);
         self.hold(id);

@@ -1,4 +1,4 @@
-//! A Network Connection: reading packets out of bytes and writing bytes out.
+//! A Network Connection: what is known of it, and writing bytes out. Reading is in `read`.
 
 use std::io::{self, IoSlice};
 use std::net::IpAddr;
@@ -7,13 +7,17 @@ use std::sync::atomic::Ordering;
 
 use mio::{Interest, Token};
 use tracing::{debug, trace};
-use wasmqtt_protocol::codec::{self, DecodeError, ReasonCode, Version};
-use wasmqtt_protocol::ports::{Grant, Ticket};
-use wasmqtt_protocol::session::{Event, Outbox};
+use wasmqtt_protocol::codec::{ReasonCode, Version};
+use wasmqtt_protocol::ports::Grant;
+use wasmqtt_protocol::session::Outbox;
 
 use super::connect::Opening;
+use super::durable::Receipt;
+use super::gate::{Gate, Reason};
+use super::promises::Promises;
+use super::read::Inbox;
 use super::timers::Timer;
-use super::{Ending, POOL_BUFFER_BYTES_MAX, POOL_BUFFERS_MAX, Shard};
+use super::{POOL_BUFFER_BYTES_MAX, POOL_BUFFERS_MAX, Shard};
 use crate::stream::Stream;
 
 /// A connection as the acceptor hands it over.
@@ -21,12 +25,12 @@ pub(crate) struct Arrival {
     pub(crate) stream: Stream,
     pub(crate) address: Option<IpAddr>,
     pub(crate) listener: Arc<str>,
+    /// Counts connections in the order in which they were accepted.
+    pub(crate) number: u64,
 }
 
 /// Slices of one `writev`.
 const SLICES_MAX: usize = 64;
-/// Buffers a connection may take per turn before others get theirs.
-const READS_MAX: usize = 4;
 
 /// How far a connection has come.
 pub(super) enum State {
@@ -36,20 +40,12 @@ pub(super) enum State {
     Opening(Box<Opening>),
     /// Let in, and about to move to the shard its Session lives on.
     Leaving { opening: Box<Opening>, grant: Grant, to: u16 },
+    /// Let in, and about to take a Session over from an older connection, which is read to its end first.
+    TakingOver { opening: Box<Opening>, grant: Grant },
     /// Has a Session.
     Live { slot: u32 },
     /// Said goodbye; waits for the peer to close.
     Lingering,
-}
-
-impl State {
-    fn reads(&self) -> bool {
-        match self {
-            Self::Opening(opening) => opening.reads,
-            Self::Leaving { .. } => false,
-            Self::New | Self::Live { .. } | Self::Lingering => true,
-        }
-    }
 }
 
 pub(crate) struct Conn {
@@ -57,15 +53,16 @@ pub(crate) struct Conn {
     pub(super) address: Option<IpAddr>,
     pub(super) listener: Arc<str>,
     pub(super) state: State,
+    /// See [`Arrival::number`].
+    pub(super) number: u64,
     /// Tells this connection from another that had the same place.
     pub(super) epoch: u32,
     /// Version of CONNECT; what DISCONNECT is written in.
     pub(super) version: Version,
-    /// Start of a packet whose rest is not here yet.
-    pub(super) partial: Vec<u8>,
+    /// Whether it is read, and why not.
+    pub(super) gate: Gate,
+    pub(super) inbox: Inbox,
     pub(super) outbox: Outbox,
-    /// When the last packet came, on the broker's clock.
-    pub(super) heard_ms: u64,
     /// Its one timer.
     pub(super) timer: Option<(u64, Timer)>,
     /// On the shard's dirty list.
@@ -76,24 +73,58 @@ pub(crate) struct Conn {
     pub(super) held: bool,
     /// The client has closed its side, and epoll will not say so again: what is there is read to its end.
     pub(super) read_closed: bool,
-    /// A packet waits for plugins to say whether it is allowed, and what follows waits behind it.
-    pub(super) asking: bool,
-    /// Messages of its Session that wait for storage hooks; meanwhile nothing more is read.
+    /// The last look found nothing more to read.
+    pub(super) is_caught_up: bool,
+    /// Writing failed: nothing more goes out, and what the client has sent is read to its end.
+    is_broken: bool,
+    /// Another connection takes its Session over: so many bytes are still read of it. `None`: none does.
+    pub(super) last_bytes: Option<usize>,
+    /// Messages of its Session that wait for storage hooks.
     pub(super) submitted: u32,
     /// The route it may publish to without another look, and until when; here, where each packet comes by anyway.
     pub(super) permitted: (u64, u64),
     /// When what authentication granted ends.
     pub(super) granted_until_ms: Option<u64>,
-    /// Nothing is written before the store has committed this batch.
-    pub(super) barrier: Ticket,
+    /// Nothing is written before the store has settled these batches.
+    pub(super) barrier: Receipt,
+    /// CONNACK waits for them.
+    pub(super) is_unanswered: bool,
+    /// Its Session began with it.
+    pub(super) has_new_session: bool,
+    /// Answers that wait for the store one by one.
+    pub(super) promises: Promises,
+    /// On the list of those that wait for the store.
+    pub(super) waits: bool,
     /// Authentication after CONNECT (MQTT 5.0 §4.12.1), and its method.
     pub(super) auth: Option<Box<super::auth::Standing>>,
 }
 
 impl Conn {
-    /// Packets are read and handled; otherwise they wait for an answer of ours.
-    fn reads(&self) -> bool {
-        !self.asking && self.state.reads()
+    /// It is to be read.
+    pub(super) fn is_read(&self) -> bool {
+        match self.last_bytes {
+            None => self.gate.is_open(),
+            Some(left) => left > 0 && self.gate.is_open_for_the_last_time(),
+        }
+    }
+
+    /// So many bytes came; `true`: no more is read, since another connection waits for the Session.
+    pub(super) fn count_last_bytes(&mut self, count: usize) -> bool {
+        self.last_bytes = self.last_bytes.map(|left| left.saturating_sub(count));
+        self.last_bytes == Some(0)
+    }
+
+    /// What is in the outbox, and whatever follows, waits for the store.
+    pub(super) fn after(&mut self, receipt: Receipt) {
+        self.barrier = self.barrier.and(receipt);
+    }
+
+    /// What belongs to a shard stays there.
+    pub(super) fn leave_shard(&mut self) {
+        self.dirty = false;
+        self.held = false;
+        self.blocked = false;
+        self.gate.leave_shard();
     }
 }
 
@@ -104,21 +135,28 @@ impl Shard {
             address: arrival.address,
             listener: arrival.listener,
             state: State::New,
+            number: arrival.number,
             epoch: 0,
             version: Version::V311,
-            partial: Vec::new(),
+            gate: Gate::new(self.now_ms),
+            inbox: Inbox::default(),
             outbox: Outbox::default(),
-            heard_ms: self.now_ms,
             timer: None,
             dirty: false,
             blocked: false,
             held: false,
             read_closed: false,
-            asking: false,
+            is_caught_up: false,
+            is_broken: false,
+            last_bytes: None,
             submitted: 0,
             permitted: (0, 0),
             granted_until_ms: None,
-            barrier: 0,
+            barrier: Receipt::default(),
+            is_unanswered: false,
+            has_new_session: false,
+            promises: Promises::default(),
+            waits: false,
             auth: None,
         };
         let timeout = self.shared.config.limits.connect_timeout.as_millis() as u64;
@@ -153,187 +191,48 @@ impl Shard {
         if let Some(conn) = self.conns.get_mut(id)
             && !conn.held
         {
+            debug_assert!(!self.readable.contains(&(id, conn.epoch)), "a connection has one share of a turn");
             conn.held = true;
-            self.readable.push(id);
+            self.readable.push((id, conn.epoch));
         }
     }
 
-    /// The client closed its side, or the connection broke; bytes may still be waiting.
-    pub(super) fn on_read_closed(&mut self, id: usize) {
-        if let Some(conn) = self.conns.get_mut(id) {
-            conn.read_closed = true;
-        }
-    }
-
-    pub(super) fn on_readable(&mut self, id: usize) {
-        let congested = self.is_congested();
-        let outbound_max = self.shared.limits.outbound_bytes_max;
+    /// One reason not to read a connection is gone.
+    pub(super) fn open_gate(&mut self, id: usize, reason: Reason) {
         let Some(conn) = self.conns.get_mut(id) else { return };
-        conn.held = false;
-        if matches!(conn.state, State::Lingering) {
-            return self.discard_input(id);
+        if conn.gate.open(reason, self.now_ms) || conn.last_bytes.is_some() {
+            self.hold(id);
         }
-        // What follows CONNECT is read when the answer is known; when a client's answers pile up, it is read on when
-        // they are written, see `flush`.
-        // What was promised is written first, so that a client is never ahead of the store by more than a batch.
-        if !conn.reads() || conn.outbox.len() >= outbound_max || conn.submitted > 0 || self.durable.waits(conn.barrier)
-        {
+    }
+
+    /// Another shard or the store does not keep up: no more is read of this connection until it does.
+    pub(super) fn pause(&mut self, id: usize, reason: Reason) {
+        let Some(conn) = self.conns.get_mut(id) else { return };
+        if !conn.gate.is_closed_for(Reason::Congested) && !conn.gate.is_closed_for(Reason::Store) {
+            self.paused.push((id, conn.epoch));
+        }
+        conn.gate.close(reason);
+    }
+
+    /// Goes on with those that were paused, as far as others keep up by now.
+    pub(super) fn end_pauses(&mut self) {
+        if self.paused.is_empty() {
             return;
         }
-        if congested {
-            return self.hold(id);
-        }
-        let mut scratch = std::mem::take(&mut self.scratch);
-        let mut reads = 0;
-        while let Some(conn) = self.conns.get_mut(id) {
-            if !conn.reads() || matches!(conn.state, State::Lingering) {
-                break;
+        let (mailboxes, store) = (self.is_congested(), self.durable.is_congested());
+        for (id, epoch) in std::mem::take(&mut self.paused) {
+            if !self.is_current(id, epoch) {
+                continue;
             }
-            if reads == READS_MAX || conn.outbox.len() >= outbound_max {
-                self.hold(id);
-                break;
-            }
-            reads += 1;
-            match conn.stream.read(&mut scratch) {
-                Ok(0) => {
-                    self.end(id, Ending::Lost);
-                    break;
-                }
-                Ok(count) => {
-                    self.tally.bytes_received += count as u64;
-                    self.on_bytes(id, &scratch[..count]);
-                    if count < scratch.len() && self.conns.get(id).is_none_or(|conn| !conn.read_closed) {
-                        break;
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => {
-                    self.end(id, Ending::Lost);
-                    break;
+            for (reason, is_congested) in [(Reason::Congested, mailboxes), (Reason::Store, store)] {
+                if !is_congested {
+                    self.open_gate(id, reason);
                 }
             }
-        }
-        self.scratch = scratch;
-    }
-
-    fn discard_input(&mut self, id: usize) {
-        let Some(conn) = self.conns.get_mut(id) else { return };
-        for _ in 0..READS_MAX {
-            match conn.stream.read(&mut self.scratch) {
-                Ok(count) if count > 0 => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                _ => return self.remove(id),
+            let gate = &self.conns[id].gate;
+            if gate.is_closed_for(Reason::Congested) || gate.is_closed_for(Reason::Store) {
+                self.paused.push((id, epoch));
             }
-        }
-        self.hold(id);
-    }
-
-    /// Handles all whole packets; keeps the rest.
-    fn on_bytes(&mut self, id: usize, bytes: &[u8]) {
-        let Some(conn) = self.conns.get_mut(id) else { return };
-        if conn.partial.is_empty() {
-            let used = self.on_packets(id, bytes);
-            if let Some(conn) = self.conns.get_mut(id)
-                && used < bytes.len()
-            {
-                conn.partial.extend_from_slice(&bytes[used..]);
-            }
-        } else {
-            conn.partial.extend_from_slice(bytes);
-            self.on_partial(id);
-        }
-    }
-
-    /// Goes on with what was kept.
-    pub(super) fn on_partial(&mut self, id: usize) {
-        let Some(conn) = self.conns.get_mut(id) else { return };
-        let mut partial = std::mem::take(&mut conn.partial);
-        let used = self.on_packets(id, &partial);
-        if used < partial.len()
-            && let Some(conn) = self.conns.get_mut(id)
-        {
-            partial.drain(..used);
-            conn.partial = partial;
-        }
-    }
-
-    /// How many bytes were used up; everything, once the connection ends.
-    fn on_packets(&mut self, id: usize, bytes: &[u8]) -> usize {
-        let limits = codec::Limits { packet_bytes_max: self.shared.limits.packet_bytes_max };
-        let mut used = 0;
-        loop {
-            let Some(conn) = self.conns.get_mut(id) else { return bytes.len() };
-            if matches!(conn.state, State::Lingering) {
-                return bytes.len();
-            }
-            if !conn.reads() {
-                return used;
-            }
-            let rest = &bytes[used..];
-            if rest.is_empty() {
-                return used;
-            }
-            let frame = match codec::frame(rest, &limits) {
-                Ok(Some(frame)) if frame.total_len <= rest.len() => frame,
-                Ok(frame) => {
-                    if let Some(frame) = frame {
-                        // An honest client fills this; what it really sends is what gets allocated page by page.
-                        conn.partial.reserve(frame.total_len.min(rest.len() * 4 + 64));
-                    }
-                    return used;
-                }
-                Err(error) => {
-                    self.on_malformed(id, &error);
-                    return bytes.len();
-                }
-            };
-            conn.heard_ms = self.now_ms;
-            self.on_packet(id, &rest[..frame.total_len]);
-            if self.conns.get(id).is_some_and(|conn| conn.asking) {
-                // It is handled again when the answer is here.
-                return used;
-            }
-            used += frame.total_len;
-        }
-    }
-
-    fn on_packet(&mut self, id: usize, packet: &[u8]) {
-        let conn = &mut self.conns[id];
-        let State::Live { slot } = conn.state else { return self.on_early_packet(id, packet) };
-        let decoded = match codec::decode(conn.version, packet) {
-            Ok(decoded) => decoded,
-            Err(error) => return self.on_malformed(id, &error),
-        };
-        let Some(session) = self.sessions.get_mut(slot) else { return };
-        conn.outbox.lend(&mut self.pool);
-        let event = session.handle_packet(self.now_ms, decoded, &self.shared.limits, &mut conn.outbox);
-        if !conn.dirty && !conn.outbox.is_empty() {
-            conn.dirty = true;
-            self.dirty.push(id);
-        }
-        if self.durable.is_on() {
-            self.tell(slot, Some(id));
-            self.load_more(slot);
-        }
-        self.schedule_replays(slot);
-        match event {
-            Ok(Event::None) => {}
-            Ok(Event::Publish { publish, aliased }) => self.on_publish(id, slot, &publish, aliased.as_deref()),
-            Ok(Event::Subscribe(subscribe)) => self.on_subscribe(id, slot, &subscribe),
-            Ok(Event::Unsubscribe(unsubscribe)) => self.on_unsubscribe(id, slot, &unsubscribe),
-            Ok(Event::Auth(auth)) => self.on_reauth(id, &auth),
-            Ok(Event::Disconnect { will }) => self.end(id, Ending::Client { will }),
-            Err(fault) => self.end(id, Ending::Server(fault.reason, fault.text)),
-        }
-    }
-
-    pub(super) fn on_malformed(&mut self, id: usize, error: &DecodeError) {
-        let Some(conn) = self.conns.get(id) else { return };
-        debug!(address = ?conn.address, %error, "malformed packet");
-        match conn.state {
-            State::Live { .. } => self.end(id, Ending::Server(error.reason_code(), "malformed packet")),
-            _ => self.refuse(id, error.reason_code()),
         }
     }
 
@@ -357,13 +256,26 @@ impl Shard {
 
     /// Writes what the client has waiting, and then what waits behind that in its Session.
     pub(super) fn flush(&mut self, id: usize) {
-        let outbound_max = self.shared.limits.outbound_bytes_max;
         let Some(conn) = self.conns.get_mut(id) else { return };
-        if self.durable.waits(conn.barrier) {
-            return self.durable.wait(id);
-        }
         conn.dirty = false;
-        let was_full = conn.outbox.len() >= outbound_max;
+        if self.durable.waits(conn.barrier) {
+            return self.wait_for_commit(id);
+        }
+        if conn.is_broken {
+            conn.outbox = Outbox::default();
+            return self.open_gate(id, Reason::Outbox);
+        }
+        self.write_out(id);
+        // Half empty is empty enough, and not so often.
+        if let Some(conn) = self.conns.get(id)
+            && conn.gate.is_closed_for(Reason::Outbox)
+            && conn.outbox.len() <= self.shared.limits.outbound_bytes_max / 2
+        {
+            self.open_gate(id, Reason::Outbox);
+        }
+    }
+
+    fn write_out(&mut self, id: usize) {
         loop {
             let Some(conn) = self.conns.get_mut(id) else { return };
             if conn.blocked {
@@ -378,16 +290,14 @@ impl Shard {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
                     trace!(%error, "write failed");
-                    return self.end(id, Ending::Lost);
+                    return self.on_write_failed(id);
                 }
             }
             if self.conns[id].outbox.is_empty() && !self.refill(id) {
                 break;
             }
-            let conn = &mut self.conns[id];
-            if self.durable.waits(conn.barrier) {
-                conn.dirty = true;
-                return self.durable.wait(id);
+            if self.durable.waits(self.conns[id].barrier) {
+                return self.wait_for_commit(id);
             }
         }
         let conn = &mut self.conns[id];
@@ -397,9 +307,18 @@ impl Shard {
         }
         if matches!(conn.state, State::Lingering) {
             conn.stream.shutdown_write();
-        } else if was_full {
-            self.hold(id);
         }
+    }
+
+    /// The client does not listen any more. What it sent before it went still counts, its DISCONNECT above all.
+    fn on_write_failed(&mut self, id: usize) {
+        let conn = &mut self.conns[id];
+        if matches!(conn.state, State::Lingering) {
+            return self.remove(id);
+        }
+        conn.is_broken = true;
+        conn.outbox = Outbox::default();
+        self.hold(id);
     }
 
     /// Fills an empty outbox from the Session's queue; `false`: nothing waits. Retained messages follow in the next turn.

@@ -13,8 +13,9 @@ use wasmqtt_protocol::router::{Message, SessionKey};
 use wasmqtt_protocol::session::{Link, ServerLimits, Session, WillMessage};
 
 use super::conn::{Conn, State};
+use super::gate::Reason;
 use super::timers::Timer;
-use super::{Ending, Shard};
+use super::Shard;
 use crate::config::Anonymous;
 use crate::mailbox::Mail;
 
@@ -31,8 +32,6 @@ pub(crate) struct Opening {
     session_expiry: Option<u32>,
     /// The server chose the Client Identifier. [MQTT-3.2.2-16]
     assigned: bool,
-    /// A challenge is out and the client's AUTH may be read.
-    pub(super) reads: bool,
     /// What the plugin that made the challenge wants back.
     pub(super) state: Bytes,
     pub(super) plugin: Arc<str>,
@@ -107,7 +106,6 @@ impl Shard {
             keep_alive: connect.keep_alive,
             session_expiry: connect.session_expiry,
             assigned,
-            reads: false,
             state: Bytes::new(),
             plugin: "".into(),
         };
@@ -118,6 +116,7 @@ impl Shard {
         let conn = &mut self.conns[id];
         let epoch = conn.epoch;
         conn.state = State::Opening(Box::new(opening));
+        conn.gate.close(Reason::Opening);
         if self.plugins.has_auth() {
             let call = self.plugins.authenticate(request);
             self.call_auth(id, epoch, call);
@@ -186,7 +185,7 @@ impl Shard {
             }
         };
         if key.shard == self.index {
-            self.resume(id, *opening, &grant, key);
+            self.resume(id, opening, grant, key);
         } else {
             self.hand_over(id, opening, grant, key);
         }
@@ -195,7 +194,9 @@ impl Shard {
     /// The Session lives elsewhere: the connection goes there, so that messages already on their way to the Session
     /// keep their order. It leaves at the end of the batch, when the bytes behind its CONNECT are kept.
     fn hand_over(&mut self, id: usize, opening: Box<Opening>, grant: Grant, key: SessionKey) {
-        self.conns[id].state = State::Leaving { opening, grant, to: key.shard };
+        let conn = &mut self.conns[id];
+        conn.state = State::Leaving { opening, grant, to: key.shard };
+        conn.gate.close(Reason::Leaving);
         self.leaving.push(id);
     }
 
@@ -214,9 +215,7 @@ impl Shard {
             self.timers.cancel(at, timer);
         }
         let _ = self.poll.registry().deregister(&mut conn.stream);
-        conn.dirty = false;
-        conn.held = false;
-        conn.blocked = false;
+        conn.leave_shard();
         self.shared.load[usize::from(self.index)].fetch_sub(1, Ordering::Relaxed);
         self.shared.load[usize::from(to)].fetch_add(1, Ordering::Relaxed);
         self.shared.mailboxes[usize::from(to)].send(Mail::Adopt(Box::new(Adopted { conn, opening, grant })));
@@ -231,25 +230,41 @@ impl Shard {
     }
 
     /// The Session exists: takes it over, or ends it first.
-    fn resume(&mut self, id: usize, opening: Opening, grant: &Grant, key: SessionKey) {
+    fn resume(&mut self, id: usize, opening: Box<Opening>, grant: Grant, key: SessionKey) {
         if let Some(old) = self.sessions.conn(key.slot) {
-            self.end(old, Ending::Server(ReasonCode::SESSION_TAKEN_OVER, "another connection took the Session over"));
+            return self.take_over(id, old, opening, grant);
         }
         let expired = self.sessions.deadlines(key.slot).0.is_some_and(|at| at <= self.now_ms);
         // Ending it also publishes a will that was delayed. MQTT 5.0 §3.1.3.2.2
         if self.sessions.resolve(key).is_some() && (opening.clean_start || expired) {
             self.end_session(key);
         }
-        if self.waits_for_will(key, id, grant) {
-            self.conns[id].state = State::Opening(Box::new(opening));
+        if self.waits_for_will(key, id, &grant) {
+            self.conns[id].state = State::Opening(opening);
             return;
         }
         if self.sessions.resolve(key).is_some() {
-            return self.open(id, opening, grant, key, true);
+            return self.open(id, *opening, &grant, key, true);
         }
         // Ended: begin again, a Session of that name may even live elsewhere by now.
-        self.conns[id].state = State::Opening(Box::new(opening));
-        self.admit(id, grant.clone());
+        self.admit_again(id, opening, grant);
+    }
+
+    /// Looks for the Session once more.
+    pub(super) fn admit_again(&mut self, id: usize, opening: Box<Opening>, grant: Grant) {
+        self.conns[id].state = State::Opening(opening);
+        self.admit(id, grant);
+    }
+
+    /// Opens a connection with a Session that nobody finds and that ends with it.
+    pub(super) fn open_apart(&mut self, id: usize, mut opening: Box<Opening>, grant: &Grant) {
+        // Another connection came within the Will Delay. [MQTT-3.1.3-9]
+        opening.will.take_if(|will| will.delay.min(opening.link.limits.session_expiry) > 0);
+        opening.link.limits.session_expiry = 0;
+        let key = self.sessions.reserve();
+        self.sessions.put(Session::new(Arc::clone(&opening.request.client_id), key));
+        self.shared.stats.sessions.fetch_add(1, Ordering::Relaxed);
+        self.open(id, *opening, grant, key, false);
     }
 
     fn open(&mut self, id: usize, opening: Opening, grant: &Grant, key: SessionKey, present: bool) {
@@ -260,9 +275,11 @@ impl Shard {
         conn.outbox.extend(&connack(&opening, grant, present, &shared.limits));
         conn.state = State::Live { slot: key.slot };
         conn.auth = super::auth::Standing::of(&opening.request, conn.version);
-        conn.heard_ms = self.now_ms;
         // What an earlier connection sent comes before what this one sends.
         conn.submitted = self.hooks.waiting_of(key);
+        if conn.submitted > 0 {
+            conn.gate.close(Reason::Hook);
+        }
         let keep_alive = opening.link.keep_alive_ms();
         if let Some((session, _)) = self.sessions.resolve(key) {
             session.will = opening.will;
@@ -275,7 +292,7 @@ impl Shard {
         self.sessions.set_conn(key.slot, Some(id));
         self.set_deadlines(key, None, None);
         self.grant(id, key, &opening.request, grant);
-        self.store_opened(id, key);
+        self.store_opened(id, key, present);
         if let Some(keep_alive) = keep_alive {
             self.set_conn_timer(id, self.now_ms + keep_alive, Timer::KeepAlive { id, epoch });
         }
@@ -286,8 +303,13 @@ impl Shard {
             self.event(EventKind::ClientConnected, key.slot, || vec![("address", address), ("version", version)]);
         }
         self.mark_dirty(id);
-        self.on_partial(id);
-        self.hold(id);
+        self.conns[id].gate.open(Reason::Leaving, self.now_ms);
+        self.open_gate(id, Reason::Opening);
+        // What follows CONNECT counts when the client is let in for good. [MQTT-3.1.4-6]
+        if self.conns[id].is_unanswered {
+            return self.wait_for_commit(id);
+        }
+        self.on_kept(id);
     }
 }
 

@@ -8,11 +8,13 @@ use wasmqtt_protocol::access::{Action, Verdict};
 use wasmqtt_protocol::codec::Qos;
 use wasmqtt_protocol::ports::{Accepted, Change, Client, Load, Loaded, Receiver, ShardStore, Submission, Ticket};
 use wasmqtt_protocol::router::{MessageId, SessionId, SessionKey, Subscription, Target};
-use wasmqtt_protocol::session::{Incoming, Step, WillMessage};
+use wasmqtt_protocol::session::{Incoming, Outbox, Step, WillMessage};
 use wasmqtt_protocol::topic::Filter;
 
 use super::Shard;
 use super::calls::Answer;
+use super::conn::State;
+use super::gate::Reason;
 use super::publish::wish;
 use super::sessions::Standing;
 
@@ -20,17 +22,62 @@ use super::sessions::Standing;
 pub(super) struct Durable {
     store: Box<dyn ShardStore>,
     is_on: bool,
-    /// Something was written since the last promise.
-    told: bool,
-    /// The last batch known to be committed.
-    committed: Ticket,
-    /// Connections with something to write that waits for a commit.
-    waiting: Vec<usize>,
+    /// Changes so far.
+    written: u64,
+    /// Batches that were handed over so far, and whether something was written since.
+    batches: u64,
+    has_batch: bool,
+    /// The last batch that is settled: committed, or given up.
+    settled: Ticket,
+    /// Those of them that were given up, since the last time.
+    failed: Vec<Ticket>,
+    /// Connections that wait for a commit: their gates are closed for [`Reason::Commit`].
+    waiting: Vec<(usize, u32)>,
+}
+
+/// Where the changes begin that belong to one packet.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Mark {
+    written: u64,
+    batches: u64,
+}
+
+/// The batches with the changes that belong to one packet: its answer promises them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Receipt {
+    from: Ticket,
+    /// 0: nothing was written.
+    to: Ticket,
+}
+
+impl Receipt {
+    /// Something was written.
+    pub(super) fn is_some(self) -> bool {
+        self.to > 0
+    }
+
+    /// What waits for both.
+    pub(super) fn and(self, other: Self) -> Self {
+        match (self.to, other.to) {
+            (0, _) => other,
+            (_, 0) => self,
+            (to, other_to) => Self { from: self.from.min(other.from), to: to.max(other_to) },
+        }
+    }
 }
 
 impl Durable {
     pub(super) fn new(store: Box<dyn ShardStore>) -> Self {
-        Self { is_on: store.is_durable(), told: false, committed: store.committed(), store, waiting: Vec::new() }
+        Self {
+            is_on: store.is_durable(),
+            written: 0,
+            batches: 0,
+            has_batch: false,
+            settled: store.committed(),
+            failed: Vec::new(),
+            store,
+            waiting: Vec::new(),
+        }
     }
 
     /// `false`: nothing survives, and nothing has to be told.
@@ -50,8 +97,29 @@ impl Durable {
     pub(super) fn write(&mut self, change: Change<'_>) {
         if self.is_on {
             self.store.write(change);
-            self.told = true;
+            self.written += 1;
+            self.has_batch = true;
         }
+    }
+
+    /// What is written from now on belongs to one packet, see [`Durable::since`].
+    #[inline]
+    pub(super) fn mark(&self) -> Mark {
+        Mark { written: self.written, batches: self.batches }
+    }
+
+    /// The receipt for what was written since then.
+    #[inline]
+    pub(super) fn since(&self, mark: Mark) -> Receipt {
+        if self.written == mark.written {
+            return Receipt::default();
+        }
+        let to = self.store.ticket();
+        Receipt { from: to + u64::from(!self.has_batch) - (self.batches - mark.batches), to }
+    }
+
+    fn ends_batch(&mut self) {
+        self.batches += u64::from(std::mem::take(&mut self.has_batch));
     }
 
     /// A topic has another retained message, with its stamp, or none any more. Called under the lock of the
@@ -74,84 +142,114 @@ impl Durable {
     pub(super) fn keep(&mut self, incoming: &Incoming<'_>, receiver: Receiver<'_>) -> MessageId {
         let id = self.store.new_message();
         let (message, sealed) = (incoming.kept(), incoming.kept_as.is_some());
-        self.store.write(Change::Queued { id, message, sealed, receivers: &[receiver] });
+        self.write(Change::Queued { id, message, sealed, receivers: &[receiver] });
         id
     }
 
     /// Retained messages have come further on their way to a subscription; nobody waits for that to be stored.
     pub(super) fn write_replay(&mut self, change: Change<'_>) {
-        if self.is_on {
-            self.store.write(change);
-        }
+        self.write(change);
     }
 
     /// A plugin has a message that was kept for it.
     pub(super) fn write_fed(&mut self, plugin: &str, id: MessageId) {
-        if self.is_on {
-            self.store.write(Change::FedDone { plugin, id });
-        }
+        self.write(Change::FedDone { plugin, id });
     }
 
-    /// What nobody waits for.
     pub(super) fn write_step(&mut self, session: SessionId, step: Step) {
-        if self.is_on {
-            self.store.write(Change::Step { session, step });
-        }
+        self.write(Change::Step { session, step });
     }
 
-    /// Has what is sent to a connection from now on wait for what was written on its behalf just before, if anything.
-    pub(super) fn promise(&mut self, barrier: &mut Ticket) {
-        if std::mem::take(&mut self.told) {
-            *barrier = self.store.ticket();
-        }
+    /// The receipt for what was written last.
+    pub(super) fn last(&self) -> Receipt {
+        let to = if self.is_on { self.store.ticket() } else { 0 };
+        Receipt { from: to, to }
     }
 
-    /// The batch of what was written last.
-    pub(super) fn ticket(&self) -> Ticket {
-        if self.is_on { self.store.ticket() } else { 0 }
+    #[inline]
+    pub(super) fn waits(&self, receipt: Receipt) -> bool {
+        receipt.to > self.settled
     }
 
-    pub(super) fn waits(&self, barrier: Ticket) -> bool {
-        barrier > self.committed
-    }
-
-    /// Comes back to a connection, which stays marked as dirty, at the next commit.
-    pub(super) fn wait(&mut self, id: usize) {
-        self.waiting.push(id);
+    /// Of a receipt that waits no longer, asked in the turn in which it is settled: the store could not keep it.
+    pub(super) fn has_failed(&self, receipt: Receipt) -> bool {
+        self.failed.iter().any(|ticket| (receipt.from..=receipt.to).contains(ticket))
     }
 
     /// Hands over what was written so far.
     pub(super) fn hand_over(&mut self) {
         if self.is_on {
+            self.ends_batch();
             self.store.commit();
         }
     }
 
-    /// The connections that a commit has come for since the last time.
-    fn take_ready(&mut self) -> Vec<usize> {
-        let committed = self.store.committed();
-        if !self.is_on || committed == self.committed {
-            return Vec::new();
+    /// The store has settled more since the last time.
+    fn settles(&mut self) -> bool {
+        if !self.is_on {
+            return false;
         }
-        self.committed = committed;
-        std::mem::take(&mut self.waiting)
+        let before = std::mem::replace(&mut self.settled, self.store.committed());
+        if before == self.settled {
+            return false;
+        }
+        self.failed = self.store.take_failed();
+        true
     }
 }
 
 impl Shard {
+    /// Comes back to a connection when the store has settled more.
+    pub(super) fn wait_for_commit(&mut self, id: usize) {
+        let Some(conn) = self.conns.get_mut(id) else { return };
+        if !conn.waits {
+            conn.waits = true;
+            self.durable.waiting.push((id, conn.epoch));
+        }
+        if self.durable.waits(conn.barrier) {
+            conn.gate.close(Reason::Commit);
+        }
+    }
+
     /// Lets go what earlier turns promised and is kept by now.
     pub(super) fn release_committed(&mut self) {
-        for id in self.durable.take_ready() {
-            if let Some(conn) = self.conns.get_mut(id) {
-                conn.dirty = true;
-                self.dirty.push(id);
-                self.hold(id);
+        if !self.durable.settles() {
+            return;
+        }
+        for (id, epoch) in std::mem::take(&mut self.durable.waiting) {
+            if self.is_current(id, epoch) {
+                self.conns[id].waits = false;
+                self.release(id);
             }
+        }
+        self.durable.failed.clear();
+    }
+
+    fn release(&mut self, id: usize) {
+        if self.conns[id].is_unanswered && !self.durable.waits(self.conns[id].barrier) {
+            self.conns[id].is_unanswered = false;
+            if self.durable.has_failed(self.conns[id].barrier) {
+                return self.refuse_unkept(id);
+            }
+        }
+        let conn = &mut self.conns[id];
+        // The last words to a client are not worth more than those before.
+        if matches!(conn.state, State::Lingering) && self.durable.has_failed(conn.barrier) {
+            conn.outbox = Outbox::default();
+        }
+        let is_promising = self.keep_promises(id);
+        let Some(conn) = self.conns.get(id) else { return };
+        if is_promising || self.durable.waits(conn.barrier) {
+            self.wait_for_commit(id);
+        }
+        if !self.durable.waits(self.conns[id].barrier) {
+            self.mark_dirty(id);
+            self.open_gate(id, Reason::Commit);
         }
     }
 
     /// A Session begins or goes on. The store knows it from the first time that it is to outlive its connection.
-    pub(super) fn store_opened(&mut self, id: usize, key: SessionKey) {
+    pub(super) fn store_opened(&mut self, id: usize, key: SessionKey, is_present: bool) {
         if !self.durable.is_on() {
             return;
         }
@@ -160,6 +258,7 @@ impl Shard {
         if session.session_expiry() == 0 && known.is_none() {
             return;
         }
+        let mark = self.durable.mark();
         if known.is_none() {
             let name = self.durable.store.new_session();
             session.keep(name);
@@ -174,7 +273,11 @@ impl Shard {
         }
         self.store_session(key);
         self.tell(key.slot, Some(id));
-        self.durable.promise(&mut self.conns[id].barrier);
+        let receipt = self.durable.since(mark);
+        let conn = &mut self.conns[id];
+        conn.after(receipt);
+        conn.is_unanswered = self.durable.waits(receipt);
+        conn.has_new_session = !is_present;
     }
 
     /// Has the store know how a Session stands: connected or not, with its will or without.
@@ -273,7 +376,7 @@ impl Shard {
             self.durable.write_step(name, step);
         }
         if is_promised && let Some(conn) = id.and_then(|id| self.conns.get_mut(id)) {
-            conn.barrier = self.durable.ticket();
+            conn.after(self.durable.last());
         }
     }
 
@@ -288,6 +391,8 @@ impl Shard {
     fn begin_load(&mut self, slot: u32) {
         let Some(session) = self.sessions.get_mut(slot) else { return };
         let (Some(name), Some((turn, ids))) = (session.stored(), session.begin_load()) else { return };
+        // Which hands over what was written before.
+        self.durable.ends_batch();
         self.durable.store.load(Load { key: session.key, session: name, turn, ids });
     }
 

@@ -10,12 +10,14 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use hashbrown::{HashMap, HashSet};
 use wasmqtt_protocol::codec::{PacketId, Qos, ReasonCode, Version};
-use wasmqtt_protocol::ports::{Accepted, Client, Event, EventKind, Outgoing, Submission, Ticket};
+use wasmqtt_protocol::ports::{Accepted, Client, Event, EventKind, Outgoing, Submission};
 use wasmqtt_protocol::router::{Message, SessionKey};
 use wasmqtt_protocol::session::Incoming;
 
 use super::Shard;
 use super::calls::Answer;
+use super::durable::Receipt;
+use super::gate::Reason;
 
 /// Batches that plugins of this shard have and did not answer. Beyond it, messages are collected for the next one.
 const BATCHES_MAX: usize = 16;
@@ -55,8 +57,8 @@ pub(super) struct Hooks {
     batches: u64,
     /// Until then each publisher gets its own batch.
     split_until_ms: u64,
-    /// Kept as soon as the store has committed the ticket; then plugins get them.
-    feed: VecDeque<(Ticket, Submission)>,
+    /// Plugins get them as soon as the store has them.
+    feed: VecDeque<(Receipt, Submission)>,
     events: Vec<Event>,
     /// Set of [`EventKind::bit`].
     pub(super) wanted_events: u32,
@@ -147,6 +149,7 @@ impl Shard {
         *self.hooks.waiting.entry(pending.publisher).or_insert(0) += 1;
         if let Some(conn) = self.conn_of(pending.publisher).and_then(|id| self.conns.get_mut(id)) {
             conn.submitted += 1;
+            conn.gate.close(Reason::Hook);
         }
         self.hooks.collected.push(pending);
         self.hooks.is_changed = true;
@@ -212,6 +215,7 @@ impl Shard {
                 self.hooks.waiting.remove(&publisher);
             }
         }
+        let mark = self.durable.mark();
         let reason = match answer {
             Accepted::Discard(reason) => {
                 self.tally.dropped += 1;
@@ -221,21 +225,32 @@ impl Shard {
             Accepted::Seal { delivered, kept } => self.accept(sent.client, &delivered, Some(kept), origin),
         };
         let Some(key) = publisher else { return };
+        let receipt = self.durable.since(mark);
         match conn {
-            Some((id, epoch)) if self.is_current(id, epoch) => self.acknowledge(id, key.slot, qos, packet_id, reason),
-            Some(_) => self.acknowledge_earlier(key, qos, packet_id, reason),
+            Some((id, epoch)) if self.is_current(id, epoch) => match packet_id {
+                Some(packet_id) => self.acknowledge(id, key.slot, (qos, packet_id), reason, receipt),
+                None => self.note_written(id, receipt),
+            },
+            Some(_) => self.acknowledge_earlier(key, qos, packet_id, reason, receipt),
             None => self.will_done(key),
         }
         let Some(id) = self.conn_of(publisher) else { return };
         let Some(conn) = self.conns.get_mut(id) else { return };
         conn.submitted = conn.submitted.saturating_sub(1);
         if conn.submitted == 0 {
-            self.hold(id);
+            self.open_gate(id, Reason::Hook);
         }
     }
 
     /// The connection that a QoS 2 message came over is gone, and its Session may have another one by now.
-    fn acknowledge_earlier(&mut self, key: SessionKey, qos: Qos, packet_id: Option<PacketId>, reason: ReasonCode) {
+    fn acknowledge_earlier(
+        &mut self,
+        key: SessionKey,
+        qos: Qos,
+        packet_id: Option<PacketId>,
+        reason: ReasonCode,
+        receipt: Receipt,
+    ) {
         let (Qos::ExactlyOnce, Some(packet_id)) = (qos, packet_id) else { return };
         let Some((session, id)) = self.sessions.resolve(key) else { return };
         let mut conn = id.and_then(|id| self.conns.get_mut(id));
@@ -243,7 +258,7 @@ impl Shard {
         let reason = if is_v5 { reason.for_puback() } else { ReasonCode::SUCCESS };
         if let Some(conn) = &mut conn {
             conn.outbox.lend(&mut self.pool);
-            self.durable.promise(&mut conn.barrier);
+            conn.after(receipt);
         }
         session.published_earlier(packet_id, reason, conn.map(|conn| &mut conn.outbox));
         self.tell(key.slot, id);
@@ -275,13 +290,13 @@ impl Shard {
     pub(super) fn feed(&mut self, plugins: u64, client: Option<Arc<Client>>, incoming: &Incoming<'_>) {
         let fed = self.store_fed(plugins, client.as_deref(), incoming);
         let sent = Submission { plugins, client, message: Arc::clone(incoming.message()), fed };
-        self.hooks.feed.push_back((self.durable.ticket(), sent));
+        self.hooks.feed.push_back((self.durable.last(), sent));
     }
 
     /// End of a turn: what is kept by now goes to the plugins that collect it, and what happened to those that watch.
     pub(super) fn feed_plugins(&mut self) {
         if !self.hooks.feed.is_empty() {
-            let ready = self.hooks.feed.iter().take_while(|(ticket, _)| !self.durable.waits(*ticket)).count();
+            let ready = self.hooks.feed.iter().take_while(|(receipt, _)| !self.durable.waits(*receipt)).count();
             let messages: Vec<_> = self.hooks.feed.drain(..ready).map(|(_, sent)| sent).collect();
             if !messages.is_empty() {
                 self.plugins.committed(messages);

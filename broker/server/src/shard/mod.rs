@@ -10,13 +10,17 @@ mod close;
 mod conn;
 mod connect;
 mod durable;
+mod gate;
 mod hooks;
+mod promises;
 mod publish;
+mod read;
 mod replay;
 mod routes;
 mod sessions;
 mod subscribe;
 mod sys;
+mod takeover;
 mod timers;
 mod wills;
 
@@ -41,24 +45,29 @@ pub(crate) use self::sessions::{Sessions, Standing};
 
 use self::calls::Calls;
 use self::close::Ending;
-use self::conn::Conn;
+use self::conn::{Conn, State};
 use self::durable::Durable;
 use self::hooks::Hooks;
+use self::read::Share;
 use self::routes::Routes;
 use self::sessions::Sweep;
+use self::takeover::Takeover;
 use self::timers::Timers;
 use self::wills::WillUnderWay;
-use crate::mailbox::{Mail, Remote, outgoing_bytes};
+use crate::mailbox::{Mail, Remote, Waiting};
 use crate::shared::Shared;
 
 const WAKE: Token = Token(usize::MAX);
-/// Bytes one read takes at most; the buffer belongs to the shard, so idle connections own none.
-const SCRATCH_BYTES: usize = 256 * 1024;
+/// Bytes one read takes at most; the buffer belongs to the shard, so idle connections own none. What does not fit into
+/// the turn of its client waits in a buffer of its own, of no more than this and one packet.
+const SCRATCH_BYTES: usize = 64 * 1024;
 /// Events taken from the kernel at a time.
 const EVENTS_MAX: usize = 1024;
 /// Empty outbound buffers kept for reuse, and the largest one worth keeping.
 const POOL_BUFFERS_MAX: usize = 256;
 const POOL_BUFFER_BYTES_MAX: usize = 64 * 1024;
+/// Clients that one turn says goodbye to when the broker ends.
+const DRAINED_PER_TURN: usize = 1000;
 /// How long a congested shard waits before it looks again.
 const CONGESTION_PAUSE: Duration = Duration::from_millis(1);
 
@@ -94,8 +103,14 @@ pub(crate) struct Shard {
     hooks: Hooks,
     /// Connections with something to write.
     dirty: Vec<usize>,
-    /// Connections that had more to read than one buffer, or were held back.
-    readable: Vec<usize>,
+    /// Connections that have their share of the next turn without an event, each once.
+    readable: Vec<(usize, u32)>,
+    /// Connections that are not read because others do not keep up, each once.
+    paused: Vec<(usize, u32)>,
+    /// What each connection may have of this turn.
+    share: Share,
+    /// Connections whose Sessions others wait for.
+    takeovers: Vec<Takeover>,
     /// Connections that go to another shard at the end of the batch.
     leaving: Vec<usize>,
     /// Messages for other shards, by shard.
@@ -111,6 +126,8 @@ pub(crate) struct Shard {
     /// A plugin decides what clients may do.
     has_acl: bool,
     draining: bool,
+    /// Places of connections that were said goodbye to.
+    drained: usize,
     /// Sessions here that have no room and whose publishers are told so.
     full: Vec<SessionKey>,
     /// Sessions with retained messages that can be sent now.
@@ -153,6 +170,9 @@ impl Shard {
             hooks: Hooks::default(),
             dirty: Vec::new(),
             readable: Vec::new(),
+            paused: Vec::new(),
+            share: Share::of(1),
+            takeovers: Vec::new(),
             leaving: Vec::new(),
             outgoing: shared.mailboxes.iter().map(|_| Vec::new()).collect(),
             scratch: vec![0; SCRATCH_BYTES],
@@ -165,6 +185,7 @@ impl Shard {
             has_acl: plugins.has_acl(),
             plugins,
             draining: false,
+            drained: 0,
             full: Vec::new(),
             replays: VecDeque::new(),
             held_replays: BTreeSet::new(),
@@ -184,7 +205,7 @@ impl Shard {
     /// Serves until drained.
     pub(crate) fn run(mut self) {
         let mut events = Events::with_capacity(EVENTS_MAX);
-        let mut mails = Vec::new();
+        let mut waiting = Waiting::default();
         while !(self.draining && self.conns.is_empty()) {
             let timeout = self.wait_for();
             if let Err(error) = self.poll.poll(&mut events, timeout)
@@ -194,57 +215,67 @@ impl Shard {
                 std::thread::sleep(CONGESTION_PAUSE);
             }
             self.now_ms = self.shared.now_ms();
-            self.shared.mailboxes[usize::from(self.index)].take(&mut mails);
-            for mail in mails.drain(..) {
-                self.on_mail(mail);
-            }
-            let again = std::mem::take(&mut self.readable);
-            for event in &events {
-                let Token(id) = event.token();
-                if event.token() == WAKE {
-                    continue;
-                }
-                if event.is_writable() {
-                    self.on_writable(id);
-                }
-                if event.is_error() || event.is_read_closed() {
-                    self.on_read_closed(id);
-                }
-                if event.is_readable() || event.is_error() || event.is_read_closed() {
-                    self.on_readable(id);
-                }
-            }
-            for id in again {
-                self.on_readable(id);
-            }
+            self.take_mail(&mut waiting);
+            self.end_pauses();
+            self.serve_sockets(&events);
             self.look_for_changes();
             self.run_sweeps();
             self.run_calls();
+            self.run_takeovers();
             self.run_timers();
             self.run_hooks();
             self.run_loads();
             self.run_replays();
             self.run_leaving();
+            self.run_drain();
             self.flush_all();
         }
     }
 
-    fn wait_for(&self) -> Option<Duration> {
-        let is_sweeping = self.revoked.is_under_way() || self.banned.is_under_way();
-        if self.calls.any_ready() || !self.replays.is_empty() || is_sweeping {
-            return Some(Duration::ZERO);
+    /// Each connection that has sent something gets one share of the turn, by an event or because it was held back.
+    fn serve_sockets(&mut self, events: &Events) {
+        let again = std::mem::take(&mut self.readable);
+        self.share = Share::of(again.len() + events.iter().filter(|event| event.is_readable()).count());
+        for event in events {
+            let Token(id) = event.token();
+            if event.token() == WAKE {
+                continue;
+            }
+            if event.is_writable() {
+                self.on_writable(id);
+            }
+            if event.is_error() || event.is_read_closed() {
+                self.on_read_closed(id);
+            }
+            let has_news = event.is_readable() || event.is_error() || event.is_read_closed();
+            if has_news && self.conns.get(id).is_some_and(|conn| !conn.held) {
+                self.on_readable(id);
+            }
         }
-        if !self.readable.is_empty() {
-            return Some(if self.is_congested() { CONGESTION_PAUSE } else { Duration::ZERO });
+        for (id, epoch) in again {
+            if self.is_current(id, epoch) {
+                debug_assert!(self.conns[id].held, "who is on the list knows it");
+                self.conns[id].held = false;
+                self.on_readable(id);
+            }
         }
-        self.timers.next_ms().map(|at| Duration::from_millis(at.saturating_sub(self.now_ms)))
     }
 
-    /// Another shard, or the store, does not keep up: no more reading until it does.
+    fn wait_for(&self) -> Option<Duration> {
+        let drains = self.draining && self.drained < self.conns.capacity();
+        let is_sweeping = self.revoked.is_under_way() || self.banned.is_under_way();
+        if drains || is_sweeping || self.calls.any_ready() || !self.readable.is_empty() || !self.replays.is_empty() {
+            return Some(Duration::ZERO);
+        }
+        let timer = self.timers.next_ms().map(|at| Duration::from_millis(at.saturating_sub(self.now_ms)));
+        let pause = (!self.paused.is_empty() || !self.takeovers.is_empty()).then_some(CONGESTION_PAUSE);
+        timer.into_iter().chain(pause).min()
+    }
+
+    /// Another shard does not keep up with what this one sends.
     fn is_congested(&self) -> bool {
         let own = usize::from(self.index);
-        self.durable.is_congested()
-            || self.shared.mailboxes.iter().enumerate().any(|(shard, mailbox)| shard != own && mailbox.is_congested())
+        self.shared.mailboxes.iter().enumerate().any(|(shard, mailbox)| shard != own && mailbox.is_congested())
     }
 
     fn on_mail(&mut self, mail: Mail) {
@@ -252,29 +283,47 @@ impl Shard {
             Mail::Arrived(arrival) => self.on_arrival(arrival),
             Mail::Adopt(adopted) => self.on_adopt(*adopted),
             Mail::Deliver(remotes) => self.on_remotes(&remotes),
-            Mail::Revoke(client_id) => self.on_revoke(&client_id),
-            Mail::Publish(outgoing) => {
-                self.shared.mailboxes[usize::from(self.index)].delivered(outgoing_bytes(&outgoing));
-                self.on_outgoing(*outgoing);
-            }
-            Mail::Disconnect(client_id, reason) => self.on_disconnect_wanted(&client_id, reason),
+            Mail::Publish(outgoing) => self.on_outgoing(*outgoing),
             Mail::Explain { client_id, access, reply } => drop(reply.try_send(self.explain(&client_id, &access))),
             Mail::KeepBan(pattern, until_ms, note) => {
                 self.durable.write(Change::Ban { pattern: &pattern, until_ms, note: &note });
             }
             Mail::Fed(plugin, ids) => ids.iter().for_each(|id| self.durable.write_fed(&plugin, *id)),
-            Mail::Banned => self.end_banned(),
-            // Each turn looks.
-            Mail::Look => {}
-            Mail::Drain => self.drain(),
+            Mail::Drain => self.draining = true,
         }
     }
 
-    fn drain(&mut self) {
-        self.draining = true;
-        let ids: Vec<usize> = self.conns.iter().map(|(id, _)| id).collect();
-        for id in ids {
-            self.end(id, Ending::Server(ReasonCode::SERVER_SHUTTING_DOWN, "broker is shutting down"));
+    fn take_mail(&mut self, waiting: &mut Waiting) {
+        let shared = Arc::clone(&self.shared);
+        let mailbox = &shared.mailboxes[usize::from(self.index)];
+        mailbox.take(waiting);
+        for mail in waiting.mails.drain(..) {
+            self.on_mail(mail);
+        }
+        for (client_id, wish) in waiting.wishes.drain() {
+            if wish.revoke {
+                self.on_revoke(&client_id);
+            }
+            if let Some(reason) = wish.disconnect {
+                self.on_disconnect_wanted(&client_id, reason);
+            }
+        }
+        if std::mem::take(&mut waiting.is_ban_new) {
+            self.end_banned();
+        }
+        mailbox.done(waiting);
+    }
+
+    /// Says goodbye to some more clients.
+    fn run_drain(&mut self) {
+        if !self.draining {
+            return;
+        }
+        let until = (self.drained + DRAINED_PER_TURN).min(self.conns.capacity());
+        for id in std::mem::replace(&mut self.drained, until)..until {
+            if self.conns.get(id).is_some_and(|conn| !matches!(conn.state, State::Lingering)) {
+                self.end(id, Ending::Server(ReasonCode::SERVER_SHUTTING_DOWN, "broker is shutting down"));
+            }
         }
     }
 

@@ -11,6 +11,7 @@ use wasmqtt_protocol::ports::EventKind;
 use wasmqtt_protocol::router::{Group, Merged, MessageId, Target, pick};
 use wasmqtt_protocol::session::{Delivered, Delivery, Incoming, QueuePolicy, Step, Wish};
 
+use super::durable::Receipt;
 use super::routes::{Route, random};
 use super::{Ending, Shard};
 use crate::mailbox::Remote;
@@ -34,6 +35,7 @@ impl Shard {
         let route = self.route(incoming.topic);
         let Some(verdict) = self.may_publish(id, key, &incoming, route.id) else { return };
         self.tally.received += 1;
+        let mark = self.durable.mark();
         let reason = if incoming.topic.starts_with("$SYS/") {
             ReasonCode::NOT_AUTHORIZED
         } else if let Verdict::Deny(reason) = verdict {
@@ -58,8 +60,11 @@ impl Shard {
         if let Verdict::Deny(_) = verdict {
             self.tally.dropped += 1;
         }
-        if publish.qos != Qos::AtMostOnce {
-            self.acknowledge(id, slot, publish.qos, publish.packet_id, reason);
+        let receipt = self.durable.since(mark);
+        if let Some(packet_id) = publish.packet_id {
+            self.acknowledge(id, slot, (publish.qos, packet_id), reason, receipt);
+        } else {
+            self.note_written(id, receipt);
         }
     }
 
@@ -77,23 +82,26 @@ impl Shard {
         is_queued && self.shared.full.any() && self.shared.full.has(targets().map(|target| target.session))
     }
 
+    /// Answers a QoS 1 or QoS 2 PUBLISH, when what was written for it is kept.
     pub(super) fn acknowledge(
         &mut self,
         id: usize,
         slot: u32,
-        qos: Qos,
-        packet_id: Option<PacketId>,
+        (qos, packet_id): (Qos, PacketId),
         reason: ReasonCode,
+        receipt: Receipt,
     ) {
-        let Some(conn) = self.conns.get_mut(id) else { return };
+        let Some(conn) = self.conns.get(id) else { return };
         let Some(session) = self.sessions.get_mut(slot) else { return };
         // 3.x has no reasons: what was refused is acknowledged and dropped. MQTT 3.1.1 §3.3.5
         let reason = if conn.version == Version::V5 { reason.for_puback() } else { ReasonCode::SUCCESS };
-        conn.outbox.lend(&mut self.pool);
-        self.durable.promise(&mut conn.barrier);
-        session.published(qos, packet_id, reason, &mut conn.outbox);
-        self.tell(slot, Some(id));
-        self.mark_dirty(id);
+        let mark = self.durable.mark();
+        if qos == Qos::ExactlyOnce && !reason.is_error() {
+            session.accepted(packet_id);
+            self.tell(slot, None);
+        }
+        let receipt = receipt.and(self.durable.since(mark));
+        self.promise_publish(id, slot, (qos, packet_id), reason, receipt);
     }
 
     #[inline]
@@ -258,9 +266,7 @@ impl Shard {
 
     /// Messages that other shards routed to Sessions here.
     pub(super) fn on_remotes(&mut self, remotes: &[Remote]) {
-        let mut bytes = 0;
         for remote in remotes {
-            bytes += remote.bytes();
             let mut incoming = Incoming::from_message(&remote.message);
             incoming.kept_as.clone_from(&remote.kept_as);
             self.frames.reset();
@@ -278,7 +284,6 @@ impl Shard {
                 }
             }
         }
-        self.shared.mailboxes[usize::from(self.index)].delivered(bytes);
     }
 
     /// A member of a Shared Subscription is gone: others get what it did not take. MQTT 5.0 §4.8.2

@@ -8,13 +8,14 @@ use hashbrown::HashMap;
 use tracing::debug;
 use wasmqtt_protocol::access::Verdict;
 use wasmqtt_protocol::codec::{
-    Packet, ReasonCode, RetainHandling, Suback, Subscribe, SubscribeOptions, Unsubscribe, UserProperties, Version,
+    ReasonCode, RetainHandling, Subscribe, SubscribeOptions, Unsubscribe, UserProperties, Version,
 };
 use wasmqtt_protocol::ports::EventKind;
 use wasmqtt_protocol::router::{SessionKey, Subscription};
 use wasmqtt_protocol::topic::Filter;
 
 use super::Shard;
+use super::promises::Subscribed;
 use crate::shared::is_too_deep;
 
 impl Shard {
@@ -26,6 +27,7 @@ impl Shard {
         let subscribe = &Subscribe { packet_id, subscription_id, user_properties: UserProperties::default(), filters };
         let Some(verdicts) = self.may_subscribe(id, key, subscribe) else { return };
         let mut reasons = Vec::with_capacity(subscribe.filters.len());
+        let (mark, mut made) = (self.durable.mark(), Vec::new());
         // A filter with several options in turn is one subscription, which gets the retained messages once.
         let mut retained = BTreeSet::new();
         let filters_max = self.shared.config.limits.filters_per_packet_max;
@@ -63,6 +65,9 @@ impl Shard {
             let options = SubscribeOptions { qos: options.qos.min(self.shared.limits.maximum_qos), ..*options };
             let subscription = Subscription { options, id: subscribe.subscription_id };
             let is_new = self.subscribe(key, &filter, subscription);
+            if self.is_stored(slot) {
+                made.push(filter.clone());
+            }
             reasons.push(ReasonCode(options.qos as u8));
             let wanted = match options.retain_handling {
                 RetainHandling::Send => true,
@@ -73,16 +78,13 @@ impl Shard {
                 retained.insert(filter);
             }
         }
-        let suback = Suback {
-            packet_id,
-            reasons: places.iter().filter_map(|place| reasons.get(*place).copied()).collect(),
-            reason_string: None,
-            user_properties: UserProperties::default(),
-        };
+        let reasons = places.iter().filter_map(|place| reasons.get(*place).copied()).collect();
+        let answer = Subscribed { packet_id, reasons, made: Some(made) };
+        let receipt = self.durable.since(mark);
         if !retained.is_empty() {
             self.begin_replays(key, retained);
         }
-        self.answer(id, slot, &Packet::Suback(suback));
+        self.promise_subscribed(id, slot, answer, receipt);
     }
 
     fn is_stored(&self, slot: u32) -> bool {
@@ -99,16 +101,6 @@ impl Shard {
 
     fn client_id(&self, slot: u32) -> &str {
         self.sessions.get(slot).map_or("", |session| &session.client_id)
-    }
-
-    fn answer(&mut self, id: usize, slot: u32, packet: &Packet<'_>) {
-        let Some(conn) = self.conns.get_mut(id) else { return };
-        conn.outbox.lend(&mut self.pool);
-        self.durable.promise(&mut conn.barrier);
-        if let Some(session) = self.sessions.get(slot) {
-            session.send(packet, &mut conn.outbox);
-        }
-        self.mark_dirty(id);
     }
 
     /// `true`: the Session had no such subscription.
@@ -156,6 +148,7 @@ impl Shard {
         let Some(key) = self.sessions.get(slot).map(|session| session.key) else { return };
         let version = self.conns[id].version;
         let mut reasons = Vec::with_capacity(unsubscribe.filters.len());
+        let mark = self.durable.mark();
         for text in &unsubscribe.filters {
             let reason = match Filter::parse(text) {
                 Ok(filter) if self.unsubscribe(key, &filter) => ReasonCode::SUCCESS,
@@ -164,13 +157,8 @@ impl Shard {
             };
             reasons.push(reason);
         }
-        let unsuback = Suback {
-            packet_id: unsubscribe.packet_id,
-            reasons,
-            reason_string: None,
-            user_properties: UserProperties::default(),
-        };
-        self.answer(id, slot, &Packet::Unsuback(unsuback));
+        let answer = Subscribed { packet_id: unsubscribe.packet_id, reasons, made: None };
+        self.promise_subscribed(id, slot, answer, self.durable.since(mark));
     }
 
     pub(super) fn unsubscribe(&mut self, key: SessionKey, filter: &Filter) -> bool {

@@ -15,6 +15,8 @@ const SWEEP_BUDGET: usize = 10_000;
 
 /// What one turn does of what is due; others are served before the rest.
 const TIMERS_PER_TURN: usize = 1000;
+/// Until the Keep Alive of a client that is about to be read is looked at again.
+const LOOK_AGAIN_MS: u64 = 100;
 /// Messages waiting in queues that are looked at per second and shard, whether they have expired.
 const QUEUE_BUDGET: usize = 50_000;
 
@@ -190,10 +192,17 @@ impl Shard {
         let Some(keep_alive) = self.sessions.get(slot).and_then(Session::link).and_then(Link::keep_alive_ms) else {
             return;
         };
-        // A connection that is not read, because its answers pile up, may well have sent something.
-        let due = self.conns[id].heard_ms + keep_alive;
+        let conn = &mut self.conns[id];
+        let stream = &conn.stream;
+        let due = match conn.gate.silent_since_ms(|| stream.unread()) {
+            Some(since_ms) => since_ms + keep_alive,
+            None => self.now_ms + keep_alive,
+        };
         if due > self.now_ms {
             self.set_conn_timer(id, due, Timer::KeepAlive { id, epoch });
+        } else if conn.held {
+            // What it has sent is read in the next turn.
+            self.set_conn_timer(id, self.now_ms + LOOK_AGAIN_MS, Timer::KeepAlive { id, epoch });
         } else {
             self.end(id, Ending::Server(ReasonCode::KEEP_ALIVE_TIMEOUT, "no packet within the Keep Alive"));
         }

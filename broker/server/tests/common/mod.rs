@@ -31,7 +31,11 @@ pub(crate) struct Broker {
 
 impl Broker {
     pub(crate) fn start(plugins: Arc<dyn Plugins>, store: Arc<dyn Store>) -> Self {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
+        Self::start_with(plugins, store, 1)
+    }
+
+    pub(crate) fn start_with(plugins: Arc<dyn Plugins>, store: Arc<dyn Store>, shards: usize) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_time().build().unwrap();
         let config = Config {
             listeners: vec![Listener {
                 bind: Bind::Tcp("127.0.0.1:0".parse().unwrap()),
@@ -40,12 +44,32 @@ impl Broker {
             }],
             anonymous: Anonymous::Allow,
             limits: Limits::default(),
-            shards: 1,
+            shards,
             sys_interval: Duration::ZERO,
         };
         let server = Server::start(config, plugins, store, runtime.handle().clone()).unwrap();
         let address = server.listeners()[0].trim_start_matches("mqtt://").to_owned();
         Self { server: Some(server), address, _runtime: runtime }
+    }
+
+    /// A connection on which nothing was said yet.
+    pub(crate) fn open(&self) -> Client {
+        let stream = TcpStream::connect(&self.address).unwrap();
+        // Else a small write may still wait on this side when the connection is closed.
+        stream.set_nodelay(true).unwrap();
+        Client(stream)
+    }
+
+    /// With this Keep Alive, and let in.
+    pub(crate) fn connect_alive(&self, client_id: &str, keep_alive: u16) -> Client {
+        let mut client = self.open();
+        client.write(&connect(4, 2, keep_alive, &[client_id]));
+        client.expect(CONNACK);
+        client
+    }
+
+    pub(crate) fn watch(&self) -> wasmqtt_server::Watch {
+        self.server.as_ref().unwrap().watch()
     }
 
     /// MQTT 3.1.1; the Session outlives the connection unless `clean`.
@@ -83,9 +107,52 @@ fn string(text: &str, bytes: &mut Vec<u8>) {
     bytes.extend_from_slice(text.as_bytes());
 }
 
+/// A packet of any length.
+pub(crate) fn packet(first: u8, body: &[u8]) -> Vec<u8> {
+    let (mut bytes, mut left) = (vec![first], body.len());
+    loop {
+        let low = (left & 0x7f) as u8;
+        left >>= 7;
+        bytes.push(if left == 0 { low } else { low | 0x80 });
+        if left == 0 {
+            break;
+        }
+    }
+    bytes.extend_from_slice(body);
+    bytes
+}
+
+/// CONNECT of that level, with these strings behind its head (Client Identifier, will); without properties.
+pub(crate) fn connect(level: u8, flags: u8, keep_alive: u16, strings: &[&str]) -> Vec<u8> {
+    let mut body = vec![0, 4, b'M', b'Q', b'T', b'T', level, flags];
+    body.extend_from_slice(&keep_alive.to_be_bytes());
+    if level == 5 {
+        body.push(0);
+    }
+    strings.iter().for_each(|text| string(text, &mut body));
+    packet(0x10, &body)
+}
+
+/// PUBLISH of 3.1.1; `id` with QoS 1 and 2 only.
+pub(crate) fn publish(first: u8, topic: &str, id: Option<u16>, payload: &[u8]) -> Vec<u8> {
+    let mut body = Vec::new();
+    string(topic, &mut body);
+    body.extend(id.iter().flat_map(|id| id.to_be_bytes()));
+    body.extend_from_slice(payload);
+    packet(first, &body)
+}
+
 pub(crate) struct Client(TcpStream);
 
 impl Client {
+    pub(crate) fn stream(&self) -> &TcpStream {
+        &self.0
+    }
+
+    pub(crate) fn write(&mut self, bytes: &[u8]) {
+        self.0.write_all(bytes).unwrap();
+    }
+
     pub(crate) fn send(&mut self, first: u8, body: &[u8]) {
         self.0.write_all(&[first, u8::try_from(body.len()).unwrap()]).unwrap();
         self.0.write_all(body).unwrap();
@@ -122,7 +189,15 @@ impl Client {
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => return None,
             Err(error) => panic!("connection lost: {error}"),
         }
-        let mut body = vec![0; usize::from(head[1])];
+        // The rest is on its way.
+        self.0.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let (mut length, mut shift, mut byte) = (usize::from(head[1] & 0x7f), 7, [head[1]]);
+        while byte[0] & 0x80 != 0 {
+            self.0.read_exact(&mut byte).unwrap();
+            length |= usize::from(byte[0] & 0x7f) << shift;
+            shift += 7;
+        }
+        let mut body = vec![0; length];
         self.0.read_exact(&mut body).unwrap();
         Some((head[0] & 0xf0, body))
     }
