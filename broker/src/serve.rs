@@ -21,8 +21,8 @@ use wasmqtt_server::{Anonymous, Bind, Server};
 
 use crate::control::{self, Reach};
 use crate::plugins;
-use crate::supervise::{self, Supervisor};
 use crate::settings::{Log, Settings};
+use crate::supervise::{self, Supervisor};
 
 /// Time for clients to take what is waiting for them once a signal has come.
 const DRAIN_GRACE: Duration = Duration::from_secs(10);
@@ -97,7 +97,11 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
 }
 
 /// All threads that the broker cannot do without.
-fn watched(server: &Server, store: Option<&Arc<RocksStore>>, plugins: Option<&Arc<PluginHost>>) -> Vec<supervise::Look> {
+fn watched(
+    server: &Server,
+    store: Option<&Arc<RocksStore>>,
+    plugins: Option<&Arc<PluginHost>>,
+) -> Vec<supervise::Look> {
     let server = server.watch();
     let mut looks: Vec<supervise::Look> = vec![Box::new(move || server.ended())];
     if let Some(store) = store.map(Arc::clone) {

@@ -12,10 +12,10 @@ use wasmqtt_protocol::ports::{AuthOutcome, AuthRequest, EventKind, Grant};
 use wasmqtt_protocol::router::{Message, SessionKey};
 use wasmqtt_protocol::session::{Link, ServerLimits, Session, WillMessage};
 
+use super::Shard;
 use super::conn::{Conn, State};
 use super::gate::Reason;
 use super::timers::Timer;
-use super::Shard;
 use crate::config::Anonymous;
 use crate::mailbox::Mail;
 

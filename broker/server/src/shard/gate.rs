@@ -29,8 +29,11 @@ pub(super) enum Reason {
 /// Reasons that leave even the packets alone that were read already: the first of them waits for an answer.
 const STOPS: u16 = Reason::Opening as u16 | Reason::Leaving as u16 | Reason::Asking as u16;
 /// Reasons that do not count for a connection that is read to its end, because another one takes its Session over.
-const FOR_LATER: u16 =
-    Reason::Commit as u16 | Reason::Outbox as u16 | Reason::Congested as u16 | Reason::Store as u16 | Reason::Hook as u16;
+const FOR_LATER: u16 = Reason::Commit as u16
+    | Reason::Outbox as u16
+    | Reason::Congested as u16
+    | Reason::Store as u16
+    | Reason::Hook as u16;
 
 /// The reasons not to read one connection, and since when the client is silent.
 #[derive(Debug)]

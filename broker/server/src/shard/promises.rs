@@ -9,9 +9,7 @@
 
 use std::collections::VecDeque;
 
-use wasmqtt_protocol::codec::{
-    Packet, PacketId, Qos, ReasonCode, Suback, UserProperties, Version,
-};
+use wasmqtt_protocol::codec::{Packet, PacketId, Qos, ReasonCode, Suback, UserProperties, Version};
 use wasmqtt_protocol::ports::EventKind;
 use wasmqtt_protocol::session::Outbox;
 use wasmqtt_protocol::topic::Filter;
@@ -34,7 +32,11 @@ struct Promise {
 
 enum Answer {
     /// PUBACK or PUBREC.
-    Publish { qos: Qos, packet_id: PacketId, reason: ReasonCode },
+    Publish {
+        qos: Qos,
+        packet_id: PacketId,
+        reason: ReasonCode,
+    },
     Subscribe(Box<Subscribed>),
 }
 

@@ -16,8 +16,7 @@ use super::{Ending, Shard};
 const LAST_BYTES_MAX: usize = 16 << 20;
 const LAST_MS_MAX: u64 = 2000;
 
-const TAKEN_OVER: Ending =
-    Ending::Server(ReasonCode::SESSION_TAKEN_OVER, "another connection took the Session over");
+const TAKEN_OVER: Ending = Ending::Server(ReasonCode::SESSION_TAKEN_OVER, "another connection took the Session over");
 
 /// A connection that is read to its end, and the one that waits for that.
 pub(super) struct Takeover {
