@@ -234,7 +234,12 @@ impl Shard {
         if let Some(old) = self.sessions.conn(key.slot) {
             return self.take_over(id, old, opening, grant);
         }
-        let expired = self.sessions.deadlines(key.slot).0.is_some_and(|at| at <= self.now_ms);
+        let (expires_ms, will_ms) = self.sessions.deadlines(key.slot);
+        // Its delay has passed, for instance while no broker ran: the client is no longer in time to take it back.
+        if will_ms.is_some_and(|at| at <= self.now_ms) {
+            self.on_will_delay(key);
+        }
+        let expired = expires_ms.is_some_and(|at| at <= self.now_ms);
         // Ending it also publishes a will that was delayed. MQTT 5.0 §3.1.3.2.2
         if self.sessions.resolve(key).is_some() && (opening.clean_start || expired) {
             self.end_session(key);
