@@ -42,8 +42,8 @@ impl Default for HostConfig {
     }
 }
 
-/// One plugin.
-#[derive(Debug, Clone)]
+/// One plugin. Its settings and environment may be secrets: `Debug` leaves them out.
+#[derive(Clone)]
 pub struct PluginConfig {
     /// Name in logs and `$SYS`.
     pub name: String,
@@ -71,6 +71,17 @@ pub struct PluginConfig {
     pub rollout: Rollout,
     /// How long a build that replaced another is watched: if it fails more, the other one serves again.
     pub probation: Duration,
+}
+
+impl std::fmt::Debug for PluginConfig {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let names: Vec<&str> = self.config.iter().map(|(name, _)| name.as_str()).collect();
+        out.debug_struct("PluginConfig")
+            .field("name", &self.name)
+            .field("path", &self.path)
+            .field("settings", &names)
+            .finish_non_exhaustive()
+    }
 }
 
 impl PluginConfig {
@@ -147,7 +158,7 @@ pub enum Rollout {
 }
 
 /// What a plugin may do beside reading files. The default is nothing.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub struct Grants {
     /// Topics it may publish to.
     pub publish: Vec<Filter>,

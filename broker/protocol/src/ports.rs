@@ -2,6 +2,7 @@
 //!
 //! The server implements none of the plug-points and the plugin host knows nothing of sockets: they meet here.
 
+use std::fmt;
 use std::future::Future;
 use std::net::IpAddr;
 use std::pin::Pin;
@@ -11,6 +12,7 @@ use bytes::Bytes;
 
 use crate::access::{Action, Decision, Rule};
 use crate::codec::{Qos, ReasonCode, Version};
+use crate::text::Secret;
 
 mod broker;
 mod events;
@@ -29,7 +31,7 @@ pub use store::{
 pub type Call<T> = Pin<Box<dyn Future<Output = T>>>;
 
 /// What a CONNECT packet says about who is asking, and where it came from.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct AuthRequest {
     /// Client Identifier, never empty: an assigned one is filled in before.
     pub client_id: Arc<str>,
@@ -45,14 +47,31 @@ pub struct AuthRequest {
     pub version: Version,
     /// Address of the peer; `None` for Unix sockets.
     pub address: Option<IpAddr>,
-    /// Listener as written in the configuration, such as `mqtt://127.0.0.1:1883`.
+    /// Listener by its address as configured, such as `mqtt://127.0.0.1:1883`.
     pub listener: Arc<str>,
     /// User Properties of CONNECT, in order.
     pub user_properties: Vec<(String, String)>,
 }
 
+impl fmt::Debug for AuthRequest {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { client_id, username, password, method, data, version, address, listener, .. } = self;
+        // User Properties may be where a client has its token.
+        out.debug_struct("AuthRequest")
+            .field("client_id", client_id)
+            .field("username", username)
+            .field("password", &Secret::of(password.as_ref()))
+            .field("method", method)
+            .field("data", &Secret::of(data.as_ref()))
+            .field("version", version)
+            .field("address", address)
+            .field("listener", listener)
+            .finish_non_exhaustive()
+    }
+}
+
 /// One AUTH packet in an exchange of enhanced authentication or re-authentication.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct AuthStep {
     /// The CONNECT that began the exchange.
     pub request: Arc<AuthRequest>,
@@ -66,8 +85,19 @@ pub struct AuthStep {
     pub reauthenticate: bool,
 }
 
+impl fmt::Debug for AuthStep {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { request, plugin, reauthenticate, .. } = self;
+        out.debug_struct("AuthStep")
+            .field("request", request)
+            .field("plugin", plugin)
+            .field("reauthenticate", reauthenticate)
+            .finish_non_exhaustive()
+    }
+}
+
 /// The answer of the whole plugin chain.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub enum AuthOutcome {
     /// No plugin had an opinion.
     Next,
@@ -88,8 +118,22 @@ pub enum AuthOutcome {
     Unavailable,
 }
 
+impl fmt::Debug for AuthOutcome {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Next => out.write_str("Next"),
+            Self::Allow(grant) => out.debug_tuple("Allow").field(grant).finish(),
+            Self::Deny(reason) => out.debug_tuple("Deny").field(reason).finish(),
+            Self::Challenge { plugin, .. } => {
+                out.debug_struct("Challenge").field("plugin", plugin).finish_non_exhaustive()
+            }
+            Self::Unavailable => out.write_str("Unavailable"),
+        }
+    }
+}
+
 /// What an authenticated client gets.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Clone, PartialEq, Eq, Default)]
 pub struct Grant {
     /// Identity for permissions and logs; the User Name when the plugin left it empty.
     pub principal: String,
@@ -101,6 +145,19 @@ pub struct Grant {
     pub complete: bool,
     /// Seconds until the client has to authenticate again; 0: never.
     pub expires: u32,
+}
+
+impl fmt::Debug for Grant {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { principal, data, rules, complete, expires } = self;
+        out.debug_struct("Grant")
+            .field("principal", principal)
+            .field("data", &Secret::of(data.as_ref()))
+            .field("rules", rules)
+            .field("complete", complete)
+            .field("expires", expires)
+            .finish()
+    }
 }
 
 /// A connected client, as far as permissions go.
@@ -219,5 +276,39 @@ impl ShardPlugins for NoPlugins {
     }
     fn proceed(&self, _step: AuthStep) -> Call<AuthOutcome> {
         Box::pin(std::future::ready(AuthOutcome::Next))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_shown_for_debugging_has_no_secrets() {
+        let secret = || Bytes::from_static(b"hunter2");
+        let request = AuthRequest {
+            client_id: "c".into(),
+            username: Some("ann".into()),
+            password: Some(secret()),
+            method: Some("SCRAM".into()),
+            data: Some(secret()),
+            version: Version::V5,
+            address: None,
+            listener: "mqtt://127.0.0.1:1883".into(),
+            user_properties: vec![("token".into(), "hunter2".into())],
+        };
+        let step = AuthStep {
+            request: Arc::new(request.clone()),
+            data: secret(),
+            state: secret(),
+            plugin: "p".into(),
+            reauthenticate: false,
+        };
+        let challenge = AuthOutcome::Challenge { data: secret(), state: secret(), plugin: "p".into() };
+        let allowed = AuthOutcome::Allow(Grant { data: Some(secret()), ..Grant::default() });
+        let shown = format!("{request:?} {step:?} {challenge:?} {allowed:?}");
+        // As text, and as the list of numbers that a slice of bytes is shown as.
+        assert!(!shown.contains("hunter2") && !shown.contains("104, 117, 110"), "{shown}");
+        assert!(shown.contains("ann") && shown.contains("password: Some((secret))"), "{shown}");
     }
 }

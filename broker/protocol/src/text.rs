@@ -137,6 +137,23 @@ impl fmt::Write for Escaper<'_> {
     }
 }
 
+/// Stands for a secret where a value is shown for debugging.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Secret;
+
+impl Secret {
+    /// Tells whether there is one, and neither its bytes nor how many.
+    pub fn of<T>(secret: Option<T>) -> Option<Self> {
+        secret.map(|_| Self)
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str("(secret)")
+    }
+}
+
 /// A character that a terminal, a reader of lines or a reader's eye could take for something else than itself.
 pub fn is_unsafe(c: char) -> bool {
     // Nearly all text that is shown is ASCII.

@@ -1,8 +1,10 @@
 //! The packet types, borrowed from the bytes they were decoded from.
 
+use std::fmt;
 use std::num::{NonZeroU16, NonZeroU32};
 
 use super::{PublishProperties, ReasonCode, UserProperties};
+use crate::text::Secret;
 
 /// Identifies a packet in flight; 1..=65 535 per Session and direction. MQTT 5.0 §2.2.1.
 pub type PacketId = NonZeroU16;
@@ -76,7 +78,7 @@ pub enum Packet<'a> {
 }
 
 /// MQTT 5.0 §3.1.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Clone, PartialEq)]
 pub struct Connect<'a> {
     /// Version the client speaks.
     pub version: Version,
@@ -110,6 +112,29 @@ pub struct Connect<'a> {
     pub authentication_method: Option<&'a str>,
     /// Authentication Data.
     pub authentication_data: Option<&'a [u8]>,
+}
+
+impl fmt::Debug for Connect<'_> {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.debug_struct("Connect")
+            .field("version", &self.version)
+            .field("clean_start", &self.clean_start)
+            .field("keep_alive", &self.keep_alive)
+            .field("client_id", &self.client_id)
+            .field("will", &self.will)
+            .field("username", &self.username)
+            .field("password", &Secret::of(self.password))
+            .field("session_expiry", &self.session_expiry)
+            .field("receive_maximum", &self.receive_maximum)
+            .field("maximum_packet_size", &self.maximum_packet_size)
+            .field("topic_alias_maximum", &self.topic_alias_maximum)
+            .field("request_response_information", &self.request_response_information)
+            .field("request_problem_information", &self.request_problem_information)
+            .field("authentication_method", &self.authentication_method)
+            .field("authentication_data", &Secret::of(self.authentication_data))
+            // User Properties may be where a client has its token.
+            .finish_non_exhaustive()
+    }
 }
 
 /// The will inside CONNECT. MQTT 5.0 §3.1.3.2. `properties` holds what is published with it.
@@ -253,7 +278,7 @@ pub struct Disconnect<'a> {
 }
 
 /// MQTT 5.0 §3.15.
-#[derive(Debug, Clone, PartialEq, Default)]
+#[derive(Clone, PartialEq, Default)]
 #[allow(missing_docs, reason = "named as in the standard")]
 pub struct Auth<'a> {
     pub reason: ReasonCode,
@@ -261,4 +286,15 @@ pub struct Auth<'a> {
     pub authentication_data: Option<&'a [u8]>,
     pub reason_string: Option<&'a str>,
     pub user_properties: UserProperties<'a>,
+}
+
+impl fmt::Debug for Auth<'_> {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.debug_struct("Auth")
+            .field("reason", &self.reason)
+            .field("authentication_method", &self.authentication_method)
+            .field("authentication_data", &Secret::of(self.authentication_data))
+            .field("reason_string", &self.reason_string)
+            .finish_non_exhaustive()
+    }
 }
