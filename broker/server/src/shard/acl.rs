@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use tracing::{debug, info};
+use tracing::debug;
 use wasmqtt_protocol::access::{Action, Decision, Permits, Verdict};
 use wasmqtt_protocol::codec::{Qos, ReasonCode, Subscribe};
 use wasmqtt_protocol::ports::{Access, AuthRequest, Client, EventKind, Grant};
@@ -354,7 +354,7 @@ impl Shard {
                 Some((Verdict::Allow, until_ms)) if until_ms > self.now_ms => next_ms = next_ms.min(until_ms),
                 Some((Verdict::Allow, _)) => {}
                 Some((Verdict::Deny(_), _)) => {
-                    info!(client_id = %standing.client.client_id, %filter, "subscription ended: no longer allowed");
+                    debug!(client_id = %standing.client.client_id, %filter, "subscription ended: no longer allowed");
                     self.unsubscribe(key, &filter);
                 }
             }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 use wasmqtt_protocol::codec::{self, Auth, Packet, ReasonCode, Version, encode};
 use wasmqtt_protocol::ports::{AuthOutcome, AuthRequest, AuthStep, Client, EventKind};
 
@@ -82,8 +82,24 @@ impl Shard {
         }
     }
 
+    /// One line at `info` for a client that may not come in, as tools that block addresses want it, but only some from
+    /// one address. That a plugin could not answer is no fault of the client.
+    pub(super) fn note_refusal(&self, request: &AuthRequest, reason: ReasonCode) {
+        let AuthRequest { client_id, username, address, .. } = request;
+        let refusals = &self.shared.refusals;
+        if reason != ReasonCode::SERVER_UNAVAILABLE
+            && let Some(left_out) = refusals.count(*address, self.shared.uptime_ms())
+        {
+            let address = address.map_or_else(|| "unix".to_owned(), |address| address.to_string());
+            let user = username.as_deref().unwrap_or_default();
+            info!(address, %client_id, user, ?reason, left_out, "login refused");
+        } else {
+            debug!(%client_id, ?address, ?reason, "login refused");
+        }
+    }
+
     fn deny(&mut self, id: usize, request: &AuthRequest, reason: ReasonCode) {
-        debug!(client_id = %request.client_id, address = ?request.address, ?reason, "connection refused");
+        self.note_refusal(request, reason);
         if self.wants(EventKind::ClientRefused) {
             let client = Client {
                 client_id: Arc::clone(&request.client_id),
