@@ -1,72 +1,90 @@
 //! Accepts connections and gives each to the shard with the fewest.
 
 use std::io;
-use std::net::IpAddr;
-use std::os::unix::fs::FileTypeExt;
-use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use mio::net::{TcpListener, UnixListener};
 use mio::{Events, Interest, Poll, Token, Waker};
-use socket2::{Domain, Protocol, Socket, Type};
+use slab::Slab;
 use tracing::{debug, warn};
 
-use crate::config::{Bind, Listener};
+use crate::config::Listener;
+use crate::listening::{BindError, Listening, bind_all};
 use crate::mailbox::Mail;
 use crate::shard::Arrival;
 use crate::shared::Shared;
-use crate::stream::Stream;
 
-/// Connections the kernel may hold for us.
-const BACKLOG: i32 = 4096;
 /// Pause after a failed accept (out of file descriptors, say), so as not to spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-const STOP: Token = Token(usize::MAX);
+const WAKE: Token = Token(usize::MAX);
 
-enum Socketed {
-    Tcp(TcpListener),
-    Unix(UnixListener),
+/// What a reload wants of the acceptor.
+pub(crate) enum Order {
+    Serve(Listening),
+    /// The listener of that name.
+    Close(Arc<str>),
+    /// Other settings for the listener of that name.
+    Update(Listener),
+}
+
+/// Reaches the acceptor from other threads.
+#[derive(Clone)]
+pub(crate) struct AcceptorHandle {
+    orders: Arc<Mutex<Vec<Order>>>,
+    waker: Arc<Waker>,
+}
+
+impl AcceptorHandle {
+    pub(crate) fn send(&self, orders: Vec<Order>) {
+        self.orders.lock().unwrap_or_else(PoisonError::into_inner).extend(orders);
+        self.wake();
+    }
+
+    pub(crate) fn wake(&self) {
+        let _ = self.waker.wake();
+    }
 }
 
 /// Listening sockets, bound and not yet served.
 pub(crate) struct Acceptor {
     poll: Poll,
-    sockets: Vec<(Socketed, Arc<str>)>,
-    waker: Arc<Waker>,
+    sockets: Slab<Listening>,
+    handle: AcceptorHandle,
 }
 
 impl Acceptor {
     /// Binds all listeners.
-    pub(crate) fn bind(listeners: &[Listener]) -> Result<Self, (String, io::Error)> {
+    pub(crate) fn bind(listeners: &[Listener]) -> Result<Self, BindError> {
         let failed = |what: &str| {
             let what = what.to_owned();
             move |error| (what, error)
         };
         let poll = Poll::new().map_err(failed("epoll"))?;
-        let waker = Arc::new(Waker::new(poll.registry(), STOP).map_err(failed("eventfd"))?);
-        let mut sockets = Vec::new();
-        for (place, listener) in listeners.iter().enumerate() {
-            let token = Token(place);
-            let (mut socket, name) = bind(&listener.bind).map_err(failed(&listener.name))?;
-            match &mut socket {
-                Socketed::Tcp(tcp) => poll.registry().register(tcp, token, Interest::READABLE),
-                Socketed::Unix(unix) => poll.registry().register(unix, token, Interest::READABLE),
-            }
-            .map_err(failed(&listener.name))?;
-            sockets.push((socket, name.into()));
+        let waker = Arc::new(Waker::new(poll.registry(), WAKE).map_err(failed("eventfd"))?);
+        let mut acceptor =
+            Self { poll, sockets: Slab::new(), handle: AcceptorHandle { orders: Arc::default(), waker } };
+        for listening in bind_all(listeners, listeners)? {
+            let name = Arc::clone(&listening.listener.name);
+            acceptor.serve(listening).map_err(failed(&name))?;
         }
-        Ok(Self { poll, sockets, waker })
+        Ok(acceptor)
+    }
+
+    fn serve(&mut self, mut listening: Listening) -> io::Result<()> {
+        let place = self.sockets.vacant_entry();
+        self.poll.registry().register(listening.source(), Token(place.key()), Interest::READABLE)?;
+        place.insert(listening);
+        Ok(())
     }
 
     /// With the ports that were really taken.
     pub(crate) fn names(&self) -> Vec<String> {
-        self.sockets.iter().map(|(_, name)| name.to_string()).collect()
+        self.sockets.iter().map(|(_, listening)| listening.shown.clone()).collect()
     }
 
-    pub(crate) fn waker(&self) -> Arc<Waker> {
-        Arc::clone(&self.waker)
+    pub(crate) fn handle(&self) -> AcceptorHandle {
+        self.handle.clone()
     }
 
     /// Runs until woken while the broker drains.
@@ -80,17 +98,61 @@ impl Acceptor {
                 std::thread::sleep(ACCEPT_PAUSE);
             }
             for event in &events {
-                if let Some((socket, name)) = self.sockets.get(event.token().0) {
-                    accept_all(socket, name, shared);
+                if let Some(listening) = self.sockets.get(event.token().0) {
+                    accept_all(listening, shared);
                 }
+            }
+            self.run_orders(shared);
+        }
+    }
+
+    fn run_orders(&mut self, shared: &Shared) {
+        let orders = std::mem::take(&mut *self.handle.orders.lock().unwrap_or_else(PoisonError::into_inner));
+        for order in orders {
+            let (name, done) = match order {
+                Order::Serve(listening) => {
+                    let name = Arc::clone(&listening.listener.name);
+                    let place = self.sockets.vacant_key();
+                    let done = self.serve(listening);
+                    // Who connected before it was watched causes no event.
+                    if let Some(listening) = self.sockets.get(place) {
+                        accept_all(listening, shared);
+                    }
+                    (name, done)
+                }
+                Order::Close(name) => {
+                    let done = match self.place(&name) {
+                        Some(place) => {
+                            let mut listening = self.sockets.remove(place);
+                            let done = self.poll.registry().deregister(listening.source());
+                            listening.close();
+                            done
+                        }
+                        None => Ok(()),
+                    };
+                    (name, done)
+                }
+                Order::Update(listener) => {
+                    let name = Arc::clone(&listener.name);
+                    let place = self.place(&name);
+                    (name, place.map_or(Ok(()), |place| self.sockets[place].update(listener)))
+                }
+            };
+            if let Err(error) = done {
+                warn!(listener = %name, %error, "listener not changed as wanted");
             }
         }
     }
+
+    fn place(&self, name: &str) -> Option<usize> {
+        self.sockets.iter().find(|(_, listening)| *listening.listener.name == *name).map(|(place, _)| place)
+    }
 }
 
-fn accept_all(socket: &Socketed, name: &Arc<str>, shared: &Shared) {
+fn accept_all(listening: &Listening, shared: &Shared) {
+    let name = &listening.listener.name;
     loop {
-        match accept(socket) {
+        match listening.accept() {
             Ok((stream, address)) => {
                 let number = shared.arrivals.fetch_add(1, Ordering::Relaxed);
                 place(shared, Arrival { stream, address, listener: Arc::clone(name), number });
@@ -109,7 +171,7 @@ fn accept_all(socket: &Socketed, name: &Arc<str>, shared: &Shared) {
 }
 
 fn place(shared: &Shared, arrival: Arrival) {
-    if shared.connections.fetch_add(1, Ordering::Relaxed) >= shared.config.limits.connections_max {
+    if shared.connections.fetch_add(1, Ordering::Relaxed) >= shared.tunables.current().limits.connections_max {
         shared.connections.fetch_sub(1, Ordering::Relaxed);
         debug!(listener = %arrival.listener, "connection refused: connections_max reached");
         return;
@@ -118,45 +180,4 @@ fn place(shared: &Shared, arrival: Arrival) {
     let shard = least.map_or(0, |(shard, _)| shard);
     shared.load[shard].fetch_add(1, Ordering::Relaxed);
     shared.mailboxes[shard].send(Mail::Arrived(arrival));
-}
-
-fn accept(socket: &Socketed) -> io::Result<(Stream, Option<IpAddr>)> {
-    match socket {
-        Socketed::Tcp(listener) => {
-            let (stream, peer) = listener.accept()?;
-            // A small packet would wait for the last one's acknowledgement otherwise.
-            stream.set_nodelay(true)?;
-            Ok((Stream::Tcp(stream), Some(peer.ip().to_canonical())))
-        }
-        Socketed::Unix(listener) => Ok((Stream::Unix(listener.accept()?.0), None)),
-    }
-}
-
-fn bind(bind: &Bind) -> io::Result<(Socketed, String)> {
-    match bind {
-        Bind::Tcp(address) => {
-            let socket = Socket::new(Domain::for_address(*address), Type::STREAM, Some(Protocol::TCP))?;
-            socket.set_reuse_address(true)?;
-            socket.set_nonblocking(true)?;
-            socket.bind(&(*address).into())?;
-            socket.listen(BACKLOG)?;
-            let listener = TcpListener::from_std(socket.into());
-            let name = format!("mqtt://{}", listener.local_addr()?);
-            Ok((Socketed::Tcp(listener), name))
-        }
-        Bind::Unix(path) => {
-            remove_stale(path)?;
-            let name = format!("unix:{}", path.display());
-            Ok((Socketed::Unix(UnixListener::bind(path)?), name))
-        }
-    }
-}
-
-/// Removes a socket file that nobody listens on; anything else at that path is left alone.
-fn remove_stale(path: &Path) -> io::Result<()> {
-    let Ok(meta) = std::fs::symlink_metadata(path) else { return Ok(()) };
-    if meta.file_type().is_socket() && std::os::unix::net::UnixStream::connect(path).is_err() {
-        std::fs::remove_file(path)?;
-    }
-    Ok(())
 }

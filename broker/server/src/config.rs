@@ -23,16 +23,6 @@ pub struct Config {
     pub sys_interval: Duration,
 }
 
-impl Config {
-    /// Of the listener with this name.
-    pub(crate) fn queue_policy(&self, listener: &str) -> QueuePolicy {
-        self.listeners
-            .iter()
-            .find(|other| *other.name == *listener)
-            .map_or_else(QueuePolicy::default, |found| found.queue_policy)
-    }
-}
-
 /// The broker's own rule, used where no plugin decides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Anonymous {
@@ -45,18 +35,59 @@ pub enum Anonymous {
 }
 
 /// One listening socket.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listener {
     /// Address.
     pub bind: Bind,
-    /// As plugins and logs know it, such as `mqtt://127.0.0.1:1883`.
+    /// As plugins and logs know it, such as `mqtt://127.0.0.1:1883`. It does not depend on the port that the system
+    /// picks for port 0, so that it means the same after a restart.
     pub name: Arc<str>,
+    /// What the operator wrote. The addresses of one host name are several listeners with the same text here.
+    pub written: Arc<str>,
+    /// One of several addresses of a host name: left out if this machine does not have it.
+    pub optional: bool,
     /// When the queue of a client that came through it is full.
     pub queue_policy: QueuePolicy,
+    /// TCP: silence after which the system asks whether the peer is still there; `None`: never.
+    pub keepalive: Option<Duration>,
+    /// Unix: permissions of the socket file; `None`: what the umask leaves.
+    pub socket_mode: Option<u32>,
+    /// Unix: group of the socket file, by number; `None`: that of the broker.
+    pub socket_group: Option<u32>,
+}
+
+impl Listener {
+    /// Silence before the system asks whether a client is still there, unless a listener says otherwise.
+    pub const KEEPALIVE_DEFAULT: Duration = Duration::from_mins(5);
+
+    /// At a TCP address, with default settings.
+    pub fn tcp(address: SocketAddr) -> Self {
+        Self::new(Bind::Tcp(address), format!("mqtt://{address}"), Some(Self::KEEPALIVE_DEFAULT))
+    }
+
+    /// At a socket file, with default settings.
+    pub fn unix(path: PathBuf) -> Self {
+        let name = format!("unix:{}", path.display());
+        Self::new(Bind::Unix(path), name, None)
+    }
+
+    fn new(bind: Bind, name: String, keepalive: Option<Duration>) -> Self {
+        let name: Arc<str> = name.into();
+        Self {
+            bind,
+            written: Arc::clone(&name),
+            name,
+            optional: false,
+            queue_policy: QueuePolicy::default(),
+            keepalive,
+            socket_mode: None,
+            socket_group: None,
+        }
+    }
 }
 
 /// Kind and address of a listener.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Bind {
     /// TCP; port 0 takes a free one.
     Tcp(SocketAddr),

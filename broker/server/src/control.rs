@@ -21,7 +21,7 @@ impl Broker for Control {
         if !is_valid_topic_name(&message.topic) || is_too_deep(&message.topic) {
             return Err(Refusal::Invalid("not a Topic Name, or with more than 200 levels".into()));
         }
-        if message.payload.len() + message.topic.len() > shared.limits.packet_bytes_max as usize {
+        if message.payload.len() + message.topic.len() > shared.tunables.current().limits.packet_bytes_max as usize {
             return Err(Refusal::Invalid("larger than limits.packet_bytes_max".into()));
         }
         // Always the same shard for a topic, so that the order of a plugin's messages holds.

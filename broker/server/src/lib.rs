@@ -7,12 +7,16 @@ mod acceptor;
 mod bans;
 pub mod config;
 mod control;
+mod listening;
 mod mailbox;
+mod refusals;
+mod reload;
 mod restore;
 mod shard;
 mod shared;
 pub mod store;
 mod stream;
+mod tunable;
 mod watch;
 
 use std::io;
@@ -21,14 +25,14 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
-use mio::Waker;
 use wasmqtt_protocol::access::Verdict;
 use wasmqtt_protocol::ports::{Access, Client, Plugins, Store, StoreError};
 
 pub use config::{Anonymous, Bind, Config, Limits, Listener};
+pub use reload::{PreparedListeners, Reloader};
 pub use watch::Watch;
 
-use crate::acceptor::Acceptor;
+use crate::acceptor::{Acceptor, AcceptorHandle};
 use crate::control::Control;
 use crate::mailbox::{Mail, Mailbox};
 use crate::shard::Shard;
@@ -70,7 +74,52 @@ pub struct Explained {
 #[derive(Clone)]
 pub struct Inspector(Arc<Shared>);
 
+/// How much the broker has to do.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Status {
+    /// Network Connections, those included that have not sent CONNECT.
+    pub connections: usize,
+    /// Sessions, of offline clients too.
+    pub sessions: usize,
+    /// Subscriptions of all Sessions.
+    pub subscriptions: usize,
+    /// PUBLISH packets from clients since the start.
+    pub messages_received: u64,
+    /// PUBLISH packets to clients since the start.
+    pub messages_sent: u64,
+    /// Messages that were dropped since the start.
+    pub messages_dropped: u64,
+    /// Since the start.
+    pub uptime_secs: u64,
+}
+
+impl std::fmt::Display for Status {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { connections, sessions, subscriptions, uptime_secs, .. } = self;
+        let Self { messages_received, messages_sent, messages_dropped, .. } = self;
+        write!(
+            out,
+            "{connections} connections, {sessions} Sessions, {subscriptions} subscriptions; since {uptime_secs} s: \
+             {messages_received} messages received, {messages_sent} sent, {messages_dropped} dropped"
+        )
+    }
+}
+
 impl Inspector {
+    /// Figures of now.
+    pub fn status(&self) -> Status {
+        let (shared, stats) = (&self.0, &self.0.stats);
+        Status {
+            connections: shared.connections.load(Ordering::Relaxed),
+            sessions: stats.sessions.load(Ordering::Relaxed),
+            subscriptions: stats.subscriptions.load(Ordering::Relaxed),
+            messages_received: stats.messages_received.load(Ordering::Relaxed),
+            messages_sent: stats.messages_sent.load(Ordering::Relaxed),
+            messages_dropped: stats.messages_dropped.load(Ordering::Relaxed),
+            uptime_secs: shared.uptime_ms() / 1000,
+        }
+    }
+
     /// What is known about an access of a client without asking plugins; `None`: it has no Session here.
     pub fn explain(&self, client_id: &str, access: Access) -> Option<Explained> {
         let key = self.0.directory(client_id).get(client_id).copied()?;
@@ -85,7 +134,7 @@ impl Inspector {
 pub struct Server {
     shared: Arc<Shared>,
     listeners: Vec<String>,
-    acceptor_waker: Arc<Waker>,
+    acceptor_handle: AcceptorHandle,
     watch: Watch,
 }
 
@@ -125,7 +174,7 @@ impl Server {
             threads.push(thread.map_err(StartError::Shard)?);
         }
         let listeners = acceptor.names();
-        let acceptor_waker = acceptor.waker();
+        let acceptor_handle = acceptor.handle();
         let for_acceptor = Arc::clone(&shared);
         let acceptor = std::thread::Builder::new()
             .name("acceptor".into())
@@ -133,7 +182,7 @@ impl Server {
             .map_err(StartError::Shard)?;
         threads.push(acceptor);
         let watch = Watch { shared: Arc::clone(&shared), threads: Arc::new(threads) };
-        Ok(Self { shared, listeners, acceptor_waker, watch })
+        Ok(Self { shared, listeners, acceptor_handle, watch })
     }
 
     /// For whoever ends the broker when a thread of the server has ended.
@@ -146,6 +195,11 @@ impl Server {
         Inspector(Arc::clone(&self.shared))
     }
 
+    /// Changes settings while it runs.
+    pub fn reloader(&self) -> Reloader {
+        Reloader::new(Arc::clone(&self.shared), self.acceptor_handle.clone())
+    }
+
     /// The listeners with the ports they really have, such as `mqtt://127.0.0.1:1883`.
     pub fn listeners(&self) -> &[String] {
         &self.listeners
@@ -154,7 +208,7 @@ impl Server {
     /// Stops accepting, tells MQTT 5 clients (0x8B), writes what is waiting for at most `grace`, and returns.
     pub fn stop(self, grace: Duration) {
         self.shared.draining.store(true, Ordering::Release);
-        let _ = self.acceptor_waker.wake();
+        self.acceptor_handle.wake();
         for mailbox in &self.shared.mailboxes {
             mailbox.send(Mail::Drain);
         }

@@ -109,7 +109,7 @@ impl Restore for Filling<'_> {
         let client_id = client.client_id;
         let mut session =
             Session::restored(Arc::clone(&client_id), key, name, expiry, from.parked, from.inflight, from.received);
-        session.queue_policy = shared.config.queue_policy(&client.listener);
+        session.queue_policy = shared.tunables.current().queue_policy(&client.listener);
         let closed_ms = closed_at_ms.unwrap_or(self.now_ms);
         let will_ms = will.as_ref().map(|will| closed_ms + u64::from(will.delay.min(expiry)) * 1000);
         session.will = will.map(Box::new);

@@ -3,15 +3,16 @@
 use std::hash::BuildHasher;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use hashbrown::{HashMap, HashSet};
 use wasmqtt_protocol::router::{Index, Retained, SessionId, SessionKey};
-use wasmqtt_protocol::session::ServerLimits;
 
 use crate::bans::Bans;
 use crate::config::Config;
 use crate::mailbox::Mailbox;
+use crate::refusals::Refusals;
+use crate::tunable::Tunables;
 
 /// Buckets of route generations; a SUBSCRIBE empties the caches of topics in its own bucket only.
 const BUCKETS: usize = 256;
@@ -34,8 +35,12 @@ type Hasher = foldhash::fast::FixedState;
 type Directory = HashMap<Arc<str>, SessionKey, foldhash::fast::RandomState>;
 
 pub(crate) struct Shared {
-    pub(crate) config: Config,
-    pub(crate) limits: ServerLimits,
+    /// What a reload of the configuration changes. Shards have a copy, see `Shard::limits`.
+    pub(crate) tunables: Tunables,
+    /// Time between two updates of `$SYS`; zero: none.
+    pub(crate) sys_interval: Duration,
+    /// Refused logins, as far as they are logged.
+    pub(crate) refusals: Refusals,
     pub(crate) mailboxes: Vec<Mailbox>,
     pub(crate) stats: Stats,
     pub(crate) connections: AtomicUsize,
@@ -107,8 +112,9 @@ pub(crate) struct Stats {
 impl Shared {
     pub(crate) fn new(config: Config, mailboxes: Vec<Mailbox>) -> Self {
         Self {
-            limits: config.limits.for_sessions(),
-            config,
+            tunables: Tunables::new(&config),
+            sys_interval: config.sys_interval,
+            refusals: Refusals::default(),
             load: mailboxes.iter().map(|_| AtomicUsize::new(0)).collect(),
             mailboxes,
             stats: Stats::default(),

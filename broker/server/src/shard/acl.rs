@@ -136,7 +136,7 @@ impl Shard {
             return Some(Vec::new());
         }
         // Those beyond are refused whatever plugins say.
-        let asked = subscribe.filters.iter().take(self.shared.config.limits.filters_per_packet_max);
+        let asked = subscribe.filters.iter().take(self.tunable.limits.filters_per_packet_max);
         let filters: Vec<_> = asked.map(|(text, options)| (Filter::parse(text).ok(), options.qos)).collect();
         let unknown: Arc<[Access]> = filters
             .iter()

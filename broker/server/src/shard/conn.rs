@@ -9,7 +9,7 @@ use mio::{Interest, Token};
 use tracing::{debug, trace};
 use wasmqtt_protocol::codec::{ReasonCode, Version};
 use wasmqtt_protocol::ports::Grant;
-use wasmqtt_protocol::session::Outbox;
+use wasmqtt_protocol::session::{Outbox, ServerLimits};
 
 use super::connect::Opening;
 use super::durable::Receipt;
@@ -52,6 +52,8 @@ pub(crate) struct Conn {
     pub(super) stream: Stream,
     pub(super) address: Option<IpAddr>,
     pub(super) listener: Arc<str>,
+    /// Those in force when it connected, which CONNACK told the client: what it sends is measured by them.
+    pub(super) limits: Arc<ServerLimits>,
     pub(super) state: State,
     /// See [`Arrival::number`].
     pub(super) number: u64,
@@ -134,6 +136,7 @@ impl Shard {
             stream: arrival.stream,
             address: arrival.address,
             listener: arrival.listener,
+            limits: Arc::clone(&self.limits),
             state: State::New,
             number: arrival.number,
             epoch: 0,
@@ -159,7 +162,7 @@ impl Shard {
             waits: false,
             auth: None,
         };
-        let timeout = self.shared.config.limits.connect_timeout.as_millis() as u64;
+        let timeout = self.tunable.limits.connect_timeout.as_millis() as u64;
         if let Some((id, epoch)) = self.insert(conn) {
             self.set_conn_timer(id, self.now_ms + timeout, Timer::Connect { id, epoch });
         }
@@ -269,7 +272,7 @@ impl Shard {
         // Half empty is empty enough, and not so often.
         if let Some(conn) = self.conns.get(id)
             && conn.gate.is_closed_for(Reason::Outbox)
-            && conn.outbox.len() <= self.shared.limits.outbound_bytes_max / 2
+            && conn.outbox.len() <= self.limits.outbound_bytes_max / 2
         {
             self.open_gate(id, Reason::Outbox);
         }
@@ -328,9 +331,9 @@ impl Shard {
         let conn = &mut self.conns[id];
         if let Some(session) = self.sessions.get_mut(slot) {
             if session.wants_pump() {
-                session.pump(self.now_ms, &self.shared.limits, &mut conn.outbox);
+                session.pump(self.now_ms, &self.limits, &mut conn.outbox);
             } else {
-                session.refresh_availability(conn.outbox.len(), &self.shared.limits);
+                session.refresh_availability(conn.outbox.len(), &self.limits);
             }
         }
         if self.durable.is_on() {
@@ -345,7 +348,7 @@ impl Shard {
         let Some(conn) = self.conns.get_mut(id) else { return };
         conn.outbox.lend(&mut self.pool);
         if let Some(session) = self.sessions.get_mut(slot) {
-            session.pump(self.now_ms, &self.shared.limits, &mut conn.outbox);
+            session.pump(self.now_ms, &self.limits, &mut conn.outbox);
         }
         self.tell(slot, Some(id));
         self.load_more(slot);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
-use tracing::{debug, info};
+use tracing::debug;
 use wasmqtt_protocol::codec::{self, Connack, Connect, Packet, Qos, ReasonCode, Version, encode};
 use wasmqtt_protocol::ports::{AuthOutcome, AuthRequest, EventKind, Grant};
 use wasmqtt_protocol::router::{Message, SessionKey};
@@ -70,7 +70,7 @@ impl Shard {
     fn on_connect(&mut self, id: usize, connect: &Connect<'_>) {
         let conn = &mut self.conns[id];
         conn.version = connect.version;
-        let limits = &self.shared.limits;
+        let limits = &self.limits;
         if connect.client_id.is_empty() && !may_be_assigned(connect) {
             return self.refuse(id, ReasonCode::CLIENT_IDENTIFIER_NOT_VALID);
         }
@@ -132,7 +132,8 @@ impl Shard {
         }
         let found = bans.find(self.now_ms, &request.client_id, request.username.as_ref(), request.address);
         if let Some(note) = found {
-            info!(client_id = %request.client_id, address = ?request.address, note, "banned client refused");
+            debug!(client_id = %request.client_id, note, "banned");
+            self.note_refusal(request, ReasonCode::BANNED);
         }
         found.is_some()
     }
@@ -146,7 +147,7 @@ impl Shard {
         if request.username.is_some() && self.plugins.has_auth() {
             return Err(ReasonCode::BAD_USER_NAME_OR_PASSWORD);
         }
-        let allowed = match self.shared.config.anonymous {
+        let allowed = match self.tunable.anonymous {
             Anonymous::Allow => true,
             Anonymous::Deny => false,
             Anonymous::Loopback => request.address.is_none_or(|address| address.is_loopback()),
@@ -167,7 +168,7 @@ impl Shard {
         let shared = Arc::clone(&self.shared);
         // A client that cannot even be told what it gets. [MQTT-3.1.2-24]
         let client_max = opening.link.limits.packet_bytes_max as usize;
-        if client_max < CONNACK_BYTES_MAX && connack(&opening, &grant, false, &shared.limits).len() > client_max {
+        if client_max < CONNACK_BYTES_MAX && connack(&opening, &grant, false, &self.limits).len() > client_max {
             return self.remove(id);
         }
         let client_id = Arc::clone(&opening.request.client_id);
@@ -273,12 +274,12 @@ impl Shard {
     }
 
     fn open(&mut self, id: usize, opening: Opening, grant: &Grant, key: SessionKey, present: bool) {
-        let shared = Arc::clone(&self.shared);
         let conn = &mut self.conns[id];
         let epoch = conn.epoch;
         conn.outbox.lend(&mut self.pool);
-        conn.outbox.extend(&connack(&opening, grant, present, &shared.limits));
+        conn.outbox.extend(&connack(&opening, grant, present, &self.limits));
         conn.state = State::Live { slot: key.slot };
+        conn.limits = Arc::clone(&self.limits);
         conn.auth = super::auth::Standing::of(&opening.request, conn.version);
         // What an earlier connection sent comes before what this one sends.
         conn.submitted = self.hooks.waiting_of(key);
@@ -288,8 +289,8 @@ impl Shard {
         let keep_alive = opening.link.keep_alive_ms();
         if let Some((session, _)) = self.sessions.resolve(key) {
             session.will = opening.will;
-            session.queue_policy = shared.config.queue_policy(&opening.request.listener);
-            session.connected(self.now_ms, opening.link, &shared.limits, &mut conn.outbox);
+            session.queue_policy = self.tunable.queue_policy(&opening.request.listener);
+            session.connected(self.now_ms, opening.link, &self.limits, &mut conn.outbox);
         }
         if let Some((at, timer)) = conn.timer.take() {
             self.timers.cancel(at, timer);

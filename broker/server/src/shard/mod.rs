@@ -37,7 +37,7 @@ use tracing::error;
 use wasmqtt_protocol::codec::ReasonCode;
 use wasmqtt_protocol::ports::{Change, ShardPlugins, ShardStore};
 use wasmqtt_protocol::router::{Matches, RetainedMessage, SessionKey};
-use wasmqtt_protocol::session::FrameCache;
+use wasmqtt_protocol::session::{FrameCache, ServerLimits};
 
 pub(crate) use self::conn::Arrival;
 pub(crate) use self::connect::Adopted;
@@ -56,6 +56,7 @@ use self::timers::Timers;
 use self::wills::WillUnderWay;
 use crate::mailbox::{Mail, Remote, Waiting};
 use crate::shared::Shared;
+use crate::tunable::Tunable;
 
 const WAKE: Token = Token(usize::MAX);
 /// Bytes one read takes at most; the buffer belongs to the shard, so idle connections own none. What does not fit into
@@ -92,6 +93,10 @@ pub(crate) struct Shard {
     index: u16,
     poll: Poll,
     shared: Arc<Shared>,
+    /// Settings in force since the last turn in which their generation had changed.
+    tunable: Arc<Tunable>,
+    limits: Arc<ServerLimits>,
+    tunable_generation: u64,
     plugins: Box<dyn ShardPlugins>,
     durable: Durable,
     conns: Slab<Conn>,
@@ -157,8 +162,13 @@ impl Shard {
     ) -> Self {
         let index = index as u16;
         let waker = Arc::clone(shared.mailboxes[usize::from(index)].waker());
+        let tunable_generation = shared.tunables.generation();
+        let tunable = shared.tunables.current();
         let mut shard = Self {
             index,
+            limits: Arc::clone(&tunable.for_sessions),
+            tunable,
+            tunable_generation,
             poll,
             durable: Durable::new(store),
             conns: Slab::new(),
@@ -215,6 +225,7 @@ impl Shard {
                 std::thread::sleep(CONGESTION_PAUSE);
             }
             self.now_ms = self.shared.now_ms();
+            self.look_for_settings();
             self.take_mail(&mut waiting);
             self.end_pauses();
             self.serve_sockets(&events);
@@ -229,6 +240,15 @@ impl Shard {
             self.run_leaving();
             self.run_drain();
             self.flush_all();
+        }
+    }
+
+    fn look_for_settings(&mut self) {
+        let generation = self.shared.tunables.generation();
+        if self.tunable_generation != generation {
+            self.tunable_generation = generation;
+            self.tunable = self.shared.tunables.current();
+            self.limits = Arc::clone(&self.tunable.for_sessions);
         }
     }
 

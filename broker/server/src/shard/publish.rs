@@ -111,7 +111,7 @@ impl Shard {
 
     /// Keeps it, if it is retained, and hands it to all its subscribers; `false`: there are none.
     pub(super) fn publish_to(&mut self, route: &Route, incoming: &Incoming<'_>) -> bool {
-        if !incoming.retain || !self.shared.limits.retain_available {
+        if !incoming.retain || !self.limits.retain_available {
             return self.forward(route, incoming);
         }
         self.retain(incoming);
@@ -216,7 +216,7 @@ impl Shard {
             conn.outbox.lend(&mut self.pool);
         }
         let out = conn.as_mut().map(|conn| &mut conn.outbox);
-        let delivered = session.deliver(self.now_ms, incoming, wish, share, &mut self.frames, &self.shared.limits, out);
+        let delivered = session.deliver(self.now_ms, incoming, wish, share, &mut self.frames, &self.limits, out);
         match delivered {
             Delivered::Sent => {
                 self.tally.sent += 1;
@@ -228,7 +228,7 @@ impl Shard {
                 }
             }
             Delivered::Queued => {
-                if session.queue_policy == QueuePolicy::RejectPublish && session.is_full(&self.shared.limits) {
+                if session.queue_policy == QueuePolicy::RejectPublish && session.is_full(&self.limits) {
                     self.shared.full.insert(target.session);
                     self.full.push(target.session);
                 }
@@ -254,9 +254,9 @@ impl Shard {
         if self.full.is_empty() {
             return;
         }
-        let (sessions, shared) = (&mut self.sessions, &self.shared);
+        let (sessions, shared, limits) = (&mut self.sessions, &self.shared, &self.limits);
         self.full.retain(|key| {
-            let is_full = sessions.resolve(*key).is_some_and(|(session, _)| session.is_full(&shared.limits));
+            let is_full = sessions.resolve(*key).is_some_and(|(session, _)| session.is_full(limits));
             if !is_full {
                 shared.full.remove(*key);
             }

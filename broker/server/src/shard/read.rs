@@ -121,7 +121,7 @@ impl Shard {
     fn may_read(&mut self, id: usize) -> bool {
         let congested = self.is_congested();
         let conn = &mut self.conns[id];
-        if conn.outbox.len() >= self.shared.limits.outbound_bytes_max {
+        if conn.outbox.len() >= self.limits.outbound_bytes_max {
             conn.gate.close(Reason::Outbox);
         }
         if congested {
@@ -154,7 +154,7 @@ impl Shard {
 
     /// Reads and handles what the client has sent, as far as its share goes; `true`: that was all.
     fn read(&mut self, id: usize, scratch: &mut [u8], budget: &mut Budget) -> bool {
-        let outbound_max = self.shared.limits.outbound_bytes_max;
+        let outbound_max = self.limits.outbound_bytes_max;
         let mut reads = 0;
         while let Some(conn) = self.conns.get_mut(id) {
             if conn.outbox.len() >= outbound_max {
@@ -242,7 +242,7 @@ impl Shard {
 
     /// How many bytes were used up; everything, once the connection ends.
     fn on_packets(&mut self, id: usize, bytes: &[u8], budget: &mut Budget) -> usize {
-        let limits = codec::Limits { packet_bytes_max: self.shared.limits.packet_bytes_max };
+        let limits = codec::Limits { packet_bytes_max: self.conns.get(id).map_or(0, |conn| conn.limits.packet_bytes_max) };
         let mut used = 0;
         loop {
             let Some(conn) = self.conns.get_mut(id) else { return bytes.len() };
@@ -291,7 +291,7 @@ impl Shard {
         let Some(session) = self.sessions.get_mut(slot) else { return };
         let is_publish = matches!(decoded, Packet::Publish(_));
         conn.outbox.lend(&mut self.pool);
-        let event = session.handle_packet(self.now_ms, decoded, &self.shared.limits, &mut conn.outbox);
+        let event = session.handle_packet(self.now_ms, decoded, &conn.limits, &mut conn.outbox);
         if !conn.dirty && !conn.outbox.is_empty() {
             conn.dirty = true;
             self.dirty.push(id);

@@ -94,7 +94,7 @@ impl Shard {
     fn run_replay(&mut self, key: SessionKey) -> bool {
         let Some((session, Some(id))) = self.sessions.resolve(key) else { return false };
         let Some(conn) = self.conns.get(id) else { return false };
-        if conn.outbox.len() >= self.shared.limits.outbound_bytes_max || !has_room(session, &self.shared.limits) {
+        if conn.outbox.len() >= self.limits.outbound_bytes_max || !has_room(session, &self.limits) {
             return false;
         }
         if session.stored().is_some() && (self.durable.is_failing() || self.durable.is_congested()) {
@@ -148,7 +148,7 @@ impl Shard {
         found: &[RetainedMessage],
         subscription: &Subscription,
     ) -> usize {
-        let limits = &self.shared.limits;
+        let limits = &self.limits;
         let Some(conn) = self.conns.get_mut(id) else { return 0 };
         let Some(session) = self.sessions.get_mut(key.slot) else { return 0 };
         conn.outbox.lend(&mut self.pool);

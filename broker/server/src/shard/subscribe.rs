@@ -30,7 +30,7 @@ impl Shard {
         let (mark, mut made) = (self.durable.mark(), Vec::new());
         // A filter with several options in turn is one subscription, which gets the retained messages once.
         let mut retained = BTreeSet::new();
-        let filters_max = self.shared.config.limits.filters_per_packet_max;
+        let filters_max = self.tunable.limits.filters_per_packet_max;
         for (place, (text, options)) in subscribe.filters.iter().enumerate() {
             let parsed = Filter::parse(text).ok().filter(|filter| !is_too_deep(filter.as_str()));
             let Some(filter) = parsed else {
@@ -62,7 +62,7 @@ impl Shard {
                 reasons.push(refusal(version, ReasonCode::QUOTA_EXCEEDED));
                 continue;
             }
-            let options = SubscribeOptions { qos: options.qos.min(self.shared.limits.maximum_qos), ..*options };
+            let options = SubscribeOptions { qos: options.qos.min(self.limits.maximum_qos), ..*options };
             let subscription = Subscription { options, id: subscribe.subscription_id };
             let is_new = self.subscribe(key, &filter, subscription);
             if self.is_stored(slot) {
@@ -94,7 +94,7 @@ impl Shard {
     /// One that replaces another always has.
     fn has_room_for(&self, slot: u32, filter: &Filter) -> bool {
         self.sessions.get(slot).is_some_and(|session| {
-            session.subscription_count() < self.shared.config.limits.subscriptions_max
+            session.subscription_count() < self.tunable.limits.subscriptions_max
                 || session.subscription(filter).is_some()
         })
     }
@@ -112,7 +112,7 @@ impl Shard {
             self.sessions.conn(key.slot).and_then(|id| self.conns.get(id)).map(|conn| conn.outbox.len())
             && let Some(session) = self.sessions.get(key.slot)
         {
-            session.refresh_availability(outbox, &self.shared.limits);
+            session.refresh_availability(outbox, &self.limits);
         }
         let shared = Arc::clone(&self.shared);
         let order = self.hooks.wants_interest.then(|| shared.interest_order());

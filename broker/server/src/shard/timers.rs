@@ -83,7 +83,7 @@ impl Shard {
         }
         if self.index == 0 {
             self.timers.set(self.now_ms + 1000, Timer::Sweep);
-            if !self.shared.config.sys_interval.is_zero() {
+            if !self.shared.sys_interval.is_zero() {
                 self.timers.set(self.now_ms, Timer::Sys);
             }
         }
@@ -152,7 +152,7 @@ impl Shard {
             }
             Timer::Sys => {
                 self.publish_sys();
-                self.timers.set(self.now_ms + self.shared.config.sys_interval.as_millis() as u64, Timer::Sys);
+                self.timers.set(self.now_ms + self.shared.sys_interval.as_millis() as u64, Timer::Sys);
             }
         }
     }

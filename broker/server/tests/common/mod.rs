@@ -9,8 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use wasmqtt_protocol::ports::{Plugins, Store};
-use wasmqtt_protocol::session::QueuePolicy;
-use wasmqtt_server::{Anonymous, Bind, Config, Limits, Listener, Server};
+use wasmqtt_server::{Anonymous, Config, Limits, Listener, Server};
 
 pub(crate) const CONNACK: u8 = 0x20;
 pub(crate) const PUBLISH: u8 = 0x30;
@@ -37,11 +36,7 @@ impl Broker {
     pub(crate) fn start_with(plugins: Arc<dyn Plugins>, store: Arc<dyn Store>, shards: usize) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_time().build().unwrap();
         let config = Config {
-            listeners: vec![Listener {
-                bind: Bind::Tcp("127.0.0.1:0".parse().unwrap()),
-                name: "mqtt".into(),
-                queue_policy: QueuePolicy::default(),
-            }],
+            listeners: vec![Listener::tcp("127.0.0.1:0".parse().unwrap())],
             anonymous: Anonymous::Allow,
             limits: Limits::default(),
             shards,
