@@ -3,24 +3,30 @@
 
 mod authoring; // `plugin new`, `check`, `test`, `bench`
 mod control; // commands to a running broker
+mod ctl; // `ctl reload`, `status`
+mod log; // one line per event on standard error, which holds up nobody
 mod operate; // `plugin list`, `deploy`, `rollback`, `promote`, `explain`
+mod output; // what commands print
 mod passwd; // entries for password files
 mod plugins; // settings → plugin host
+mod reload; // other settings for a running broker
 mod serve; // from settings to a running broker and back
 mod settings; // the configuration file, and what it means
 mod stores; // `store stats`, `check`, `compact`, `export`, `import`, `backup`
 mod supervise; // ends the broker when one of its threads has ended
 
-use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
-use wasmqtt_server::Listener;
 
 use crate::authoring::{Kind, Language, Subject};
+use crate::ctl::CtlCommand;
 use crate::operate::{Access, Which};
+use crate::output::print;
+use crate::reload::Origin;
+use crate::settings::Listen;
 use crate::stores::StoreCommand;
 
 // Each shard allocates and frees small things all day; this allocator keeps a heap per thread for that.
@@ -37,6 +43,7 @@ Examples:
   wasmqtt serve                                   on 127.0.0.1:1883, for this machine
   wasmqtt serve --config /etc/wasmqtt.toml
   wasmqtt config check /etc/wasmqtt.toml
+  wasmqtt ctl reload --config /etc/wasmqtt.toml
   wasmqtt passwd /etc/wasmqtt/passwords ann       asks for the password
   wasmqtt plugin inspect plugins/auth-file.wasm"
 )]
@@ -50,7 +57,8 @@ enum Command {
     /// Run the broker until SIGTERM or SIGINT.
     #[command(after_help = "\
 Prints one line per listener when it is ready, such as `listening on mqtt://127.0.0.1:1883`; the log goes to standard
-error. SIGTERM and SIGINT end it in good order, a second one at once.
+error. SIGTERM and SIGINT end it in good order, a second one at once. SIGHUP has the configuration read again, as
+`wasmqtt ctl reload` does; SIGUSR1 has figures logged.
 
 Examples:
   wasmqtt serve
@@ -80,6 +88,9 @@ Examples:
     /// Look at what the broker has kept, check it, copy it.
     #[command(subcommand)]
     Store(StoreCommand),
+    /// Tell a running broker to do something.
+    #[command(subcommand)]
+    Ctl(CtlCommand),
 }
 
 #[derive(Debug, Args)]
@@ -89,7 +100,7 @@ struct ServeArgs {
     config: Option<PathBuf>,
     /// Listen here instead of what the configuration says: `host:port`, or `unix:/path`. May be repeated.
     #[arg(short, long, value_name = "ADDR", value_parser = settings::parse_listen)]
-    listen: Vec<Listener>,
+    listen: Vec<Listen>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -283,7 +294,7 @@ fn main() -> ExitCode {
     match run(Cli::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            output::print_error(&error);
             // Service managers tell a broker that broke from one that was set up wrong.
             error.downcast_ref::<supervise::Died>().map_or(ExitCode::FAILURE, |_| ExitCode::from(supervise::EXIT))
         }
@@ -293,27 +304,18 @@ fn main() -> ExitCode {
 fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Serve(args) => {
-            let mut settings = match &args.config {
-                Some(file) => settings::load(file)?,
-                None => settings::defaults()?,
-            };
-            if !args.listen.is_empty() {
-                settings.listeners = args.listen;
-            }
-            serve::run(settings)
+            let origin = Origin { file: args.config, listen: args.listen };
+            let settings = origin.load()?;
+            serve::run(settings, origin)
         }
         Command::Config(ConfigCommand::Check { file }) => {
-            settings::load(&file)?;
+            settings::check(&file)?;
             print(&format!("{}: ok\n", file.display()))
         }
         Command::Config(ConfigCommand::Show { file, json }) => {
-            let settings = settings::load(&file)?;
+            let settings = settings::load(&file, &[])?;
             let shown = settings.shown();
-            print(&if json {
-                serde_json::to_string_pretty(&shown).context("write JSON")? + "\n"
-            } else {
-                toml::to_string(&shown).context("write TOML")?
-            })
+            print(&if json { output::json(&shown)? } else { toml::to_string(&shown).context("write TOML")? })
         }
         Command::Passwd(PasswdArgs { file, user, delete, import, memory_kib, iterations }) => match (import, user) {
             (Some(from), _) => passwd::import(&from, &file),
@@ -322,6 +324,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         },
         Command::Plugin(command) => print(&run_plugin(command)?),
         Command::Store(command) => print(&stores::run(command)?),
+        Command::Ctl(command) => print(&ctl::run(command)?),
     }
 }
 
@@ -351,13 +354,5 @@ fn run_plugin(command: PluginCommand) -> anyhow::Result<String> {
         PluginCommand::Rollback { which, name, to } => operate::roll_back(&which, &name, to.as_deref()),
         PluginCommand::Promote { which, name } => operate::promote(&which, &name),
         PluginCommand::Explain { which, access, json } => operate::explain(&which, &access, json),
-    }
-}
-
-/// To standard output. A reader that has seen enough (`| head`) is not an error.
-fn print(text: &str) -> anyhow::Result<()> {
-    match io::stdout().write_all(text.as_bytes()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error).context("write to standard output"),
-        _ => Ok(()),
     }
 }

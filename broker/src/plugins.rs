@@ -7,12 +7,13 @@ use std::sync::Arc;
 use anyhow::Context;
 use wasmqtt_host::{HostConfig, PluginHost};
 use wasmqtt_protocol::ports::{Buckets, NoPlugins, Plugins};
+use wasmqtt_protocol::text::escaped;
 use wasmqtt_server::store::RocksStore;
 
 use crate::settings::Settings;
 
 /// Compiled components, below `data_dir`.
-const CACHE_FOLDER: &str = "plugin-cache";
+pub(crate) const CACHE_FOLDER: &str = "plugin-cache";
 
 /// Loads every plugin of the settings; `None` if there can be none, and then there is no Wasm runtime either.
 pub(crate) fn start(settings: &Settings, store: Option<&Arc<RocksStore>>) -> anyhow::Result<Option<Arc<PluginHost>>> {
@@ -45,7 +46,7 @@ pub(crate) fn port(host: Option<&Arc<PluginHost>>) -> Arc<dyn Plugins> {
 pub(crate) fn inspect(file: &Path, json: bool) -> anyhow::Result<String> {
     let inspection = wasmqtt_host::inspect(file).with_context(|| format!("inspect {}", file.display()))?;
     if json {
-        return Ok(serde_json::to_string_pretty(&inspection).context("write JSON")? + "\n");
+        return crate::output::json(&inspection);
     }
     let mut text = format!("{}: {} bytes\n", file.display(), inspection.size);
     for (title, names) in
@@ -53,7 +54,7 @@ pub(crate) fn inspect(file: &Path, json: bool) -> anyhow::Result<String> {
     {
         let _ = writeln!(text, "{title}:");
         for name in names {
-            let _ = writeln!(text, "  {name}");
+            let _ = writeln!(text, "  {}", escaped(name, 1024));
         }
         if names.is_empty() {
             text.push_str("  none\n");

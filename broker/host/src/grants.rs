@@ -104,7 +104,12 @@ pub(crate) fn host_functions(ty: &types::Component, engine: &Engine) -> Vec<Stri
 
 /// Every function of the broker that a component imports must be granted, or it is not loaded.
 pub(crate) fn check_imports(ty: &types::Component, engine: &Engine, grants: &Grants) -> Result<(), HostError> {
-    for function in host_functions(ty, engine) {
+    check_functions(&host_functions(ty, engine), grants)
+}
+
+/// The same for functions by name.
+pub(crate) fn check_functions(functions: &[String], grants: &Grants) -> Result<(), HostError> {
+    for function in functions {
         let (is_granted, example) = match function.as_str() {
             "publish" => (!grants.publish.is_empty(), "publish = [\"some/topic/#\"]"),
             "disconnect" => (grants.disconnect, "disconnect = true"),

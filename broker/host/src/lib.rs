@@ -23,6 +23,7 @@ mod generation;
 mod grants;
 mod guest;
 mod hook;
+mod imports;
 mod inspect;
 mod instance;
 mod keyvalue;
@@ -48,6 +49,7 @@ use wasmqtt_protocol::ports::{Access, Broker, Client, Plugins, ShardPlugins, Sub
 
 pub use config::{FileGrant, Grants, HostConfig, Mode, OnError, PluginConfig, PluginLimits, Rollout};
 pub use explain::{Opinion, Outcome};
+pub use imports::check_grants;
 pub use inspect::{Inspection, inspect};
 pub use metrics::Value;
 pub use network::{HttpGrant, SocketGrant};

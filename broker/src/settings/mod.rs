@@ -3,6 +3,8 @@
 //! [`load`] reads the file once and gives [`Settings`], where every value is present and has been checked. Its errors
 //! name file, line, key, value and what is allowed; all problems are reported, not only the first. Nothing else in the
 //! broker reads configuration.
+mod grants; // what no plugin may be granted
+mod listener; // `[[listener]]` and `--listen`
 mod plugin; // `[[plugin]]`
 mod read; // TOML with spans → values with a place
 mod show; // `Settings` → TOML or JSON, as `config show` prints them
@@ -10,23 +12,23 @@ mod show; // `Settings` → TOML or JSON, as `config show` prints them
 use std::collections::HashSet;
 use std::fmt;
 use std::io;
-use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use wasmqtt_host::{Mode, OnError, PluginConfig};
 use wasmqtt_protocol::codec::Qos;
 use wasmqtt_protocol::session::QueuePolicy;
 use wasmqtt_server::store::{Durability, StoreConfig};
-use wasmqtt_server::{Anonymous, Bind, Limits, Listener};
+use wasmqtt_server::{Anonymous, Limits, Listener};
 
+pub(crate) use self::listener::{Listen, parse_listen};
 pub(crate) use self::plugin::limits;
-use self::plugin::meant_plugin;
+
+use self::grants::Protected;
+use self::listener::{default_listener, meant_listener};
+use self::plugin::{Plugins, meant_plugin};
 use self::read::{Section, Source};
 
-/// Where the broker listens when nobody says otherwise.
-const LISTEN_DEFAULT: &str = "127.0.0.1:1883";
 /// Place in the chain when `[[plugin]]` does not say.
 const ORDER_DEFAULT: i32 = 100;
 /// Spellings of [`OnError`].
@@ -107,59 +109,78 @@ impl fmt::Display for Problems<'_> {
     }
 }
 
-/// Reads and checks the file at `path`. Relative paths in it start at its folder.
+/// Reads and checks the file at `path`. Relative paths in it start at its folder. `listen` replaces its listeners, if
+/// there are any.
 ///
 /// # Errors
 /// [`ConfigError::Read`] if there is no such file, [`ConfigError::Invalid`] with every problem in it.
-pub(crate) fn load(path: &Path) -> Result<Settings, ConfigError> {
+pub(crate) fn load(path: &Path, listen: &[Listen]) -> Result<Settings, ConfigError> {
+    load_with(path, listen, false)
+}
+
+/// The same, and looks into the components of plugins: what they import must be granted.
+///
+/// # Errors
+/// As [`load`].
+pub(crate) fn check(path: &Path) -> Result<Settings, ConfigError> {
+    load_with(path, &[], true)
+}
+
+fn load_with(path: &Path, listen: &[Listen], reads_components: bool) -> Result<Settings, ConfigError> {
     let failed = |error| ConfigError::Read { path: path.to_owned(), error };
     let text = std::fs::read_to_string(path).map_err(failed)?;
     let absolute = std::path::absolute(path).map_err(failed)?;
     let base = absolute.parent().unwrap_or(Path::new("/"));
-    parse(&text, base).map_err(|problems| ConfigError::Invalid { path: path.to_owned(), problems })
+    let place = Place { base, file: Some(&absolute), listen, reads_components };
+    parse(&text, &place).map_err(|problems| ConfigError::Invalid { path: path.to_owned(), problems })
 }
 
 /// What an empty file in the current folder would mean.
 ///
 /// # Errors
 /// [`ConfigError::Read`] if there is no current folder.
-pub(crate) fn defaults() -> Result<Settings, ConfigError> {
+pub(crate) fn defaults(listen: &[Listen]) -> Result<Settings, ConfigError> {
     let path = PathBuf::from(".");
     let base = std::env::current_dir().map_err(|error| ConfigError::Read { path: path.clone(), error })?;
-    parse("", &base).map_err(|problems| ConfigError::Invalid { path, problems })
+    parse("", &Place { base: &base, file: None, listen, reads_components: false })
+        .map_err(|problems| ConfigError::Invalid { path, problems })
 }
 
-/// Reads `host:port`, `[v6]:port` or `unix:/path`, as `--listen` takes them.
-pub(crate) fn parse_listen(text: &str) -> Result<Listener, String> {
-    match text.strip_prefix("unix:") {
-        Some("") => Err("a path must follow `unix:`".to_owned()),
-        Some(path) => {
-            let path = std::path::absolute(path).map_err(|error| error.to_string())?;
-            Ok(unix_listener(path))
-        }
-        None => tcp_listener(text.strip_prefix("mqtt://").unwrap_or(text)),
-    }
+/// What else settings depend on.
+struct Place<'a> {
+    /// Where relative paths begin.
+    base: &'a Path,
+    /// `None`: there is none.
+    file: Option<&'a Path>,
+    /// Replaces the listeners of the file, if there are any.
+    listen: &'a [Listen],
+    /// Components are read as well.
+    reads_components: bool,
 }
 
-fn parse(text: &str, base: &Path) -> Result<Settings, Vec<Problem>> {
+fn parse(text: &str, place: &Place<'_>) -> Result<Settings, Vec<Problem>> {
     let source = Source::new(text);
     let document = source.parse()?;
-    let settings = meaning(source.root(&document), base);
+    let settings = meaning(source.root(&document), place);
     source.finish()?;
     Ok(settings)
 }
 
 /// The one place that knows keys, defaults and ranges. Problems are left with the source of `root`.
-fn meaning(mut root: Section<'_>, base: &Path) -> Settings {
+fn meaning(mut root: Section<'_>, place: &Place<'_>) -> Settings {
+    let (base, listen) = (place.base, place.listen);
     let data_dir = base.join(root.text("data_dir").map_or("data", |text| text.value));
     let shards = root.number("shards", 0, 0..=1024);
 
     let mut listeners = Vec::new();
     for listener in root.sections("listener") {
-        listeners.extend(meant_listener(listener, base, &listeners));
+        let found = meant_listener(listener, base, &listeners);
+        listeners.extend(found);
     }
-    if listeners.is_empty() {
-        listeners.extend(tcp_listener(LISTEN_DEFAULT));
+    if !listen.is_empty() {
+        listeners = listen.iter().flat_map(|listen| listen.0.clone()).collect();
+    } else if listeners.is_empty() {
+        listeners.push(default_listener());
     }
 
     let mut auth = root.section("auth");
@@ -185,13 +206,23 @@ fn meaning(mut root: Section<'_>, base: &Path) -> Settings {
     };
     folder.finish();
 
-    let mut plugins = Vec::new();
-    let mut names = HashSet::new();
-    for plugin in root.sections("plugin") {
-        plugins.extend(meant_plugin(plugin, base, plugin_dir.as_deref(), &mut names));
-    }
+    let mut reading = Plugins {
+        base,
+        dir: plugin_dir.as_deref(),
+        listeners: &listeners,
+        reads_components: place.reads_components,
+        names: HashSet::new(),
+        granted: Vec::new(),
+    };
+    let plugins: Vec<PluginConfig> =
+        root.sections("plugin").into_iter().filter_map(|plugin| meant_plugin(plugin, &mut reading)).collect();
+    let granted = reading.granted;
 
     let store = meant_store(root.section("store"), base, &data_dir);
+    let store_path = store.as_ref().map(|store| &*store.path);
+    let mut protected = Protected::new(place.file, &data_dir, plugin_dir.as_deref(), store_path);
+    protected.protect_plugins(&plugins, &granted);
+    granted.iter().for_each(|granted| protected.check(granted));
 
     let mut log = root.section("log");
     let level = log.text("level");
@@ -255,73 +286,6 @@ fn meant_limits(mut limits: Section<'_>) -> Limits {
     };
     limits.finish();
     meant
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Protocol {
-    Mqtt,
-    Unix,
-    NotYet,
-}
-
-fn meant_listener(mut listener: Section<'_>, base: &Path, others: &[Listener]) -> Option<Listener> {
-    let bind = listener.required("bind", "an address such as \"127.0.0.1:1883\"");
-    let protocol = listener.text("protocol");
-    let kind = match protocol.as_ref().map_or("mqtt", |text| text.value) {
-        "mqtt" => Protocol::Mqtt,
-        "unix" => Protocol::Unix,
-        "mqtts" | "ws" | "wss" => {
-            listener.problem(protocol.as_ref()?, "not available yet: allowed are \"mqtt\" and \"unix\"");
-            Protocol::NotYet
-        }
-        _ => {
-            listener.problem(protocol.as_ref()?, "allowed are \"mqtt\" and \"unix\"");
-            Protocol::NotYet
-        }
-    };
-    let queue_policy = listener.choice("queue_full", &QUEUE_FULL).unwrap_or_default();
-    listener.finish();
-    let bind = bind?;
-    let meant = match kind {
-        Protocol::NotYet => return None,
-        Protocol::Unix if bind.value.is_empty() => Err("must be the path of a socket file".to_owned()),
-        Protocol::Unix => Ok(unix_listener(base.join(bind.value))),
-        Protocol::Mqtt => tcp_listener(bind.value),
-    };
-    match meant {
-        Ok(meant) if others.iter().any(|other| other.name == meant.name && !meant.name.ends_with(":0")) => {
-            listener.problem(&bind, "another [[listener]] has this address already");
-            None
-        }
-        Ok(meant) => Some(Listener { queue_policy, ..meant }),
-        Err(why) => {
-            listener.problem(&bind, &why);
-            None
-        }
-    }
-}
-
-fn tcp_listener(text: &str) -> Result<Listener, String> {
-    let allowed = "must be an address and a port such as \"127.0.0.1:1883\", \"0.0.0.0:1883\" or \"[::1]:1883\"";
-    let address: SocketAddr = match text.parse() {
-        Ok(address) => address,
-        // Anything else may still be a host name; a missing port or an empty host is not worth a question.
-        Err(_) if text.rsplit_once(':').is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err()) => {
-            return Err(allowed.to_owned());
-        }
-        Err(_) => match text.to_socket_addrs().map(|mut found| found.next()) {
-            Ok(Some(address)) => address,
-            Ok(None) => return Err(allowed.to_owned()),
-            Err(error) => return Err(format!("{allowed} ({error})")),
-        },
-    };
-    let name = format!("mqtt://{address}").into();
-    Ok(Listener { bind: Bind::Tcp(address), name, queue_policy: QueuePolicy::default() })
-}
-
-fn unix_listener(path: PathBuf) -> Listener {
-    let name = Arc::from(format!("unix:{}", path.display()));
-    Listener { name, bind: Bind::Unix(path), queue_policy: QueuePolicy::default() }
 }
 
 /// A bare word must be a level: the log library would take a misspelt one for the name of a target.

@@ -7,25 +7,39 @@ use std::time::Duration;
 
 use wasmqtt_host::{FileGrant, Grants, Mode, PluginConfig, PluginLimits, Rollout};
 use wasmqtt_protocol::topic::Filter;
+use wasmqtt_server::Listener;
 
+use super::grants::Granted;
+use super::listener::meant_names;
 use super::read::{Section, Source, Text};
 use super::{MODES, ON_ERROR, ORDER_DEFAULT, Problem};
 
-pub(super) fn meant_plugin<'a>(
-    mut plugin: Section<'a>,
-    base: &Path,
-    dir: Option<&Path>,
-    names: &mut HashSet<&'a str>,
-) -> Option<PluginConfig> {
+/// What `[[plugin]]` tables are read with.
+pub(super) struct Plugins<'s, 'a> {
+    /// Where relative paths begin.
+    pub(super) base: &'s Path,
+    /// The plugin folder.
+    pub(super) dir: Option<&'s Path>,
+    pub(super) listeners: &'s [Listener],
+    /// Components are read as well, and what they import must be granted.
+    pub(super) reads_components: bool,
+    /// Of those so far.
+    pub(super) names: HashSet<&'a str>,
+    /// Grants of those so far, to be checked when all plugins are known.
+    pub(super) granted: Vec<Granted<'a>>,
+}
+
+pub(super) fn meant_plugin<'a>(mut plugin: Section<'a>, plugins: &mut Plugins<'_, 'a>) -> Option<PluginConfig> {
+    let base = plugins.base;
     let name = plugin.required("name", "a name such as \"auth-file\"");
     if let Some(name) = &name {
         if !is_plugin_name(name.value) {
             plugin.problem(name, "must be 1 to 64 letters, digits, `-` or `_`");
-        } else if !names.insert(name.value) {
+        } else if !plugins.names.insert(name.value) {
             plugin.problem(name, "another [[plugin]] has this name already");
         }
     }
-    let path = meant_plugin_path(&mut plugin, name.as_ref(), dir.unwrap_or(base));
+    let path = meant_plugin_path(&mut plugin, name.as_ref(), plugins.dir.unwrap_or(base));
     let sha256 = plugin.text("sha256");
     if let Some(digest) = &sha256
         && !(digest.value.len() == 64 && digest.value.bytes().all(|byte| byte.is_ascii_hexdigit()))
@@ -36,13 +50,20 @@ pub(super) fn meant_plugin<'a>(
     let on_error = plugin.choice("on_error", &ON_ERROR).unwrap_or_default();
     let config = flatten(plugin.table("config"));
 
-    let listeners = plugin.texts("listeners").into_iter().map(|listener| listener.value.to_owned()).collect();
+    let listeners = meant_names(&mut plugin, plugins.listeners, base);
     let topics = filters(&mut plugin, "topics");
-    let (files, grants) = meant_grants(plugin.section("grants"), base);
+    let (files, grants) = meant_grants(plugin.section("grants"), base, &mut plugins.granted);
     let rollout = meant_rollout(&mut plugin);
     let probation = plugin.seconds("probation_secs", Duration::from_mins(1), 0..=86_400);
     let limits = meant_limits(plugin.section("limits"), PluginLimits::default());
     plugin.finish();
+    if let (Some(name), Some(path)) = (&name, &path)
+        && plugins.reads_components
+        && path.is_file()
+        && let Err(error) = wasmqtt_host::check_grants(path, &grants)
+    {
+        plugin.problem(name, &format!("{}: {error}", path.display()));
+    }
     Some(PluginConfig {
         name: name?.value.to_owned(),
         path: path?,
@@ -71,8 +92,8 @@ fn meant_rollout(plugin: &mut Section<'_>) -> Rollout {
     }
 }
 
-fn meant_grants(mut grants: Section<'_>, base: &Path) -> (Vec<FileGrant>, Grants) {
-    let files = grants.sections("files").into_iter().filter_map(|file| meant_file_grant(file, base)).collect();
+fn meant_grants<'a>(mut grants: Section<'a>, base: &Path, granted: &mut Vec<Granted<'a>>) -> (Vec<FileGrant>, Grants) {
+    let files = grants.sections("files").into_iter().filter_map(|file| meant_file_grant(file, base, granted)).collect();
     let meant = Grants {
         publish: filters(&mut grants, "publish"),
         disconnect: grants.flag("disconnect").unwrap_or(false),
@@ -181,12 +202,12 @@ fn flatten(table: toml::Table) -> Vec<(String, String)> {
     pairs
 }
 
-fn meant_file_grant(mut grant: Section<'_>, base: &Path) -> Option<FileGrant> {
+fn meant_file_grant<'a>(mut grant: Section<'a>, base: &Path, granted: &mut Vec<Granted<'a>>) -> Option<FileGrant> {
     let host = grant.required("host", "a file or folder of this machine");
     let guest = grant.required("guest", "the path under which the plugin sees it, such as \"/passwords\"");
     let mode = grant.choice("mode", &MODES).unwrap_or_default();
     grant.finish();
-    let (host, guest): (Text<'_>, Text<'_>) = (host?, guest?);
+    let (host, guest): (Text<'a>, Text<'a>) = (host?, guest?);
     let path = base.join(host.value);
     if !path.exists() {
         grant.problem(&host, &format!("no such file or folder ({})", path.display()));
@@ -197,7 +218,9 @@ fn meant_file_grant(mut grant: Section<'_>, base: &Path) -> Option<FileGrant> {
     if !guest.value.starts_with('/') || guest.value.split('/').any(|part| part == "..") {
         grant.problem(&guest, "must be an absolute path without `..`, such as \"/passwords\"");
     }
-    Some(FileGrant { host: path, guest: guest.value.to_owned(), mode })
+    let guest = guest.value.to_owned();
+    granted.push(Granted { section: grant, host, path: path.clone(), mode });
+    Some(FileGrant { host: path, guest, mode })
 }
 
 fn is_plugin_name(name: &str) -> bool {

@@ -11,11 +11,14 @@ use std::time::Duration;
 use serde::Deserialize;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue, ValueDeserializer};
+use wasmqtt_protocol::text::escaped;
 
 use super::Problem;
 
 /// Most characters of a value that a message repeats.
 const VALUE_CHARS_MAX: usize = 60;
+/// Bytes of a message about one problem.
+const PROBLEM_BYTES_MAX: usize = 2048;
 
 /// A file's text, and the problems found in it so far.
 pub(super) struct Source<'a> {
@@ -36,7 +39,7 @@ impl<'a> Source<'a> {
         }
         let problem = |error: &toml::de::Error| Problem {
             line: self.line(error.span().map_or(0, |span| span.start)),
-            text: format!("not TOML: {}", error.message()),
+            text: escaped(&format!("not TOML: {}", error.message()), PROBLEM_BYTES_MAX).to_string(),
         };
         Err(errors.iter().map(problem).collect())
     }
@@ -56,7 +59,9 @@ impl<'a> Source<'a> {
         1 + self.text.as_bytes().iter().take(at).filter(|byte| **byte == b'\n').count()
     }
 
-    fn report(&self, at: usize, text: String) {
+    fn report(&self, at: usize, text: &str) {
+        // Keys and values of the file stand in it, and it is shown on a terminal.
+        let text = escaped(text, PROBLEM_BYTES_MAX).to_string();
         self.problems.borrow_mut().push(Problem { line: self.line(at), text });
     }
 }
@@ -105,7 +110,7 @@ impl<'a> Section<'a> {
             self.known.push(key);
             let at = self.table.and_then(|table| table.iter().map(|(key, _)| key.span().start).min());
             let header = self.path.clone();
-            self.source.report(at.unwrap_or(0), format!("{header}: `{key}` is missing: {what}"));
+            self.source.report(at.unwrap_or(0), &format!("{header}: `{key}` is missing: {what}"));
         }
         self.text(key)
     }
@@ -191,6 +196,18 @@ impl<'a> Section<'a> {
         sections
     }
 
+    /// The file says something about `key`.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.table.is_some_and(|table| table.contains_key(key))
+    }
+
+    /// Says what is wrong with the value of `key`, whatever it is.
+    pub(super) fn complain(&self, key: &'static str, what: &str) {
+        if let Some(found) = self.table.and_then(|table| table.get(key)) {
+            self.report(key, found.span(), what);
+        }
+    }
+
     /// Says what is wrong with a value that was found.
     pub(super) fn problem(&self, text: &Text<'_>, what: &str) {
         self.report(text.key, text.span.clone(), what);
@@ -212,7 +229,7 @@ impl<'a> Section<'a> {
                 let _ = write!(message, ": did you mean `{close}`?");
             }
             let _ = write!(message, " (known are {})", self.known.join(", "));
-            self.source.report(key.span().start, message);
+            self.source.report(key.span().start, &message);
         }
     }
 
@@ -230,7 +247,7 @@ impl<'a> Section<'a> {
 
     fn report(&self, key: &str, span: Range<usize>, what: &str) {
         let value = self.excerpt(span.clone());
-        self.source.report(span.start, format!("{} = {value}: {what}", self.full(key)));
+        self.source.report(span.start, &format!("{} = {value}: {what}", self.full(key)));
     }
 
     fn full(&self, key: &str) -> String {
@@ -249,7 +266,7 @@ impl<'a> Section<'a> {
     }
 }
 
-fn closest<'k>(key: &str, known: &[&'k str]) -> Option<&'k str> {
+pub(super) fn closest<'k>(key: &str, known: &[&'k str]) -> Option<&'k str> {
     let scored = known.iter().map(|known| (strsim::jaro_winkler(key, known), *known));
     scored.filter(|(score, _)| *score > 0.8).max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, known)| known)
 }

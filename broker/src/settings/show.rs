@@ -30,6 +30,12 @@ struct Listener {
     bind: String,
     protocol: &'static str,
     queue_full: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tcp_keepalive_secs: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mode: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    group: Option<String>,
 }
 
 /// Absent means loopback clients only, which has no other spelling in the file.
@@ -173,18 +179,37 @@ impl Settings {
             plugins: Folder { dir: self.plugin_dir.as_deref() },
             store: shown_store(self.store.as_ref()),
             log: Log { level: &self.log.level, format: if self.log.json { "json" } else { "text" } },
-            listener: self.listeners.iter().map(shown_listener).collect(),
+            listener: shown_listeners(&self.listeners),
             plugin: self.plugins.iter().map(shown_plugin).collect(),
         }
     }
 }
 
-fn shown_listener(listener: &wasmqtt_server::Listener) -> Listener {
-    let queue_full = spelling(&QUEUE_FULL, listener.queue_policy);
-    match &listener.bind {
-        Bind::Tcp(address) => Listener { bind: address.to_string(), protocol: "mqtt", queue_full },
-        Bind::Unix(path) => Listener { bind: path.display().to_string(), protocol: "unix", queue_full },
+/// One per `[[listener]]`: a host name with several addresses is written once.
+fn shown_listeners(listeners: &[wasmqtt_server::Listener]) -> Vec<Listener> {
+    let mut shown = Vec::new();
+    let mut before: Option<&wasmqtt_server::Listener> = None;
+    for listener in listeners {
+        let is_same = before.is_some_and(|before| before.optional && before.written == listener.written);
+        before = Some(listener);
+        if is_same {
+            continue;
+        }
+        let (bind, protocol) = match &listener.bind {
+            Bind::Tcp(_) if listener.optional => (listener.written.to_string(), "mqtt"),
+            Bind::Tcp(address) => (address.to_string(), "mqtt"),
+            Bind::Unix(path) => (path.display().to_string(), "unix"),
+        };
+        shown.push(Listener {
+            bind,
+            protocol,
+            queue_full: spelling(&QUEUE_FULL, listener.queue_policy),
+            tcp_keepalive_secs: (protocol == "mqtt").then(|| listener.keepalive.map_or(0, |time| time.as_secs())),
+            mode: listener.socket_mode.map(|mode| format!("{mode:04o}")),
+            group: listener.socket_group.map(|group| group.to_string()),
+        });
     }
+    shown
 }
 
 fn shown_store(store: Option<&StoreConfig>) -> Store<'_> {

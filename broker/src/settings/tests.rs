@@ -1,6 +1,7 @@
 use std::fs;
 
 use tempfile::TempDir;
+use wasmqtt_server::Bind;
 
 use super::*;
 
@@ -14,15 +15,20 @@ fn folder() -> TempDir {
     folder
 }
 
+/// As if it stood in `wasmqtt.toml` of the folder.
+fn read(text: &str, base: &Path) -> Result<Settings, Vec<Problem>> {
+    parse(text, &Place { base, file: Some(&base.join("wasmqtt.toml")), listen: &[], reads_components: false })
+}
+
 fn meant(text: &str) -> Settings {
     let folder = folder();
-    parse(text, folder.path()).unwrap_or_else(|problems| panic!("{problems:?}"))
+    read(text, folder.path()).unwrap_or_else(|problems| panic!("{problems:?}"))
 }
 
 /// Checks that `text` has exactly these problems, each a line and words of its message.
 fn check_problems(text: &str, expected: &[(usize, &[&str])]) {
     let folder = folder();
-    let problems = parse(text, folder.path()).expect_err("has problems");
+    let problems = read(text, folder.path()).expect_err("has problems");
     assert_eq!(problems.len(), expected.len(), "{problems:?}");
     for (problem, (line, words)) in problems.iter().zip(expected) {
         assert_eq!(problem.line, *line, "{problem:?}");
@@ -82,7 +88,7 @@ format = "json"
 #[test]
 fn each_key_of_a_full_file_arrives() {
     let folder = folder();
-    let settings = parse(FULL, folder.path()).expect("valid");
+    let settings = read(FULL, folder.path()).expect("valid");
     assert_eq!(settings.data_dir, folder.path().join("data"));
     assert_eq!(settings.shards, 3);
     assert_eq!(&*settings.listeners[0].name, "mqtt://127.0.0.1:1884");
@@ -137,17 +143,19 @@ fn without_a_store_nothing_is_kept() {
 #[test]
 fn without_a_plugins_folder_there_is_none() {
     let empty = TempDir::new().expect("temporary folder");
-    assert_eq!(parse("", empty.path()).expect("valid").plugin_dir, None);
+    assert_eq!(read("", empty.path()).expect("valid").plugin_dir, None);
 }
 
 /// What `config show` prints is a configuration with the same meaning.
 #[test]
 fn shown_settings_read_back_alike() {
     let folder = folder();
-    for text in ["", FULL, "auth.anonymous = true"] {
-        let settings = parse(text, folder.path()).expect("valid");
+    for text in
+        ["", FULL, "auth.anonymous = true", "listener = [{ bind = \"localhost:1884\", tcp_keepalive_secs = 0 }]"]
+    {
+        let settings = read(text, folder.path()).expect("valid");
         let shown = toml::to_string(&settings.shown()).expect("TOML");
-        let again = parse(&shown, folder.path()).unwrap_or_else(|problems| panic!("{problems:?}\n{shown}"));
+        let again = read(&shown, folder.path()).unwrap_or_else(|problems| panic!("{problems:?}\n{shown}"));
         assert_eq!(toml::to_string(&again.shown()).expect("TOML"), shown);
     }
 }
@@ -254,7 +262,7 @@ fn what_is_not_toml_is_said_with_its_line() {
 
 #[test]
 fn an_unreadable_file_is_named() {
-    let error = load(Path::new("/nowhere/wasmqtt.toml")).expect_err("absent").to_string();
+    let error = load(Path::new("/nowhere/wasmqtt.toml"), &[]).expect_err("absent").to_string();
     assert!(error.contains("/nowhere/wasmqtt.toml"), "{error}");
 }
 
@@ -263,7 +271,7 @@ fn invalid_files_are_named_on_each_line() {
     let folder = folder();
     let path = folder.path().join("wasmqtt.toml");
     fs::write(&path, "a = 1\nb = 2\n").expect("file");
-    let error = load(&path).expect_err("unknown keys").to_string();
+    let error = load(&path, &[]).expect_err("unknown keys").to_string();
     let lines: Vec<_> = error.lines().collect();
     assert!(lines[0].starts_with(&format!("{}:1: unknown key `a` = 1", path.display())), "{error}");
     assert!(lines[1].starts_with(&format!("{}:2: unknown key `b` = 2", path.display())), "{error}");
@@ -271,9 +279,9 @@ fn invalid_files_are_named_on_each_line() {
 
 #[test]
 fn listen_arguments_are_addresses_or_sockets() {
-    assert_eq!(&*parse_listen("0.0.0.0:1883").expect("valid").name, "mqtt://0.0.0.0:1883");
-    assert_eq!(&*parse_listen("[::1]:0").expect("valid").name, "mqtt://[::1]:0");
-    assert_eq!(&*parse_listen("unix:/run/wasmqtt.sock").expect("valid").name, "unix:/run/wasmqtt.sock");
+    assert_eq!(&*parse_listen("0.0.0.0:1883").expect("valid").0[0].name, "mqtt://0.0.0.0:1883");
+    assert_eq!(&*parse_listen("[::1]:0").expect("valid").0[0].name, "mqtt://[::1]:0");
+    assert_eq!(&*parse_listen("unix:/run/wasmqtt.sock").expect("valid").0[0].name, "unix:/run/wasmqtt.sock");
     for wrong in ["", "1883", ":1883", "localhost", "127.0.0.1:99999", "unix:"] {
         assert!(parse_listen(wrong).is_err(), "{wrong}");
     }
@@ -296,5 +304,149 @@ fn limits_of_the_command_line_are_those_of_the_file() {
     ] {
         let error = limits(&[pair]).expect_err("is refused");
         assert!(error.contains(why), "{error}");
+    }
+}
+
+#[test]
+fn everything_that_is_wrong_with_a_listener_is_said_at_once() {
+    check_problems(
+        "[[listener]]\nbind = \"0.0.0.0:99999\"\nprotocol = \"mqtts\"\nqueue_full = \"never\"\ntcp_keepalive_secs = 9999\n\
+         mode = \"rw\"\ngroup = \"no such group\"\n",
+        &[
+            (2, &["listener.bind = \"0.0.0.0:99999\"", "address and a port"]),
+            (3, &["listener.protocol = \"mqtts\"", "not available yet"]),
+            (4, &["listener.queue_full", "drop-newest"]),
+            (5, &["listener.tcp_keepalive_secs = 9999", "from 0 to 7200"]),
+            (6, &["listener.mode = \"rw\"", "octal digits"]),
+            (7, &["listener.group = \"no such group\"", "given by its number"]),
+        ],
+    );
+    check_problems(
+        "[[listener]]\nbind = \"127.0.0.1:1\"\nmode = \"0600\"\n[[listener]]\nbind = \"a.sock\"\nprotocol = \"unix\"\ntcp_keepalive_secs = 5\n",
+        &[(3, &["listener.mode", "is for a Unix socket"]), (7, &["listener.tcp_keepalive_secs", "is for TCP"])],
+    );
+}
+
+#[test]
+fn a_unix_socket_has_a_mode_and_a_group() {
+    let settings = meant("[[listener]]\nbind = \"a.sock\"\nprotocol = \"unix\"\nmode = \"0660\"\ngroup = \"root\"\n");
+    let listener = &settings.listeners[0];
+    assert_eq!((listener.socket_mode, listener.socket_group, listener.keepalive), (Some(0o660), Some(0), None));
+    let shown = toml::to_string(&settings.shown()).expect("TOML");
+    assert!(shown.contains("mode = \"0660\"") && shown.contains("group = \"0\""), "{shown}");
+}
+
+#[test]
+fn tcp_keepalive_is_on_unless_it_is_off() {
+    let settings = meant(
+        "listener = [{ bind = \"127.0.0.1:1\" }, { bind = \"127.0.0.1:2\", tcp_keepalive_secs = 0 }, \
+         { bind = \"127.0.0.1:3\", tcp_keepalive_secs = 30 }]",
+    );
+    let keepalives: Vec<_> = settings.listeners.iter().map(|listener| listener.keepalive).collect();
+    assert_eq!(keepalives, [Some(Duration::from_mins(5)), None, Some(Duration::from_secs(30))]);
+}
+
+/// A host name stands for all its addresses, and may be called by any of them.
+#[test]
+fn a_host_name_listens_on_all_its_addresses() {
+    let settings = meant("listener = [{ bind = \"localhost:1884\" }]");
+    let names: Vec<&str> = settings.listeners.iter().map(|listener| &*listener.name).collect();
+    assert!(names.contains(&"mqtt://127.0.0.1:1884"), "{names:?}");
+    let shown = toml::to_string(&settings.shown()).expect("TOML");
+    assert_eq!(shown.matches("[[listener]]").count(), 1, "{shown}");
+}
+
+const TWO_LISTENERS: &str = "[[listener]]\nbind = \"localhost:1884\"\n[[listener]]\nbind = \"run/mqtt.sock\"\n\
+                             protocol = \"unix\"\n[[plugin]]\nname = \"auth-file\"\n";
+
+#[test]
+fn a_plugin_names_a_listener_as_it_is_written_or_by_its_address() {
+    let names_of = |named: &str| {
+        let settings = meant(&format!("{TWO_LISTENERS}listeners = [{named}]\n"));
+        settings.plugins[0].listeners.clone()
+    };
+    for named in ["\"localhost:1884\"", "\"mqtt://localhost:1884\""] {
+        assert!(names_of(named).contains(&"mqtt://127.0.0.1:1884".to_owned()), "{named}");
+    }
+    for named in ["\"127.0.0.1:1884\"", "\"mqtt://127.0.0.1:1884\"", "\"127.0.0.1:1884\", \"mqtt://127.0.0.1:1884\""] {
+        assert_eq!(names_of(named), ["mqtt://127.0.0.1:1884"], "{named}");
+    }
+    let socket = names_of("\"run/mqtt.sock\"");
+    assert!(socket[0].starts_with("unix:/") && socket[0].ends_with("/run/mqtt.sock"), "{socket:?}");
+    assert_eq!(names_of("\"unix:run/mqtt.sock\"").len(), 1);
+}
+
+/// Otherwise the plugin would be asked about nobody, and what no `acl` plugin is asked about is allowed.
+#[test]
+fn a_listener_that_does_not_exist_is_a_problem() {
+    check_problems(
+        &format!("{TWO_LISTENERS}listeners = [\"mqtt://localhost:1885\"]\n"),
+        &[(8, &["plugin.listeners = \"mqtt://localhost:1885\"", "no listener", "did you mean \"localhost:1884\"?"])],
+    );
+    // `--listen` replaces what the file says, and with it the names.
+    let text = format!("{TWO_LISTENERS}listeners = [\"localhost:1884\"]\n");
+    let folder = folder();
+    let listen = [parse_listen("127.0.0.1:1900").expect("an address")];
+    let place = Place { base: folder.path(), file: None, listen: &listen, reads_components: false };
+    let problems = parse(&text, &place).expect_err("the name is gone");
+    assert!(problems[0].text.contains("(listeners are \"127.0.0.1:1900\")"), "{problems:?}");
+}
+
+#[test]
+fn names_of_listeners_on_any_port_are_their_own() {
+    let settings =
+        meant("listener = [{ bind = \"127.0.0.1:0\" }, { bind = \"127.0.0.1:0\", queue_full = \"drop-oldest\" }]");
+    let names: Vec<&str> = settings.listeners.iter().map(|listener| &*listener.name).collect();
+    assert_eq!(names, ["mqtt://127.0.0.1:0", "mqtt://127.0.0.1:0#2"]);
+}
+
+/// Checks that granting `host` in this mode is refused with these words, or not at all.
+fn check_grant(host: &str, mode: &str, words: Option<&str>) {
+    let folder = folder();
+    for path in ["data/store", "data/plugin-cache", "shared/in", "data/mine"] {
+        fs::create_dir_all(folder.path().join(path)).expect("folder");
+    }
+    fs::write(folder.path().join("wasmqtt.toml"), "").expect("file");
+    std::os::unix::fs::symlink("../data", folder.path().join("shared/link")).expect("link");
+    let text = format!(
+        "[[plugin]]\nname = \"auth-file\"\n[[plugin.grants.files]]\nhost = \"etc/passwords\"\nguest = \"/p\"\n\
+         [[plugin.grants.files]]\nhost = {host:?}\nguest = \"/x\"\nmode = {mode:?}\n"
+    );
+    match (read(&text, folder.path()), words) {
+        (Ok(_), None) => {}
+        (Err(problems), Some(words)) => assert!(problems[0].text.contains(words), "{host} {mode}: {problems:?}"),
+        (got, _) => panic!("{host} {mode}: {:?}", got.err()),
+    }
+}
+
+#[test]
+fn no_plugin_writes_to_what_the_broker_trusts() {
+    check_grant("shared/in", "write", None);
+    for own in ["data", ".", "/", "data/store", "data/mine", "shared/link", "shared/link/store", "shared/../data"] {
+        check_grant(own, "write", Some("no plugin may write to"));
+    }
+    check_grant("plugins", "write", Some("the plugin folder"));
+    check_grant("etc", "write", Some("a file that a plugin trusts"));
+}
+
+#[test]
+fn no_plugin_reads_the_store_or_the_cache() {
+    for fine in ["shared/in", "etc", "data/mine", "plugins"] {
+        check_grant(fine, "read", None);
+    }
+    for own in ["data", ".", "/", "data/store", "shared/link", "data/plugin-cache"] {
+        check_grant(own, "read", Some("no plugin may read"));
+    }
+}
+
+#[test]
+fn what_a_file_says_is_repeated_without_control_characters() {
+    let problems = {
+        let folder = folder();
+        read("\"a\\u001b[2J\\n\" = 1\nlog.level = \"\u{9b}\u{202e}\"\n", folder.path()).expect_err("has problems")
+    };
+    assert_eq!(problems.len(), 2, "{problems:?}");
+    for problem in problems {
+        assert!(!problem.text.chars().any(wasmqtt_protocol::text::is_unsafe), "{problem:?}");
     }
 }
