@@ -19,8 +19,11 @@ use wasmqtt_protocol::ports::{Access, Client};
 use wasmqtt_server::Inspector;
 use wasmqtt_server::store::RocksStore;
 
+use crate::ctl::{self, CtlRequest};
+use crate::reload::Running;
+
 /// Below `data_dir`.
-const SOCKET: &str = "control.sock";
+pub(crate) const SOCKET: &str = "control.sock";
 /// Bytes of a request without components, and of one component.
 const REQUEST_BYTES_MAX: u64 = 64 * 1024;
 const COMPONENT_BYTES_MAX: u64 = 64 << 20;
@@ -46,6 +49,8 @@ pub(crate) enum Request {
     Backup {
         dir: PathBuf,
     },
+    /// For the broker itself.
+    Ctl(CtlRequest),
     Explain {
         client_id: String,
         principal: Option<String>,
@@ -60,6 +65,7 @@ pub(crate) enum Request {
 pub(crate) enum Answer {
     Done,
     Plugins(serde_json::Value),
+    Ctl(serde_json::Value),
     Explanation(serde_json::Value),
     Failed(String),
 }
@@ -81,6 +87,7 @@ pub(crate) struct Reach {
     pub(crate) plugins: Option<Arc<PluginHost>>,
     pub(crate) store: Option<Arc<RocksStore>>,
     pub(crate) server: Inspector,
+    pub(crate) running: Arc<Running>,
 }
 
 /// Serves commands on a thread of its own until the process ends. That it cannot is no reason not to serve clients.
@@ -132,6 +139,9 @@ fn send(mut stream: &UnixStream, message: &impl Serialize) -> anyhow::Result<()>
 }
 
 fn answer(request: Request, reader: &mut impl Read, reach: &Reach) -> anyhow::Result<Answer> {
+    if let Request::Ctl(request) = &request {
+        return ctl::answer(request, &reach.running, &reach.server);
+    }
     if let Request::Backup { dir } = &request {
         let Some(store) = &reach.store else { bail!("[store] durability = \"memory\": there is no store") };
         info!(dir = %dir.display(), "backing up");
@@ -142,7 +152,7 @@ fn answer(request: Request, reader: &mut impl Read, reach: &Reach) -> anyhow::Re
         bail!("this broker has no plugins: its configuration names none, and there is no folder `plugins` beside it")
     };
     Ok(match request {
-        Request::Backup { .. } => Answer::Done,
+        Request::Backup { .. } | Request::Ctl(_) => Answer::Done,
         Request::List => Answer::Plugins(list(plugins)?),
         Request::Deploy(files) => {
             let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();

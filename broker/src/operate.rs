@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, anyhow, bail};
 use clap::Args;
 use serde_json::Value;
+use wasmqtt_protocol::text::{Escaped, escaped};
 
 use crate::control::{Answer, Request, ask};
-use crate::settings;
+use crate::{output, settings};
 
 /// Which broker.
 #[derive(Debug, Args)]
@@ -19,10 +20,10 @@ pub(crate) struct Which {
 }
 
 impl Which {
-    fn data_dir(&self) -> anyhow::Result<PathBuf> {
+    pub(crate) fn data_dir(&self) -> anyhow::Result<PathBuf> {
         Ok(match &self.config {
-            Some(file) => settings::load(file)?.data_dir,
-            None => settings::defaults()?.data_dir,
+            Some(file) => settings::load(file, &[])?.data_dir,
+            None => settings::defaults(&[])?.data_dir,
         })
     }
 }
@@ -38,6 +39,11 @@ fn text<'a>(value: &'a Value, key: &str) -> &'a str {
     value[key].as_str().unwrap_or_default()
 }
 
+/// A text of others as it can be printed: on one line, without control characters.
+fn shown<'a>(value: &'a Value, key: &str) -> Escaped<'a> {
+    escaped(text(value, key), TEXT_BYTES_MAX)
+}
+
 fn number(value: &Value, key: &str) -> u64 {
     value[key].as_u64().unwrap_or_default()
 }
@@ -46,7 +52,7 @@ fn number(value: &Value, key: &str) -> u64 {
 pub(crate) fn list(which: &Which, json: bool) -> anyhow::Result<String> {
     let Answer::Plugins(plugins) = ask(&which.data_dir()?, &Request::List, &[])? else { bail!("an unexpected answer") };
     if json {
-        return Ok(serde_json::to_string_pretty(&plugins).context("write JSON")? + "\n");
+        return output::json(&plugins);
     }
     let plugins = plugins.as_array().map(Vec::as_slice).unwrap_or_default();
     let head = ["NAME", "BUILD", "VERSION", "PLUG-POINTS", "CALLS", "FAILURES", "EARLIER"].map(str::to_owned);
@@ -80,11 +86,17 @@ pub(crate) fn list(which: &Which, json: bool) -> anyhow::Result<String> {
     Ok(shown)
 }
 
+/// Bytes of one text of others in what is printed.
+const TEXT_BYTES_MAX: usize = 4096;
+
 fn table<const N: usize>(rows: &[[String; N]]) -> String {
+    // Names and versions are texts of others.
+    let rows: Vec<[String; N]> =
+        rows.iter().map(|row| row.each_ref().map(|cell| escaped(cell, TEXT_BYTES_MAX).to_string())).collect();
     let widths: Vec<usize> =
         (0..N).map(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0)).collect();
     let mut text = String::new();
-    for row in rows {
+    for row in &rows {
         let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}"));
         let _ = writeln!(text, "{}", cells.collect::<Vec<_>>().join("  ").trim_end());
     }
@@ -160,20 +172,21 @@ pub(crate) fn explain(which: &Which, access: &Access, json: bool) -> anyhow::Res
     };
     let Answer::Explanation(found) = ask(&which.data_dir()?, &request, &[])? else { bail!("an unexpected answer") };
     if json {
-        return Ok(serde_json::to_string_pretty(&found).context("write JSON")? + "\n");
+        return output::json(&found);
     }
     let what = if publish { "publish to" } else { "subscribe to" };
     let state = if found["connected"] == Value::Bool(true) { "connected" } else { "not connected" };
-    let (client_id, principal) = (text(&found, "client_id"), text(&found, "principal"));
-    let mut shown = format!("client {client_id} (principal {principal:?}, {state}) wants to {what} {topic}\n");
-    if let Some(known) = found["known"].as_str() {
-        let _ = writeln!(shown, "  without asking: {known}");
+    let (client_id, principal) = (shown(&found, "client_id"), shown(&found, "principal"));
+    let topic = escaped(&topic, TEXT_BYTES_MAX);
+    let mut lines = format!("client {client_id} (principal {principal:?}, {state}) wants to {what} {topic}\n");
+    if found["known"].is_string() {
+        let _ = writeln!(lines, "  without asking: {}", shown(&found, "known"));
     }
     for opinion in found["opinions"].as_array().into_iter().flatten() {
-        let (plugin, generation) = (text(opinion, "plugin"), number(opinion, "generation"));
-        let (verdict, note) = (text(opinion, "verdict"), text(opinion, "note"));
-        let _ = writeln!(shown, "  {plugin} (build {generation}): {verdict} — {note}");
+        let (plugin, generation) = (shown(opinion, "plugin"), number(opinion, "generation"));
+        let (verdict, note) = (shown(opinion, "verdict"), shown(opinion, "note"));
+        let _ = writeln!(lines, "  {plugin} (build {generation}): {verdict} — {note}");
     }
-    let _ = writeln!(shown, "=> {}", text(&found, "verdict"));
-    Ok(shown)
+    let _ = writeln!(lines, "=> {}", shown(&found, "verdict"));
+    Ok(lines)
 }

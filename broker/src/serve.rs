@@ -1,28 +1,24 @@
 //! `wasmqtt serve`: from settings to a running broker, and back to nothing when a signal says so.
 
-use std::io::{self, IsTerminal};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use rustix::process::{Resource, getrlimit, setrlimit};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
 use signal_hook::iterator::Signals;
 use tracing::{info, warn};
-use tracing_subscriber::filter::Targets;
-use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::util::SubscriberInitExt;
-use tracing_subscriber::{Layer, fmt};
 use wasmqtt_host::PluginHost;
 use wasmqtt_protocol::ports;
 use wasmqtt_server::store::RocksStore;
 use wasmqtt_server::{Anonymous, Bind, Server};
 
 use crate::control::{self, Reach};
-use crate::plugins;
-use crate::settings::{Log, Settings};
+use crate::reload::{self, Origin, Running};
+use crate::settings::Settings;
 use crate::supervise::{self, Supervisor};
+use crate::{log, plugins};
 
 /// Time for clients to take what is waiting for them once a signal has come.
 const DRAIN_GRACE: Duration = Duration::from_secs(10);
@@ -32,11 +28,10 @@ const SYS_INTERVAL: Duration = Duration::from_secs(10);
 const BACKGROUND_THREADS: usize = 2;
 
 /// Runs the broker; returns once it has drained.
-pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
-    start_log(&settings.log)?;
-    supervise::log_panics();
+pub(crate) fn run(settings: Settings, origin: Origin) -> anyhow::Result<()> {
+    let log = Arc::new(log::start(&settings.log)?);
     // Before any thread could miss them.
-    let mut signals = Signals::new([SIGINT, SIGTERM]).context("listen for signals")?;
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2]).context("listen for signals")?;
     raise_open_files();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(BACKGROUND_THREADS)
@@ -53,9 +48,9 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
 
     let data_dir = settings.data_dir.clone();
     let config = wasmqtt_server::Config {
-        listeners: settings.listeners,
+        listeners: settings.listeners.clone(),
         anonymous: settings.anonymous,
-        limits: settings.limits,
+        limits: settings.limits.clone(),
         shards: settings.shards,
         sys_interval: SYS_INTERVAL,
     };
@@ -64,21 +59,34 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
         None => Arc::new(ports::Memory),
     };
     let server = Server::start(config, plugins::port(plugins.as_ref()), port, runtime.handle().clone())?;
-    if plugins.is_some() || store.is_some() {
-        let reach = Reach { plugins: plugins.clone(), store: store.clone(), server: server.inspector() };
-        control::start(&data_dir, reach);
-    }
+    let running = Arc::new(Running::new(origin, settings, server.reloader(), plugins.clone(), log.level()));
+    let inspector = server.inspector();
+    let (for_signals, server_for_commands) = (Arc::clone(&running), inspector.clone());
+    let reach = Reach { plugins: plugins.clone(), store: store.clone(), server: server_for_commands, running };
+    control::start(&data_dir, reach);
+    let reload = reload::on_wish(for_signals)?;
     // Scripts wait for these lines.
     for listener in server.listeners() {
-        crate::print(&format!("listening on {listener}\n"))?;
+        crate::output::print(&format!("listening on {listener}\n"))?;
     }
 
     let supervisor = Supervisor::start(watched(&server, store.as_ref(), plugins.as_ref()), DRAIN_GRACE)?;
-    if let Some(signal) = signals.forever().next() {
-        info!(signal, "draining; a second signal ends it at once");
+    for signal in signals.forever() {
+        match signal {
+            // One that waits already is the same wish.
+            SIGHUP => drop(reload.try_send(())),
+            SIGUSR1 => info!(status = %inspector.status(), "status"),
+            SIGUSR2 => info!("SIGUSR2 does nothing"),
+            _ => {
+                info!(signal, "draining; a second signal ends it at once");
+                break;
+            }
+        }
     }
+    let for_second = Arc::clone(&log);
     std::thread::spawn(move || {
-        if let Some(signal) = signals.forever().next() {
+        if let Some(signal) = signals.forever().find(|signal| matches!(*signal, SIGINT | SIGTERM)) {
+            for_second.flush();
             // As a shell reports a process that a signal ended.
             std::process::exit(128 + signal);
         }
@@ -93,7 +101,9 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
     info!("stopped");
     // A plugin that still waits for something must not hold up the end.
     runtime.shutdown_timeout(Duration::from_secs(1));
-    supervisor.verdict()
+    let verdict = supervisor.verdict();
+    log.flush();
+    verdict
 }
 
 /// All threads that the broker cannot do without.
@@ -113,13 +123,6 @@ fn watched(
     looks
 }
 
-fn start_log(log: &Log) -> anyhow::Result<()> {
-    let targets: Targets = log.level.parse().with_context(|| format!("log.level = {:?}", log.level))?;
-    let layer = fmt::layer().with_writer(io::stderr).with_ansi(io::stderr().is_terminal());
-    let layer = if log.json { layer.json().boxed() } else { layer.boxed() };
-    tracing_subscriber::registry().with(layer.with_filter(targets)).try_init().context("start the log")
-}
-
 /// Each client is an open file; the usual soft limit of 1,024 is for programs that use `select`.
 fn raise_open_files() {
     let mut limit = getrlimit(Resource::Nofile);
@@ -132,7 +135,7 @@ fn raise_open_files() {
 }
 
 /// A broker that others can reach must have been told whom to let in.
-fn check_exposure(settings: &Settings, has_auth: bool) -> anyhow::Result<()> {
+pub(crate) fn check_exposure(settings: &Settings, has_auth: bool) -> anyhow::Result<()> {
     if has_auth {
         return Ok(());
     }
@@ -171,8 +174,8 @@ mod tests {
     use super::*;
 
     fn check_refused(listen: &str, anonymous: Anonymous, has_auth: bool, refused: bool) {
-        let mut settings = defaults().expect("defaults");
-        settings.listeners = vec![parse_listen(listen).expect("address")];
+        let mut settings = defaults(&[]).expect("defaults");
+        settings.listeners = parse_listen(listen).expect("address").0;
         settings.anonymous = anonymous;
         assert_eq!(check_exposure(&settings, has_auth).is_err(), refused, "{listen} {anonymous:?} {has_auth}");
     }

@@ -77,8 +77,8 @@ Example:
 impl Which {
     fn settings(&self) -> anyhow::Result<Settings> {
         Ok(match &self.config {
-            Some(file) => settings::load(file)?,
-            None => settings::defaults()?,
+            Some(file) => settings::load(file, &[])?,
+            None => settings::defaults(&[])?,
         })
     }
 

@@ -41,6 +41,7 @@ impl Supervisor {
         let end = move || {
             std::thread::sleep(grace + END_GRACE);
             error!("the broker does not end in good order");
+            crate::log::flush();
             std::process::exit(i32::from(EXIT));
         };
         Self::watch(looks, terminate, end)
@@ -74,18 +75,6 @@ impl Supervisor {
     pub(crate) fn verdict(&self) -> anyhow::Result<()> {
         self.died.get().map_or(Ok(()), |name| Err(Died(name.clone()).into()))
     }
-}
-
-/// Has panics in the log, where operators look; the default says them to standard error only.
-pub(crate) fn log_panics() {
-    std::panic::set_hook(Box::new(|panic| {
-        let thread = std::thread::current();
-        let name = thread.name().unwrap_or("unnamed").to_owned();
-        let payload = panic.payload();
-        let text = payload.downcast_ref::<&str>().copied().or_else(|| payload.downcast_ref().map(String::as_str));
-        let location = panic.location().map(ToString::to_string).unwrap_or_default();
-        error!(thread = %name, %location, "panic: {}", text.unwrap_or("without a text"));
-    }));
 }
 
 #[cfg(test)]
