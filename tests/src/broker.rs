@@ -57,6 +57,11 @@ impl Broker {
         let address = known.unwrap_or_else(|| {
             let mut line = String::new();
             stdout.read_line(&mut line).expect("read stdout");
+            // The first with a port of its own.
+            while line.starts_with("listening on unix:") {
+                line.clear();
+                stdout.read_line(&mut line).expect("read stdout");
+            }
             let address = line.trim().strip_prefix("listening on mqtt://").and_then(|address| address.parse().ok());
             address.unwrap_or_else(|| {
                 let status = child.wait();

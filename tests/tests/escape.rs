@@ -251,7 +251,7 @@ fn a_lease_ends_with_its_plugin() {
     std::fs::write(&mode, "").expect("write");
     let broker = Broker::start_in(
         folder,
-        "[plugins]\ndir = \".\"\n[[plugin]]\nname = \"probe\"\ntopics = [\"evil/#\"]\n\
+        "[log]\nlevel = \"info,wasmqtt_server=debug\"\n[plugins]\ndir = \".\"\n[[plugin]]\nname = \"probe\"\ntopics = [\"evil/#\"]\n\
          config = { ttl = 4294967295, mode = \"/mode\" }\ngrants = { publish = [\"storm/#\"], disconnect = true, \
          ban = true, revoke = true, files = [{ host = \"mode\", guest = \"/mode\" }] }\n",
     );

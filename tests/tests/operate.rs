@@ -82,9 +82,10 @@ fn an_explanation_knows_the_configuration() {
     let (folder, _) = folder();
     let scope = "topics = [\"a/#\", \"b/#\"]\non_error = \"allow\"\n";
     let second = "[[plugin]]\nname = \"second\"\npath = \"acl.wasm\"\norder = 200\ntopics = [\"b/#\"]\n\
-                  listeners = [\"mqtt://127.0.0.1:1\"]\n\
+                  listeners = [\"other.sock\"]\n\
                   grants = { publish = [\"#\"], disconnect = true, ban = true, revoke = true }\n";
-    let broker = Broker::start_in(folder, &format!("{CONFIG}{scope}{second}"));
+    let other = "[[listener]]\nbind = \"other.sock\"\nprotocol = \"unix\"\n";
+    let broker = Broker::start_in(folder, &format!("{CONFIG}{scope}{second}{other}"));
     let explain = |topic: &str| run(&broker, &["explain", "--client", "c", "--publish", topic]).expect("explains");
     let shown = explain("c/x");
     assert!(shown.contains("acl (build 1): not asked — its `topics` leave this out"), "{shown}");
