@@ -242,7 +242,8 @@ impl Shard {
 
     /// How many bytes were used up; everything, once the connection ends.
     fn on_packets(&mut self, id: usize, bytes: &[u8], budget: &mut Budget) -> usize {
-        let limits = codec::Limits { packet_bytes_max: self.conns.get(id).map_or(0, |conn| conn.limits.packet_bytes_max) };
+        let limits =
+            codec::Limits { packet_bytes_max: self.conns.get(id).map_or(0, |conn| conn.limits.packet_bytes_max) };
         let mut used = 0;
         loop {
             let Some(conn) = self.conns.get_mut(id) else { return bytes.len() };
