@@ -62,7 +62,7 @@ impl Reloader {
             self.acceptor.send(orders);
         }
         for mailbox in &self.shared.mailboxes {
-            mailbox.send(crate::mailbox::Mail::Look);
+            mailbox.wake();
         }
     }
 }
