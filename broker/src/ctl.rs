@@ -13,8 +13,8 @@ use crate::reload::{Report, Running};
 pub(crate) enum CtlCommand {
     /// Have the configuration read again, as SIGHUP does, and say what came of it.
     #[command(after_help = "\
-Limits, who may connect without a plugin, the log level and listeners change while clients stay connected; what CONNACK
-says holds for clients that connect afterwards. Everything else is named as needing a restart. If there is anything
+Limits, who may connect without a plugin, the log level, listeners and settings of plugins change while clients stay
+connected; what CONNACK says holds for clients that connect afterwards. Everything else is named as needing a restart. If there is anything
 wrong with the file nothing changes, and the exit status is 1.
 
 Examples:

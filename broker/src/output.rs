@@ -17,7 +17,8 @@ const ERROR_BYTES_MAX: usize = 64 * 1024;
 pub(crate) fn print(text: &str) -> anyhow::Result<()> {
     let shown: String;
     let text = if text.contains(|c| c != '\n' && is_unsafe(c)) {
-        shown = text.lines().map(|line| format!("{}\n", escaped(line, usize::MAX))).collect();
+        let lines = text.split('\n').map(|line| escaped(line, usize::MAX).to_string());
+        shown = lines.collect::<Vec<_>>().join("\n");
         &shown
     } else {
         text
@@ -32,9 +33,10 @@ pub(crate) fn print(text: &str) -> anyhow::Result<()> {
 pub(crate) fn print_error(error: &anyhow::Error) {
     let text = format!("{error:#}");
     // Its lines are problems of a file, each with its place in front and escaped where it was made.
-    let shown = match error.is::<ConfigError>() {
-        true => text.lines().map(|line| escaped(line, ERROR_BYTES_MAX).to_string()).collect::<Vec<_>>().join("\n"),
-        false => escaped_lines(&text, ERROR_BYTES_MAX).to_string(),
+    let shown = if error.is::<ConfigError>() {
+        text.lines().map(|line| escaped(line, ERROR_BYTES_MAX).to_string()).collect::<Vec<_>>().join("\n")
+    } else {
+        escaped_lines(&text, ERROR_BYTES_MAX).to_string()
     };
     eprintln!("error: {shown}");
 }

@@ -120,23 +120,50 @@ impl Running {
         };
         let listeners = self.server.prepare(wanted.listeners.clone())?;
         let plugins = plugin_differences(settings, &wanted)?;
-        let has_auth = self.plugins.as_ref().is_some_and(|plugins| plugins.has_auth());
-        check_exposure(&wanted, has_auth)?;
-        // From here on nothing can fail.
+        let wanted = if self.plugins.is_some() || plugins.is_empty() {
+            wanted
+        } else {
+            let reason = "plugins: there were none at the start, so nothing is there to run them";
+            report.needs_restart.push(reason.to_owned());
+            Settings { plugins: settings.plugins.clone(), ..wanted }
+        };
+        self.reconfigure_plugins(settings, &wanted, !plugins.is_empty())?;
+        // From here on nothing can fail: the level was checked with the file.
         let added = listeners.added();
         self.log.set(&wanted.log.level).context("set the log level")?;
         self.server.apply(listeners, wanted.limits.clone(), wanted.anonymous);
         report.changed.extend(added.into_iter().map(|name| format!("listener {name}: added")));
-        report.needs_restart.extend(plugins);
-        let plugins = std::mem::take(&mut settings.plugins);
-        *settings = Settings { plugins, ..wanted };
+        if self.plugins.is_some() {
+            let (later, now): (Vec<_>, Vec<_>) = plugins.into_iter().partition(|line| needs_restart(line));
+            report.changed.extend(now);
+            report.needs_restart.extend(later);
+        }
+        *settings = wanted;
         Ok(report)
+    }
+
+    /// All of them serve as wanted and it is known who may connect, or everything is as before.
+    fn reconfigure_plugins(&self, settings: &Settings, wanted: &Settings, are_different: bool) -> anyhow::Result<()> {
+        let Some(plugins) = &self.plugins else { return check_exposure(wanted, false) };
+        if are_different {
+            plugins.reconfigure(wanted.plugins.clone())?;
+        }
+        let checked = check_exposure(wanted, plugins.has_auth());
+        if checked.is_err() && are_different {
+            plugins.reconfigure(settings.plugins.clone())?;
+        }
+        checked
     }
 }
 
 /// Keys that a running broker takes over; the others need a restart.
 fn is_tunable(key: &str) -> bool {
     key.starts_with("limits.") || matches!(key, "auth.anonymous" | "log.level")
+}
+
+/// What a plugin has beyond its builds, such as its queue, is as large as it was made.
+fn needs_restart(line: &str) -> bool {
+    line.ends_with(": limits.feed_messages_max")
 }
 
 /// Single values, and listeners but new ones, which have their real port when they are bound.
@@ -194,8 +221,12 @@ fn plugin_differences(old: &Settings, new: &Settings) -> anyhow::Result<Vec<Stri
         };
         let keys = plugin.keys().chain(other.keys().filter(|key| !plugin.contains_key(*key)));
         let changed: Vec<&str> = keys.filter(|key| plugin.get(*key) != other.get(*key)).map(String::as_str).collect();
-        if !changed.is_empty() {
-            lines.push(format!("plugin {name}: {}", changed.join(", ")));
+        let (later, now): (Vec<&str>, Vec<&str>) =
+            changed.into_iter().partition(|key| *key == "limits.feed_messages_max");
+        for keys in [now, later] {
+            if !keys.is_empty() {
+                lines.push(format!("plugin {name}: {}", keys.join(", ")));
+            }
         }
     }
     lines.extend(is.keys().filter(|name| !was.contains_key(*name)).map(|name| format!("plugin {name}: added")));

@@ -123,7 +123,7 @@ pub(crate) fn run(command: StoreCommand) -> anyhow::Result<String> {
 fn stats(store: &Offline, json: bool) -> anyhow::Result<String> {
     let stats = store.stats(progress)?;
     if json {
-        return Ok(serde_json::to_string_pretty(&stats).context("write JSON")? + "\n");
+        return crate::output::json(&stats);
     }
     let mut text = format!("{:<14}{:>12}{:>16}{:>16}\n", "FAMILY", "ROWS", "BYTES", "ON DISK");
     for family in stats {
@@ -136,7 +136,7 @@ fn check(store: &Offline, repair: bool, json: bool) -> anyhow::Result<String> {
     let damage = store.check(repair, progress)?;
     let mut text = String::new();
     if json {
-        text = serde_json::to_string_pretty(&damage).context("write JSON")? + "\n";
+        text = crate::output::json(&damage)?;
     } else {
         for row in &damage {
             let _ = writeln!(text, "{}: {}: {}", row.family, row.key, row.why);

@@ -189,3 +189,35 @@ fn a_check_knows_what_plugins_import_and_are_not_granted() {
         "{said}"
     );
 }
+
+fn demo(password: &str, more: &str) -> String {
+    let demo = wasmqtt_guests::component("auth-demo");
+    let entry = format!("name = \"auth-demo\"\npath = \"{}\"\nconfig = {{ ann = \"{password}\" }}\n", demo.display());
+    format!("[limits]\nsubscriptions_max = 7\n[[plugin]]\n{entry}{more}")
+}
+
+/// Its settings are part of what a build is made of.
+#[test]
+fn plugins_take_other_settings_while_clients_stay() {
+    let broker = Broker::start(&demo("one", ""));
+    let login = |client_id: &str, password: &str| {
+        let password = Some(password.into());
+        Options { username: Some("ann".into()), password, ..Options::new(V5, client_id) }
+    };
+    let mut stays = broker.connect(&login("stays", "one"));
+    rewrite(&broker, &demo("two", ""));
+    let (ok, said) = ctl(broker.folder(), &["reload"]);
+    assert!(ok && said.contains("  plugin auth-demo: config.ann\n"), "{said}");
+    assert!(!said.contains("two"), "a password, {said}");
+    broker.check_refused(&login("c", "one"), 0x86);
+    broker.connect(&login("c", "two")).ping();
+    stays.ping();
+    // One that cannot be had changes nothing, not even what could be.
+    let more = "[[plugin]]\nname = \"broken\"\npath = \"wasmqtt.toml\"\n";
+    rewrite(&broker, &demo("three", more).replace("subscriptions_max = 7", "subscriptions_max = 1"));
+    let (ok, said) = ctl(broker.folder(), &["reload"]);
+    assert!(!ok && said.contains("broken"), "{said}");
+    let mut client = broker.connect(&login("d", "two"));
+    assert_eq!((client.subscribe("a", 0), client.subscribe("b", 0)), (0, 0));
+    broker.check_refused(&login("e", "three"), 0x86);
+}

@@ -33,6 +33,7 @@ mod network;
 mod plugin;
 mod probation;
 mod reaper;
+mod reconfigure;
 mod registration;
 mod rewrite;
 mod services;
@@ -237,6 +238,15 @@ impl PluginHost {
     /// None is on trial.
     pub fn promote(&self, name: &str) -> Result<(), HostError> {
         self.signal.order(Order::Promote(name.to_owned()))
+    }
+
+    /// Other settings for plugins with an entry in the configuration: those that they concern are built anew and serve
+    /// in one step, or nothing changes.
+    ///
+    /// # Errors
+    /// One of them cannot serve.
+    pub fn reconfigure(&self, plugins: Vec<PluginConfig>) -> Result<(), HostError> {
+        self.signal.order(Order::Reconfigure(plugins))
     }
 
     /// What each `acl` plugin would say, in the order in which they are asked.

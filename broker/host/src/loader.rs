@@ -49,7 +49,7 @@ struct Known {
 }
 
 pub(crate) struct Loader {
-    config: HostConfig,
+    pub(crate) config: HostConfig,
     chain: Arc<ArcSwap<Chain>>,
     parts: Parts,
     cache: Cache,
@@ -462,7 +462,7 @@ impl Source {
     fn of(config: &PluginConfig, bytes: Result<Vec<u8>, HostError>) -> Self {
         let bytes = bytes.and_then(|bytes| pinned(config, bytes));
         let made_from = match &bytes {
-            Ok(bytes) => config.files.iter().fold(cache::digest(bytes), |made_from, grant| {
+            Ok(bytes) => config.files.iter().fold(build_of(config, bytes), |made_from, grant| {
                 let file = if grant.host.is_dir() { Ok(Vec::new()) } else { read(&grant.host, FILE_BYTES_MAX) };
                 let file = file.map_or_else(|error| error.to_string(), |file| cache::digest(&file));
                 format!("{made_from}-{file}")
@@ -471,6 +471,11 @@ impl Source {
         };
         Self { bytes, made_from }
     }
+}
+
+/// Another component, or other settings, is another build.
+fn build_of(config: &PluginConfig, bytes: &[u8]) -> String {
+    format!("{}-{}", cache::digest(bytes), config.fingerprint())
 }
 
 fn pinned(config: &PluginConfig, bytes: Vec<u8>) -> Result<Vec<u8>, HostError> {

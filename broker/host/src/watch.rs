@@ -12,6 +12,7 @@ use notify::{Event, RecommendedWatcher, RecursiveMode, Watcher};
 use tracing::{debug, warn};
 
 use crate::HostError;
+use crate::config::PluginConfig;
 use crate::loader::Loader;
 
 /// How often files are looked at where the system cannot tell about changes, and folders whether they are still the same.
@@ -40,6 +41,8 @@ pub(crate) enum Order {
     /// The plugin, and the beginning of the digest that is wanted.
     RollBack(String, Option<String>),
     Promote(String),
+    /// Other settings for configured plugins.
+    Reconfigure(Vec<PluginConfig>),
 }
 
 /// Tells the loader's thread something.
@@ -128,7 +131,15 @@ impl Watch {
             }
             match woken.recv_timeout(if self.loader.is_restless() { LOOK_AFTER_EVERY } else { LOOK_EVERY }) {
                 Ok(Wake::Stop) | Err(RecvTimeoutError::Disconnected) => return,
-                Ok(Wake::Order(order, reply)) => drop(reply.send(obey(&mut self.loader, order))),
+                Ok(Wake::Order(order, reply)) => {
+                    let moves = matches!(order, Order::Reconfigure(_));
+                    drop(reply.send(obey(&mut self.loader, order)));
+                    if moves {
+                        // Files of other folders may be granted now; they are watched from the next look on.
+                        self.watched = Watched::new(self.loader.folders());
+                        self.look_at_folders();
+                    }
+                }
                 Ok(Wake::Changed) | Err(RecvTimeoutError::Timeout) => {}
             }
         }
@@ -171,6 +182,7 @@ fn obey(loader: &mut Loader, order: Order) -> Result<(), HostError> {
         Order::Deploy(files) => loader.deploy(files),
         Order::RollBack(name, digest) => loader.roll_back(&name, digest.as_deref()),
         Order::Promote(name) => loader.promote(&name),
+        Order::Reconfigure(plugins) => loader.reconfigure(plugins),
     }
 }
 

@@ -228,3 +228,27 @@ fn a_folder_that_is_another_one_by_now_is_watched_again() {
     std::fs::write(two.join("m.wasm"), another_build("misbehave")).expect("can write");
     broker.wait("what lies in the new folder serves", |broker| broker.generation("m") > 0);
 }
+
+/// Settings are part of what a build is made from; what cannot serve changes nothing.
+#[test]
+fn other_settings_make_another_build_and_wrong_ones_none() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("m.wasm");
+    std::fs::copy(wasmqtt_guests::component("misbehave"), &file).expect("the guest is built");
+    let config = |order: i32| PluginConfig { order, ..plugin("m", &file, &[]) };
+    let broker = Broker::try_start(folder, vec![config(1)]).expect("loads");
+    let reconfigure = |plugins: Vec<PluginConfig>| broker.host.reconfigure(plugins);
+    reconfigure(vec![config(1)]).expect("nothing is different");
+    assert_eq!(broker.generation("m"), 1);
+    reconfigure(vec![config(2)]).expect("it serves");
+    assert_eq!((broker.generation("m"), broker.ask("c", "")), (2, allowed("allow")));
+    let missing = plugin("other", &file.with_file_name("missing.wasm"), &[]);
+    let error = reconfigure(vec![config(3), missing]).expect_err("there is no such file").to_string();
+    assert!(error.contains("other"), "{error}");
+    assert_eq!((broker.generation("m"), broker.status("other").is_some()), (2, false));
+    broker.host.rescan();
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(broker.generation("m"), 2, "and a look at the files does not change that");
+    reconfigure(Vec::new()).expect("it goes");
+    broker.wait("it is gone", |broker| broker.status("m").is_none());
+}

@@ -57,7 +57,7 @@ struct Report {
 pub(crate) fn bench(subject: &Subject, config: &[(String, String)], json: bool) -> anyhow::Result<(String, bool)> {
     let report = aloud(|heard| measured(subject, config, heard))?;
     let ok = report.functions.iter().all(|row| row.failed.is_none());
-    let text = if json { serde_json::to_string_pretty(&report).context("write JSON")? + "\n" } else { shown(&report) };
+    let text = if json { crate::output::json(&report)? } else { shown(&report) };
     Ok((text, ok))
 }
 

@@ -251,8 +251,7 @@ fn run(subject: &Subject, cases: &Path, json: bool, heard: &Heard) -> anyhow::Re
         outcomes.push(Outcome { name: case.name, ok, expected: case.expect, actual, failure });
     }
     let ok = outcomes.iter().all(|outcome| outcome.ok);
-    let text =
-        if json { serde_json::to_string_pretty(&outcomes).context("write JSON")? + "\n" } else { shown(&outcomes) };
+    let text = if json { crate::output::json(&outcomes)? } else { shown(&outcomes) };
     Ok((text, ok))
 }
 

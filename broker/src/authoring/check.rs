@@ -3,7 +3,6 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use anyhow::Context;
 use serde::Serialize;
 use wasmqtt_host::{Inspection, Status};
 
@@ -49,7 +48,7 @@ fn loaded(subject: &Subject, config: &[(String, String)], json: bool) -> anyhow:
     let checked = Checked { inspection, grants, start_ms, memory_bytes, registration: registered };
     bench.close();
     if json {
-        return Ok(serde_json::to_string_pretty(&checked).context("write JSON")? + "\n");
+        return crate::output::json(&checked);
     }
     Ok(shown(&subject.file, &checked))
 }

@@ -54,10 +54,8 @@ where
             context.format_fields(out.by_ref(), event)?;
             return writeln!(out, ",\"target\":{}}}", Value::from(target));
         }
-        let (dim, colour, plain) = match out.has_ansi_escapes() {
-            true => ("\u{1b}[2m", colour(*level), "\u{1b}[0m"),
-            false => ("", "", ""),
-        };
+        let (dim, colour, plain) =
+            if out.has_ansi_escapes() { ("\u{1b}[2m", colour(*level), "\u{1b}[0m") } else { ("", "", "") };
         write!(out, "{dim}")?;
         SystemTime.format_time(&mut out)?;
         write!(out, "{plain} {colour}{level:>5}{plain} {dim}{target}:{plain} ")?;
