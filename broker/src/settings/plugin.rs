@@ -114,7 +114,8 @@ fn meant_grants<'a>(mut grants: Section<'a>, base: &Path, granted: &mut Vec<Gran
 /// Names what is wrong and what is allowed.
 pub(crate) fn limits(pairs: &[(String, String)], default: PluginLimits) -> Result<PluginLimits, String> {
     let is_word = |text: &str| text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-'));
-    if let Some((key, value)) = pairs.iter().find(|(key, value)| !is_word(key) || !is_word(value)) {
+    let is_number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'_') && !text.is_empty();
+    if let Some((key, value)) = pairs.iter().find(|(key, value)| !is_word(key) || !is_number(value)) {
         return Err(format!("{key}={value}: allowed are a key of `limits` and a number"));
     }
     let lines = pairs.iter().map(|(key, value)| format!("{key} = {value}\n"));
