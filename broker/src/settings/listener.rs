@@ -112,7 +112,8 @@ fn own_name(new: &Listener, others: &[Listener]) -> Option<Arc<str>> {
         return Some(Arc::clone(&new.name));
     }
     let takes_any = matches!(new.bind, Bind::Tcp(address) if address.port() == 0);
-    let numbered = || (2..).map(|number| format!("{}#{number}", new.name)).find(|name| !is_taken(name));
+    let numbered =
+        || (2..=others.len() + 2).map(|number| format!("{}#{number}", new.name)).find(|name| !is_taken(name));
     takes_any.then(numbered).flatten().map(Into::into)
 }
 

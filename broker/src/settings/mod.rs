@@ -222,7 +222,9 @@ fn meaning(mut root: Section<'_>, place: &Place<'_>) -> Settings {
     let store_path = store.as_ref().map(|store| &*store.path);
     let mut protected = Protected::new(place.file, &data_dir, plugin_dir.as_deref(), store_path);
     protected.protect_plugins(&plugins, &granted);
-    granted.iter().for_each(|granted| protected.check(granted));
+    for granted in &granted {
+        protected.check(granted);
+    }
 
     let mut log = root.section("log");
     let level = log.text("level");
