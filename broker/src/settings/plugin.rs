@@ -118,7 +118,9 @@ pub(crate) fn limits(pairs: &[(String, String)], default: PluginLimits) -> Resul
     if let Some((key, value)) = pairs.iter().find(|(key, value)| !is_word(key) || !is_number(value)) {
         return Err(format!("{key}={value}: allowed are a key of `limits` and a number"));
     }
-    let lines = pairs.iter().map(|(key, value)| format!("{key} = {value}\n"));
+    // What is no number becomes a text, so that the message about it names its key.
+    let number = |text: &str| text.parse::<i64>().map_or_else(|_| format!("\"{text}\""), |number| number.to_string());
+    let lines = pairs.iter().map(|(key, value)| format!("{key} = {}\n", number(value)));
     let text = std::iter::once("[limits]\n".to_owned()).chain(lines).collect::<String>();
     let source = Source::new(&text);
     let shown =
