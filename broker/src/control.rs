@@ -21,6 +21,7 @@ use wasmqtt_server::store::RocksStore;
 
 use crate::ctl::{self, CtlRequest};
 use crate::reload::Running;
+use crate::feed::FeedRequest;
 
 /// Below `data_dir`.
 pub(crate) const SOCKET: &str = "control.sock";
@@ -51,6 +52,10 @@ pub(crate) enum Request {
     },
     /// For the broker itself.
     Ctl(CtlRequest),
+    Feed {
+        name: String,
+        request: FeedRequest,
+    },
     Explain {
         client_id: String,
         principal: Option<String>,
@@ -66,6 +71,7 @@ pub(crate) enum Answer {
     Done,
     Plugins(serde_json::Value),
     Ctl(serde_json::Value),
+    Feed(serde_json::Value),
     Explanation(serde_json::Value),
     Failed(String),
 }
@@ -154,6 +160,7 @@ fn answer(request: Request, reader: &mut impl Read, reach: &Reach) -> anyhow::Re
     Ok(match request {
         Request::Backup { .. } | Request::Ctl(_) => Answer::Done,
         Request::List => Answer::Plugins(list(plugins)?),
+        Request::Feed { name, request } => Answer::Feed(crate::feed::answer(plugins, &name, &request)?),
         Request::Deploy(files) => {
             let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
             info!(plugins = names.join(", "), "deploying");

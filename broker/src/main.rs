@@ -5,6 +5,7 @@ mod authoring; // `plugin new`, `check`, `test`, `bench`
 mod control; // commands to a running broker
 mod ctl; // `ctl reload`, `status`
 mod log; // one line per event on standard error, which holds up nobody
+mod feed; // `plugin feed`
 mod operate; // `plugin list`, `deploy`, `rollback`, `promote`, `explain`
 mod output; // what commands print
 mod passwd; // entries for password files
@@ -23,6 +24,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::authoring::{Kind, Language, Subject};
 use crate::ctl::CtlCommand;
+use crate::feed::FeedCommand;
 use crate::operate::{Access, Which};
 use crate::output::print;
 use crate::reload::Origin;
@@ -288,6 +290,9 @@ Examples:
         #[arg(long)]
         json: bool,
     },
+    /// Look at messages that a plugin has not taken; skip them or have them tried again.
+    #[command(subcommand)]
+    Feed(FeedCommand),
 }
 
 fn main() -> ExitCode {
@@ -354,5 +359,6 @@ fn run_plugin(command: PluginCommand) -> anyhow::Result<String> {
         PluginCommand::Rollback { which, name, to } => operate::roll_back(&which, &name, to.as_deref()),
         PluginCommand::Promote { which, name } => operate::promote(&which, &name),
         PluginCommand::Explain { which, access, json } => operate::explain(&which, &access, json),
+        PluginCommand::Feed(command) => feed::run(command),
     }
 }

@@ -35,7 +35,7 @@ fn short(digest: &str) -> &str {
     &digest[..digest.len().min(SHORT)]
 }
 
-fn text<'a>(value: &'a Value, key: &str) -> &'a str {
+pub(crate) fn text<'a>(value: &'a Value, key: &str) -> &'a str {
     value[key].as_str().unwrap_or_default()
 }
 
@@ -44,7 +44,7 @@ fn shown<'a>(value: &'a Value, key: &str) -> Escaped<'a> {
     escaped(text(value, key), TEXT_BYTES_MAX)
 }
 
-fn number(value: &Value, key: &str) -> u64 {
+pub(crate) fn number(value: &Value, key: &str) -> u64 {
     value[key].as_u64().unwrap_or_default()
 }
 
@@ -83,6 +83,7 @@ pub(crate) fn list(which: &Which, json: bool) -> anyhow::Result<String> {
         let calls = number(tried, "calls");
         let _ = writeln!(shown, "{name}: {version} is on trial, {how}; {failures} of {calls} calls failed");
     }
+    plugins.iter().for_each(|plugin| shown += &notices(plugin));
     Ok(shown)
 }
 
@@ -93,6 +94,20 @@ fn table<const N: usize>(rows: &[[String; N]]) -> String {
     // Names and versions are texts of others.
     let rows: Vec<[String; N]> =
         rows.iter().map(|row| row.each_ref().map(|cell| escaped(cell, TEXT_BYTES_MAX).to_string())).collect();
+/// What is worth knowing and is not there as a rule.
+fn notices(plugin: &Value) -> String {
+    let name = text(plugin, "name");
+    let kinds = [
+        ("feed_aside", "messages are set aside, see `wasmqtt plugin feed list`"),
+        ("feed_dropped", "messages were dropped, because too many waited or were set aside"),
+        ("events_dropped", "events were dropped, because too many waited"),
+        ("interest_dropped", "changes of filters were dropped, because too many waited"),
+    ];
+    let told = kinds.iter().filter(|(key, _)| number(plugin, key) > 0);
+    told.map(|(key, what)| format!("{name}: {} {what}\n", number(plugin, key))).collect()
+}
+
+pub(crate) fn table<const N: usize>(rows: &[[String; N]]) -> String {
     let widths: Vec<usize> =
         (0..N).map(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0)).collect();
     let mut text = String::new();

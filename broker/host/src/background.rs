@@ -1,36 +1,36 @@
-//! Calls that no client waits for: messages that are kept, and events. Each plugin has a task for each, with an
-//! instance of its own.
+//! Calls that no client waits for: events and changes of filters, and in [`crate::feeder`] messages that are committed.
+//! Each plugin has a task for each, with an instance of its own.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
 use crate::call::{Fault, Question, Said, put};
 use crate::cluster::InterestChanged;
 use crate::events::Observed;
 use crate::generation::Generation;
-use crate::hook::Committed;
+use crate::feeder::Feeder;
 use crate::instance::Pooled;
-use crate::plugin::{Plugin, Queue, Weight};
+use crate::plugin::Plugin;
+use crate::queue::{Queue, Weight};
 
-/// Messages or events shown at once, and bytes of messages.
-const BATCH_MAX: usize = 512;
-const BATCH_BYTES_MAX: usize = 1 << 20;
-/// Wait after a failure; doubles up to the longest.
+/// Messages, events or changes shown at once, and their bytes.
+pub(crate) const BATCH_MAX: usize = 512;
+pub(crate) const BATCH_BYTES_MAX: usize = 1 << 20;
+/// Wait after a failure.
 const PAUSE: Duration = Duration::from_millis(100);
-const PAUSE_MAX: Duration = Duration::from_mins(1);
 
 /// An instance that lives as long as its build serves and answers.
 #[derive(Default)]
-struct Seat {
+pub(crate) struct Seat {
     generation: Option<Arc<Generation>>,
     pooled: Option<Pooled>,
 }
 
 impl Seat {
-    async fn ask<Q: Question + Sync>(&mut self, plugin: &Plugin, question: &Q) -> Result<Q::Answer, Fault> {
+    pub(crate) async fn ask<Q: Question + Sync>(&mut self, plugin: &Plugin, question: &Q) -> Result<Q::Answer, Fault> {
         let Some(serving) = plugin.serving.load_full() else { return Err(Fault::Busy("no build serves".into())) };
         if !self.generation.as_ref().is_some_and(|mine| Arc::ptr_eq(mine, &serving)) {
             self.pooled = None;
@@ -56,7 +56,7 @@ impl Seat {
                 Said::Nonsense(text) => Err(Fault::Broke(text)),
             }
         };
-        let late = || Err(Fault::Broke(format!("no answer within deadline_ms = {}", deadline.as_millis())));
+        let late = || Err(Fault::Late(format!("no answer within deadline_ms = {}", deadline.as_millis())));
         let answer = tokio::time::timeout(deadline, call).await.unwrap_or_else(|_| late());
         if answer.is_err() {
             plugin.counters.background_failed();
@@ -70,8 +70,8 @@ impl Seat {
 pub(crate) fn start(plugin: &Arc<Plugin>, runtime: &tokio::runtime::Handle) {
     let Some(serving) = plugin.serving.load_full() else { return };
     let wanted = serving.registration();
-    if wanted.committed && serving.exports.storage_hook.is_some() && plugin.feed.is_first_start() {
-        runtime.spawn(feed(Arc::clone(plugin)));
+    if wanted.committed && serving.exports.storage_hook.is_some() && plugin.feed.waiting.is_first_start() {
+        runtime.spawn(Feeder::new(plugin).run());
     }
     if serving.exports.cluster.is_some() && plugin.interest.is_first_start() {
         runtime.spawn(tell_interest(Arc::clone(plugin)));
@@ -81,57 +81,36 @@ pub(crate) fn start(plugin: &Arc<Plugin>, runtime: &tokio::runtime::Handle) {
     }
 }
 
-async fn next<T: Weight + Clone>(plugin: &Plugin, queue: &Queue<T>) -> Option<(Vec<T>, u64)> {
+/// The oldest with their numbers, at most `items_max`; `None`: the plugin is gone.
+pub(crate) async fn next<T: Weight + Clone>(
+    plugin: &Plugin,
+    queue: &Queue<T>,
+    items_max: usize,
+) -> Option<Vec<(u64, T)>> {
     loop {
         if plugin.is_gone() {
             return None;
         }
-        let (batch, cursor) = queue.peek(BATCH_MAX, BATCH_BYTES_MAX);
+        let batch = queue.peek(items_max, BATCH_BYTES_MAX);
         if !batch.is_empty() {
-            return Some((batch, cursor));
+            return Some(batch);
         }
         queue.changed().await;
     }
 }
 
-/// At least once, in order: the cursor moves when the plugin says so.
-async fn feed(plugin: Arc<Plugin>) {
-    let mut seat = Seat::default();
-    let mut pause = PAUSE;
-    let mut failures = 0_u64;
-    while let Some((messages, cursor)) = next(&plugin, &plugin.feed).await {
-        let count = messages.len();
-        let payload = plugin.serving.load().as_ref().is_some_and(|serving| serving.registration().payload);
-        match seat.ask(&plugin, &Committed { messages: messages.clone(), payload }).await {
-            Ok(true) => {
-                plugin.feed.pass(cursor, count);
-                if let Some(serving) = plugin.serving.load_full() {
-                    serving.fed(&messages);
-                }
-                if failures > 0 {
-                    info!(plugin = %plugin.name, failures, "plugin takes messages again");
-                }
-                (pause, failures) = (PAUSE, 0);
-                continue;
-            }
-            Ok(false) => {}
-            Err(fault) => {
-                failures += 1;
-                let (error, waiting) = (fault.into_text(), plugin.feed.len());
-                let pause_ms = pause.as_millis() as u64;
-                warn!(plugin = %plugin.name, %error, waiting, pause_ms, "plugin did not take messages, will try again");
-            }
-        }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(PAUSE_MAX);
+/// The oldest, which are taken out of the queue before the plugin is asked: a batch that breaks it must not come again.
+async fn take<T: Weight + Clone>(plugin: &Plugin, queue: &Queue<T>) -> Option<Vec<T>> {
+    let batch = next(plugin, queue, BATCH_MAX).await?;
+    if let Some((last, _)) = batch.last() {
+        queue.pass(*last);
     }
+    Some(batch.into_iter().map(|(_, item)| item).collect())
 }
 
 async fn tell_interest(plugin: Arc<Plugin>) {
     let mut seat = Seat::default();
-    while let Some((changes, cursor)) = next(&plugin, &plugin.interest).await {
-        let count = changes.len();
-        plugin.interest.pass(cursor, count);
+    while let Some(changes) = take(&plugin, &plugin.interest).await {
         match seat.ask(&plugin, &InterestChanged::of(&changes)).await {
             Ok(advert) => debug!(plugin = %plugin.name, bytes = advert.len(), "no other broker to tell"),
             Err(fault) => {
@@ -145,10 +124,8 @@ async fn tell_interest(plugin: Arc<Plugin>) {
 
 async fn watch(plugin: Arc<Plugin>) {
     let mut seat = Seat::default();
-    while let Some((events, cursor)) = next(&plugin, &plugin.events).await {
+    while let Some(events) = take(&plugin, &plugin.events).await {
         let count = events.len();
-        // Taken before the plugin is asked: a batch that breaks it must not come again.
-        plugin.events.pass(cursor, count);
         if let Err(fault) = seat.ask(&plugin, &Observed(events)).await {
             let error = fault.into_text();
             warn!(plugin = %plugin.name, %error, lost = count, "plugin could not be told of events");

@@ -83,14 +83,16 @@ pub(crate) enum Fault {
     Failure(String),
     /// A fresh instance could not be made.
     NoInstance(String),
-    /// Trap, deadline or an answer that makes no sense.
+    /// No answer in time; mostly because something that the plugin waits for did not answer.
+    Late(String),
+    /// Trap, too much computing, or an answer that makes no sense.
     Broke(String),
 }
 
 impl Fault {
     pub(crate) fn into_text(self) -> String {
         match self {
-            Self::Busy(text) | Self::Failure(text) | Self::NoInstance(text) | Self::Broke(text) => text,
+            Self::Busy(text) | Self::Failure(text) | Self::NoInstance(text) | Self::Late(text) | Self::Broke(text) => text,
         }
     }
 }
@@ -167,7 +169,7 @@ fn note<Q: Question>(slot: &Slot, question: &Q, client: u64, fault: Fault) {
     let (plugin, generation) = (&slot.generation.name, slot.generation.number);
     let now = Instant::now();
     if question.is_about_one()
-        && matches!(fault, Fault::Broke(_) | Fault::NoInstance(_))
+        && matches!(fault, Fault::Broke(_) | Fault::Late(_) | Fault::NoInstance(_))
         && let Some(pause) = slot.breaker.borrow_mut().broke(client, now)
     {
         slot.generation.plugin.counters.breaker_opened.fetch_add(1, Ordering::Relaxed);
@@ -191,7 +193,7 @@ async fn call_in_time<Q: Question>(slot: &Slot, question: &Q) -> Result<Q::Answe
         return result;
     }
     let text = format!("no answer within deadline_ms = {}", deadline.as_millis());
-    Err(if begun.get() { Fault::Broke(text) } else { Fault::Busy(text) })
+    Err(if begun.get() { Fault::Late(text) } else { Fault::Busy(text) })
 }
 
 async fn call<Q: Question>(slot: &Slot, question: &Q, begun: &Cell<bool>) -> Result<Q::Answer, Fault> {

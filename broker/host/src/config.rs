@@ -239,6 +239,12 @@ pub struct PluginLimits {
     pub host_calls_per_sec: u32,
     /// Messages that may wait for `committed`; default 100,000.
     pub feed_messages_max: usize,
+    /// MiB of messages that may wait for `committed`, everything that belongs to a message included; default 128.
+    pub feed_mib: u32,
+    /// MiB of messages that `committed` could not take and that are set aside; 0: they are dropped; default 16.
+    pub feed_aside_mib: u32,
+    /// How often a message is shown alone before it is set aside; default 3.
+    pub feed_tries: u32,
     /// Instances per shard, and so calls under way; default 4.
     pub instances: usize,
 }
@@ -252,6 +258,9 @@ impl Default for PluginLimits {
             hook_cpu_ms: 50,
             host_calls_per_sec: 1000,
             feed_messages_max: 100_000,
+            feed_mib: 128,
+            feed_aside_mib: 16,
+            feed_tries: 3,
             instances: 4,
         }
     }

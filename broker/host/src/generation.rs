@@ -186,9 +186,12 @@ impl Generation {
             refused: self.plugin.counters.refused(),
             instances: self.plugin.counters.instances.load(Ordering::Relaxed),
             breaker_opened: self.plugin.counters.breaker_opened.load(Ordering::Relaxed),
-            feed_waiting: self.plugin.feed.len(),
+            feed_waiting: self.plugin.feed.waiting.len(),
+            feed_bytes: self.plugin.feed.waiting.bytes(),
+            feed_aside: self.plugin.feed.aside().0,
             feed_dropped: self.plugin.feed.dropped(),
             events_dropped: self.plugin.events.dropped(),
+            interest_dropped: self.plugin.interest.dropped(),
             denied: self.plugin.counters.denied.load(Ordering::Relaxed),
             keyvalue_bytes: self.plugin.buckets.bytes(),
             metrics_lost: self.plugin.metrics.lost(),
@@ -214,7 +217,7 @@ impl Generation {
         self.fed(messages);
         if self.plugin.may_complain() {
             let (plugin, dropped) = (&self.name, self.plugin.feed.dropped());
-            error!(%plugin, dropped, "messages for `committed` are dropped: limits.feed_messages_max");
+            error!(%plugin, dropped, "messages for `committed` are dropped: too many wait or are set aside (limits.feed_messages_max, feed_mib, feed_aside_mib)");
         }
     }
 

@@ -18,6 +18,8 @@ mod engine;
 mod events;
 mod explain;
 mod exports;
+mod feed;
+mod feeder;
 mod files;
 mod generation;
 mod grants;
@@ -32,6 +34,7 @@ mod metrics;
 mod network;
 mod plugin;
 mod probation;
+mod queue;
 mod reaper;
 mod reconfigure;
 mod registration;
@@ -51,6 +54,7 @@ use wasmqtt_protocol::ports::{Access, Broker, Client, Plugins, ShardPlugins, Sub
 pub use config::{FileGrant, Grants, HostConfig, Mode, OnError, PluginConfig, PluginLimits, Rollout};
 pub use explain::{Opinion, Outcome};
 pub use imports::check_grants;
+pub use feed::{FedMessage, FeedList};
 pub use inspect::{Inspection, inspect};
 pub use metrics::Value;
 pub use network::{HttpGrant, SocketGrant};
@@ -120,10 +124,16 @@ pub struct Status {
     pub breaker_opened: u64,
     /// Messages that wait for `committed`.
     pub feed_waiting: usize,
-    /// Messages that were dropped, because too many waited.
+    /// Their bytes.
+    pub feed_bytes: usize,
+    /// Messages that `committed` could not take and that are set aside.
+    pub feed_aside: usize,
+    /// Messages that were dropped, because too many waited or were set aside.
     pub feed_dropped: u64,
     /// Events that were dropped, because too many waited.
     pub events_dropped: u64,
+    /// Changes of filters that were dropped, because too many waited.
+    pub interest_dropped: u64,
     /// What it tried without a grant: addresses, HTTP servers, files, buckets, functions of the broker.
     pub denied: u64,
     /// Bytes in its buckets.
@@ -168,8 +178,11 @@ impl Status {
             ("shadow/compared", self.candidate.as_ref().map_or(0, |tried| tried.compared)),
             ("shadow/differs", self.candidate.as_ref().map_or(0, |tried| tried.differs)),
             ("feed/waiting", self.feed_waiting as u64),
+            ("feed/bytes", self.feed_bytes as u64),
+            ("feed/aside", self.feed_aside as u64),
             ("feed/dropped", self.feed_dropped),
             ("events/dropped", self.events_dropped),
+            ("interest/dropped", self.interest_dropped),
             ("denied", self.denied),
             ("keyvalue/bytes", self.keyvalue_bytes as u64),
             ("metrics/lost", self.metrics_lost),
@@ -257,6 +270,52 @@ impl PluginHost {
         asked.map(|build| self.runtime.block_on(explain::opinion(build, client, access))).collect()
     }
 
+    /// Messages that a plugin has not taken.
+    ///
+    /// # Errors
+    /// There is no such plugin.
+    pub fn feed(&self, plugin: &str) -> Result<FeedList, HostError> {
+        Ok(self.serving(plugin)?.plugin.feed.list())
+    }
+
+    /// One of them, with the beginning of its payload.
+    ///
+    /// # Errors
+    /// There is no such plugin or message.
+    pub fn feed_message(&self, plugin: &str, id: &str) -> Result<FedMessage, HostError> {
+        self.serving(plugin)?.plugin.feed.show(id).map_err(HostError::new)
+    }
+
+    /// Forgets messages that a plugin has not taken, in the store as well.
+    ///
+    /// # Errors
+    /// There is no such plugin, or one of the messages is not there; those before it are forgotten.
+    pub fn feed_skip(&self, plugin: &str, ids: &[String]) -> Result<usize, HostError> {
+        let serving = self.serving(plugin)?;
+        for id in ids {
+            let skipped = serving.plugin.feed.skip(id).map_err(HostError::new)?;
+            serving.fed(&[skipped]);
+        }
+        Ok(ids.len())
+    }
+
+    /// Has messages that are set aside tried again; without any, all.
+    ///
+    /// # Errors
+    /// There is no such plugin, or one of the messages is not set aside; those before it are tried again.
+    pub fn feed_retry(&self, plugin: &str, ids: &[String]) -> Result<usize, HostError> {
+        let feed = &self.serving(plugin)?.plugin.feed;
+        let ids = if ids.is_empty() { feed.all_aside() } else { ids.to_vec() };
+        ids.iter().try_for_each(|id| feed.retry(id)).map_err(HostError::new)?;
+        Ok(ids.len())
+    }
+
+    fn serving(&self, plugin: &str) -> Result<Arc<generation::Generation>, HostError> {
+        let chain = self.chain.load();
+        let link = chain.link(plugin).ok_or_else(|| HostError::new(format!("no plugin {plugin:?} serves")))?;
+        Ok(Arc::clone(&link.serving))
+    }
+
     /// SHA-256 of the versions of a plugin that are kept, the last to serve first.
     pub fn versions(&self, name: &str) -> Vec<String> {
         self.versions.digests(name)
@@ -304,6 +363,9 @@ impl Drop for PluginHost {
 impl Plugins for PluginHost {
     fn attach(&self, broker: Arc<dyn Broker>) {
         let _ = self.door.set(broker);
+        for link in &self.chain.load().links {
+            link.serving.plugin.feed.restored();
+        }
     }
 
     fn feed_again(&self, plugin: &str, message: Submission) -> bool {
@@ -311,7 +373,7 @@ impl Plugins for PluginHost {
         let Some(link) = chain.link(plugin) else { return false };
         let takes = link.serving.exports.storage_hook.is_some() && link.serving.registration().committed;
         if takes {
-            let lost = link.serving.plugin.feed.push(std::iter::once(Shown::from(&message)));
+            let lost = link.serving.plugin.feed.push_again(Shown::from(&message));
             link.serving.lost(&lost);
         }
         takes

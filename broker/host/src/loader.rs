@@ -363,10 +363,10 @@ impl Loader {
         running: Option<&Link>,
     ) -> Result<Option<Link>, HostError> {
         let bit = self.free_bit();
-        let (shards, feed_messages_max) = (self.config.shards, config.limits.feed_messages_max);
+        let shards = self.config.shards;
         let known = self.known.entry(config.name.clone()).or_insert_with(|| Known {
             builds: 0,
-            plugin: Plugin::new(&config.name, bit, shards, feed_messages_max, self.config.buckets.as_ref()),
+            plugin: Plugin::new(&config.name, bit, shards, &config.limits, self.config.buckets.as_ref()),
             refused: None,
         });
         if let Some(link) = running {

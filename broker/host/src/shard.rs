@@ -216,7 +216,7 @@ impl ShardPlugins for View {
                     && slot.is_for_listener(sent.client.as_ref().map_or("", |client| &client.listener))
             };
             if slot.generation.registration().committed && messages.iter().any(|sent| is_wanted(&sent)) {
-                let lost = slot.generation.plugin.feed.push(messages.iter().filter(is_wanted).map(Shown::from));
+                let lost = slot.generation.plugin.feed.waiting.push(messages.iter().filter(is_wanted).map(Shown::from));
                 slot.generation.lost(&lost);
             }
         }

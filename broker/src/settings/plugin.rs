@@ -140,6 +140,9 @@ fn meant_limits(mut limits: Section<'_>, default: PluginLimits) -> PluginLimits 
         hook_cpu_ms: limits.number("hook_cpu_ms", default.hook_cpu_ms, 1..=600_000),
         host_calls_per_sec: limits.number("host_calls_per_sec", default.host_calls_per_sec, 1..=1_000_000),
         feed_messages_max: limits.number("feed_messages_max", default.feed_messages_max, 1..=10_000_000),
+        feed_mib: limits.number("feed_mib", default.feed_mib, 1..=65_536),
+        feed_aside_mib: limits.number("feed_aside_mib", default.feed_aside_mib, 0..=65_536),
+        feed_tries: limits.number("feed_tries", default.feed_tries, 1..=1_000),
         instances: limits.number("instances", default.instances, 1..=1_024),
     };
     limits.finish();

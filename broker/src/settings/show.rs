@@ -119,6 +119,9 @@ struct ShownLimits {
     hook_cpu_ms: u64,
     host_calls_per_sec: u32,
     feed_messages_max: usize,
+    feed_mib: u32,
+    feed_aside_mib: u32,
+    feed_tries: u32,
     instances: usize,
 }
 
@@ -265,6 +268,9 @@ fn shown_plugin(plugin: &PluginConfig) -> Plugin<'_> {
             hook_cpu_ms: limits.hook_cpu_ms,
             host_calls_per_sec: limits.host_calls_per_sec,
             feed_messages_max: limits.feed_messages_max,
+            feed_mib: limits.feed_mib,
+            feed_aside_mib: limits.feed_aside_mib,
+            feed_tries: limits.feed_tries,
             instances: limits.instances,
         },
     }

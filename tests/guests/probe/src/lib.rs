@@ -29,6 +29,13 @@ impl Probe {
         Ok(every > 0 && self.shown.get() % every == 0)
     }
 
+    /// Where nobody waits for an answer.
+    fn wait(&self) {
+        if self.is("slow", "true") {
+            std::thread::sleep(std::time::Duration::from_mins(10));
+        }
+    }
+
     fn list(&self, name: &str) -> Vec<String> {
         self.settings.get(name).unwrap_or_default().split_whitespace().map(str::to_owned).collect()
     }
@@ -163,6 +170,11 @@ impl StorageHook for Probe {
                 self.seen.set(1);
                 return Err("as told".to_owned().into());
             }
+            match message.topic.rsplit('/').next() {
+                Some("committed-fail") => return Err("as told".into()),
+                Some("committed-trap") => panic!("as told"),
+                _ => {}
+            }
             self.kept.borrow_mut().push(message.payload.to_vec());
             let _ = host::publish(&Outgoing::new(format!("committed/{}", message.topic), message.payload));
         }
@@ -172,6 +184,7 @@ impl StorageHook for Probe {
 
 impl Events for Probe {
     fn observed(&self, events: &[Event]) {
+        self.wait();
         for event in events {
             let _ = host::publish(&Outgoing::new(format!("event/{}", event.kind), event.who.client_id.as_str()));
             match event.field("filter") {
@@ -186,6 +199,7 @@ impl Events for Probe {
 
 impl Cluster for Probe {
     fn interest_changed(&self, added: &[String], removed: &[String]) -> Result<Vec<u8>, String> {
+        self.wait();
         Ok(format!("{} {}", added.join(","), removed.join(",")).into_bytes())
     }
 
