@@ -176,7 +176,7 @@ fn nothing_is_set_aside_while_nothing_succeeds() {
 #[test]
 fn events_and_filters_that_wait_are_bounded_in_bytes() {
     let broker = Broker::start(&probe(
-        "events = \"client.subscribed client.unsubscribed\", slow = \"true\"",
+        "events = \"subscribed unsubscribed\", slow = \"true\"",
         "deadline_ms = 600000",
     ));
     let before = broker.rss();

@@ -238,6 +238,9 @@ pub trait ShardPlugins {
     }
     /// Tells what happened, in order. Must not block.
     fn observe(&self, _events: Vec<Event>) {}
+    /// Whether other clients have, or may have, work for this thread: then plugins that compute for long keep to their
+    /// share of it. Said before each round of polling calls.
+    fn set_crowded(&self, _crowded: bool) {}
     /// For `$SYS/broker/plugins/…`: what is behind that, and its value.
     fn status(&self) -> Vec<(String, String)> {
         Vec::new()
@@ -248,6 +251,8 @@ pub trait ShardPlugins {
 pub trait Plugins: Send + Sync {
     /// Called once, before any shard: plugins can reach the broker from now on.
     fn attach(&self, _broker: Arc<dyn Broker>) {}
+    /// Called once: all messages that the store has for plugins were handed over by [`Self::feed_again`].
+    fn fed_again(&self) {}
     /// Called once on each shard's thread.
     fn shard(&self, index: usize) -> Box<dyn ShardPlugins>;
     /// Hands over a message that a plugin had not taken for good when the broker ended, oldest first; `false`: there is

@@ -161,6 +161,7 @@ impl Server {
         let shared = Arc::new(Shared::new(config, mailboxes));
         plugins.attach(Arc::new(Control(Arc::clone(&shared))));
         let restored = restore::restore(&*store, &shared, &*plugins, &runtime)?;
+        plugins.fed_again();
         let mut threads = Vec::new();
         for (index, ((poll, waker), sessions)) in polls.into_iter().zip(restored).enumerate() {
             let (shared, plugins, runtime) = (Arc::clone(&shared), Arc::clone(&plugins), runtime.clone());
