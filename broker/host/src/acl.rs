@@ -37,6 +37,10 @@ impl Question for Authorization {
         &self.client.client_id
     }
 
+    fn bytes(&self) -> usize {
+        self.client.client_id.len() + self.accesses.iter().map(|access| access.topic.len() + 64).sum::<usize>()
+    }
+
     fn cpu_ms(limits: &PluginLimits) -> u64 {
         limits.hook_cpu_ms
     }

@@ -39,6 +39,19 @@ impl Question for Authentication {
         &self.request().client_id
     }
 
+    fn bytes(&self) -> usize {
+        let request = self.request();
+        let text = |text: &Option<Arc<str>>| text.as_ref().map_or(0, |text| text.len());
+        let binary = |bytes: &Option<Bytes>| bytes.as_ref().map_or(0, Bytes::len);
+        let properties: usize = request.user_properties.iter().map(|(name, value)| name.len() + value.len() + 48).sum();
+        let step = match self {
+            Self::Connect(_) => 0,
+            Self::Step(step) => step.data.len() + step.state.len(),
+        };
+        let (texts, binaries) = (text(&request.username) + text(&request.method), binary(&request.password) + binary(&request.data));
+        request.client_id.len() + texts + binaries + properties + step
+    }
+
     fn cpu_ms(limits: &PluginLimits) -> u64 {
         limits.cpu_ms
     }

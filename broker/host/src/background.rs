@@ -42,11 +42,11 @@ impl Seat {
         let call = async {
             let mut pooled = match self.pooled.take() {
                 Some(pooled) => pooled,
-                None => serving.instantiate().await.map_err(Fault::NoInstance)?,
+                None => serving.instantiate(&plugin.background).await.map_err(Fault::NoInstance)?,
             };
             let Some(running) = pooled.begin() else { return Err(Fault::Broke("no instance".into())) };
-            let cpu = Duration::from_millis(Q::cpu_ms(&serving.config.limits));
-            let said = put(running, question, cpu, &serving).await;
+            let budget = serving.budget_of(&plugin.background, Q::cpu_ms(&serving.config.limits));
+            let said = put(running, question, budget, &serving).await;
             let said = said.map_err(|error| Fault::Broke(serving.explained(running, error)))?;
             pooled.finished();
             self.pooled = Some(pooled);

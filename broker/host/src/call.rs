@@ -1,23 +1,33 @@
 //! One question to one plugin, and what happens when no answer comes.
 
-use std::cell::Cell;
 use std::hash::BuildHasher;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use tokio::sync::SemaphorePermit;
 use tracing::{info, warn};
+use wasmqtt_protocol::text::escaped;
 
 use crate::chain::Trial;
 use crate::config::{OnError, PluginLimits};
-use crate::instance::{Running, metered};
-use crate::shard::{Slot, WAITING_MAX};
+use crate::breaker::Begun;
+use crate::instance::{Budget, Running, metered};
+use crate::shard::Slot;
 
 /// Log lines about failed calls: at most one per shard and plugin in this time.
 const LOG_PAUSE: Duration = Duration::from_secs(1);
 
 /// How long a client waits for a build whose answer does not count.
 const SHADOW_PATIENCE: Duration = Duration::from_millis(20);
+
+/// Bytes of questions to one plugin that may wait for an instance, per shard, and what each costs beside its own. More
+/// are answered by `on_error`.
+const WAITING_BYTES_MAX: usize = 16 << 20;
+const WAITING_OVERHEAD_BYTES: usize = 1024;
+
+/// Bytes of a Client Identifier in the log.
+const CLIENT_ID_BYTES_MAX: usize = 256;
 
 /// Bytes of an answer, and of what is handed to one function of the broker.
 pub(crate) const ANSWER_BYTES_MAX: usize = 4 << 20;
@@ -33,6 +43,9 @@ pub(crate) trait Question {
     fn is_about_one(&self) -> bool {
         true
     }
+
+    /// Bytes the question holds while it waits.
+    fn bytes(&self) -> usize;
 
     /// Bytes the answer may have; copying more would hold up the shard.
     fn answer_bytes_max(&self) -> usize {
@@ -134,6 +147,7 @@ fn note_difference(slot: &Slot, client_id: &str) {
     }
     slot.logged.set((Some(now), 0));
     let (plugin, generation) = (&slot.generation.name, slot.generation.number);
+    let client_id = escaped(client_id, CLIENT_ID_BYTES_MAX);
     info!(%plugin, generation, %client_id, left_out, "shadow answers otherwise than the serving build");
 }
 
@@ -146,12 +160,13 @@ pub(crate) async fn ask<Q: Question>(slot: &Slot, question: &Q) -> Q::Answer {
         generation.plugin.counters.shard(slot.shard).refused.fetch_add(1, Ordering::Relaxed);
         return question.fallback(on_error);
     }
+    let begun = slot.breaker.borrow().begun();
     let counters = generation.plugin.counters.shard(slot.shard);
     let tries = if on_error == OnError::Retry { 2 } else { 1 };
     for _ in 0..tries {
         counters.calls.fetch_add(1, Ordering::Relaxed);
         generation.calls.fetch_add(1, Ordering::Relaxed);
-        let fault = match call_in_time(slot, question).await {
+        let fault = match call_in_time(slot, question, begun).await {
             Ok(answer) => {
                 slot.breaker.borrow_mut().answered();
                 return answer;
@@ -160,20 +175,20 @@ pub(crate) async fn ask<Q: Question>(slot: &Slot, question: &Q) -> Q::Answer {
         };
         counters.failures.fetch_add(1, Ordering::Relaxed);
         generation.failures.fetch_add(1, Ordering::Relaxed);
-        note(slot, question, client, fault);
+        note(slot, question, (client, begun), fault);
     }
     question.fallback(on_error)
 }
 
-fn note<Q: Question>(slot: &Slot, question: &Q, client: u64, fault: Fault) {
+fn note<Q: Question>(slot: &Slot, question: &Q, (client, begun): (u64, Begun), fault: Fault) {
     let (plugin, generation) = (&slot.generation.name, slot.generation.number);
     let now = Instant::now();
     if question.is_about_one()
         && matches!(fault, Fault::Broke(_) | Fault::Late(_) | Fault::NoInstance(_))
-        && let Some(pause) = slot.breaker.borrow_mut().broke(client, now)
+        && let Some(pause) = slot.breaker.borrow_mut().broke(client, begun, matches!(fault, Fault::Broke(_)), now)
     {
         slot.generation.plugin.counters.breaker_opened.fetch_add(1, Ordering::Relaxed);
-        warn!(%plugin, generation, pause_ms = pause.as_millis() as u64, "plugin keeps failing, left alone for a while");
+        warn!(%plugin, generation, pause_ms = pause.as_millis() as u64, "plugin keeps failing, circuit breaker open");
     }
     let (logged, left_out) = slot.logged.get();
     if logged.is_some_and(|at| now.duration_since(at) < LOG_PAUSE) {
@@ -181,41 +196,50 @@ fn note<Q: Question>(slot: &Slot, question: &Q, client: u64, fault: Fault) {
         return;
     }
     slot.logged.set((Some(now), 0));
-    let (client_id, error) = (question.client_id(), fault.into_text());
+    let client_id = escaped(question.client_id(), CLIENT_ID_BYTES_MAX);
+    let error = fault.into_text();
     warn!(%plugin, generation, %client_id, %error, left_out, "plugin call failed");
 }
 
-/// The deadline counts from the question, time in the queue included.
-async fn call_in_time<Q: Question>(slot: &Slot, question: &Q) -> Result<Q::Answer, Fault> {
-    let begun = Cell::new(false);
+/// The deadline counts from when an instance is there.
+async fn call_in_time<Q: Question>(slot: &Slot, question: &Q, begun: Begun) -> Result<Q::Answer, Fault> {
+    let permit = match slot.permits.try_acquire() {
+        Ok(permit) => permit,
+        Err(_) => {
+            let permit = wait_for_turn(slot, question).await?;
+            if slot.breaker.borrow().begun() != begun {
+                return Err(Fault::Busy("the circuit breaker opened while it waited for an instance".into()));
+            }
+            permit
+        }
+    };
     let deadline = slot.generation.deadline();
-    if let Ok(result) = tokio::time::timeout(deadline, call(slot, question, &begun)).await {
-        return result;
-    }
-    let text = format!("no answer within deadline_ms = {}", deadline.as_millis());
-    Err(if begun.get() { Fault::Late(text) } else { Fault::Busy(text) })
+    let answer = tokio::time::timeout(deadline, call(slot, question)).await;
+    drop(permit);
+    answer.unwrap_or_else(|_| Err(Fault::Late(format!("no answer within deadline_ms = {}", deadline.as_millis()))))
 }
 
-async fn call<Q: Question>(slot: &Slot, question: &Q, begun: &Cell<bool>) -> Result<Q::Answer, Fault> {
-    let permit = if let Ok(permit) = slot.permits.try_acquire() {
-        permit
-    } else {
-        let _waiting = Waiting::new(slot)?;
-        slot.permits.acquire().await.map_err(|error| Fault::Busy(error.to_string()))?
-    };
+async fn wait_for_turn<'a, Q: Question>(slot: &'a Slot, question: &Q) -> Result<SemaphorePermit<'a>, Fault> {
+    let _waiting = Waiting::new(slot, question.bytes())?;
+    let queue_ms = slot.generation.config.limits.queue_ms;
+    let permit = tokio::time::timeout(Duration::from_millis(queue_ms), slot.permits.acquire()).await;
+    let permit = permit.map_err(|_| Fault::Busy(format!("no instance was free within queue_ms = {queue_ms}")))?;
+    permit.map_err(|error| Fault::Busy(error.to_string()))
+}
+
+async fn call<Q: Question>(slot: &Slot, question: &Q) -> Result<Q::Answer, Fault> {
     let generation = &slot.generation;
+    let share = generation.plugin.share(slot.shard);
     let mut pooled = match generation.take_idle(slot.shard) {
         Some(pooled) => pooled,
-        None => generation.instantiate().await.map_err(Fault::NoInstance)?,
+        None => generation.instantiate(share).await.map_err(Fault::NoInstance)?,
     };
-    begun.set(true);
     let Some(running) = pooled.begin() else { return Err(Fault::Broke("no instance".into())) };
-    let cpu = Duration::from_millis(Q::cpu_ms(&generation.config.limits));
-    let said = put(running, question, cpu, generation).await;
+    let budget = generation.budget_of(share, Q::cpu_ms(&generation.config.limits));
+    let said = put(running, question, budget, generation).await;
     let said = said.map_err(|error| Fault::Broke(generation.explained(running, error)))?;
     pooled.finished();
     generation.put_idle(slot.shard, pooled);
-    drop(permit);
     match said {
         Said::Answer(answer) => Ok(answer),
         Said::Failure(text) => Err(Fault::Failure(text)),
@@ -223,35 +247,40 @@ async fn call<Q: Question>(slot: &Slot, question: &Q, begun: &Cell<bool>) -> Res
     }
 }
 
-/// Asks one instance, which has `cpu` to answer.
+/// Asks one instance within a budget.
 pub(crate) async fn put<Q: Question>(
     running: &mut Running,
     question: &Q,
-    cpu: Duration,
+    budget: Budget<'_>,
     generation: &crate::generation::Generation,
 ) -> Result<Said<Q::Answer>, String> {
     let meter = running.meter();
     running.store.set_epoch_deadline(1);
     running.store.data_mut().begin_call();
     running.store.set_hostcall_fuel(question.answer_bytes_max());
-    metered(&generation.clock, &meter, cpu, question.put(running, &generation.name)).await
+    metered(&generation.clock, &meter, budget, question.put(running, &generation.name)).await
 }
 
-/// Counts a call that waits for an instance, also if it is dropped meanwhile.
-struct Waiting<'a>(&'a Slot);
+/// Counts the bytes of a call that waits for an instance, also if it is dropped meanwhile.
+struct Waiting<'a> {
+    slot: &'a Slot,
+    bytes: usize,
+}
 
 impl<'a> Waiting<'a> {
-    fn new(slot: &'a Slot) -> Result<Self, Fault> {
-        if slot.waiting.get() >= WAITING_MAX {
-            return Err(Fault::Busy(format!("{WAITING_MAX} calls wait already")));
+    fn new(slot: &'a Slot, bytes: usize) -> Result<Self, Fault> {
+        let bytes = bytes + WAITING_OVERHEAD_BYTES;
+        let waiting = slot.waiting_bytes.get() + bytes;
+        if waiting > WAITING_BYTES_MAX && slot.waiting_bytes.get() > 0 {
+            return Err(Fault::Busy(format!("{WAITING_BYTES_MAX} bytes of calls wait for an instance already")));
         }
-        slot.waiting.set(slot.waiting.get() + 1);
-        Ok(Self(slot))
+        slot.waiting_bytes.set(waiting);
+        Ok(Self { slot, bytes })
     }
 }
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.0.waiting.set(self.0.waiting.get() - 1);
+        self.slot.waiting_bytes.set(self.slot.waiting_bytes.get() - self.bytes);
     }
 }

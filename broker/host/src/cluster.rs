@@ -35,6 +35,10 @@ impl Question for InterestChanged {
         ""
     }
 
+    fn bytes(&self) -> usize {
+        self.added.iter().chain(&self.removed).map(String::len).sum()
+    }
+
     fn cpu_ms(limits: &PluginLimits) -> u64 {
         limits.cpu_ms
     }

@@ -229,14 +229,25 @@ pub enum Mode {
 pub struct PluginLimits {
     /// MiB of linear memory per instance, over all its memories; 1..=4096, default 16.
     pub memory_mib: u32,
-    /// Milliseconds one call may take, waiting included; default 5,000.
+    /// Milliseconds one call may take, waiting for others included; default 5,000.
     pub deadline_ms: u64,
+    /// Milliseconds a call may wait for an instance before that; default 30,000.
+    pub queue_ms: u64,
     /// Milliseconds of computing one call may take; default 1,000.
     pub cpu_ms: u64,
     /// The same for `acl` and `before-store`, which clients wait for; default 50.
     pub hook_cpu_ms: u64,
+    /// Percent of a shard's thread that the plugin may compute while other clients are connected there; 1..=100, default
+    /// 50. Calls that compute less than about a millisecond do not count.
+    pub cpu_share: u8,
     /// Calls of the broker's functions an instance may make in a second, log lines apart; default 1,000.
     pub host_calls_per_sec: u32,
+    /// Sockets that all instances together may have; default 16.
+    pub sockets: usize,
+    /// Files that all instances together may have open; default 64.
+    pub files: usize,
+    /// MiB that may go into and out of buckets of `wasi:keyvalue` in a second, each call counting as 256 bytes more; default 8.
+    pub keyvalue_mib_per_sec: u32,
     /// Messages that may wait for `committed`; default 100,000.
     pub feed_messages_max: usize,
     /// MiB of messages that may wait for `committed`, everything that belongs to a message included; default 128.
@@ -245,7 +256,8 @@ pub struct PluginLimits {
     pub feed_aside_mib: u32,
     /// How often a message is shown alone before it is set aside; default 3.
     pub feed_tries: u32,
-    /// Instances per shard, and so calls under way; default 4.
+    /// Instances per shard, and so calls under way; made when they are needed, default 4. Settings say 16 for plugins
+    /// that may use the network, since their calls wait for others most of the time.
     pub instances: usize,
 }
 
@@ -254,9 +266,14 @@ impl Default for PluginLimits {
         Self {
             memory_mib: 16,
             deadline_ms: 5000,
+            queue_ms: 30_000,
             cpu_ms: 1000,
             hook_cpu_ms: 50,
+            cpu_share: 50,
             host_calls_per_sec: 1000,
+            sockets: 16,
+            files: 64,
+            keyvalue_mib_per_sec: 8,
             feed_messages_max: 100_000,
             feed_mib: 128,
             feed_aside_mib: 16,

@@ -10,6 +10,7 @@ use crate::bindings::types::Pair;
 use crate::call::{Question, Said};
 use crate::config::{OnError, PluginLimits};
 use crate::instance::Running;
+use crate::queue::Weight;
 
 pub(crate) struct Observed(pub(crate) Vec<Event>);
 
@@ -18,6 +19,10 @@ impl Question for Observed {
 
     fn client_id(&self) -> &'static str {
         ""
+    }
+
+    fn bytes(&self) -> usize {
+        self.0.iter().map(Weight::bytes).sum()
     }
 
     fn cpu_ms(limits: &PluginLimits) -> u64 {

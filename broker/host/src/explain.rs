@@ -1,7 +1,6 @@
 //! Who would decide what: each `acl` plugin is asked, and nothing is remembered.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use wasmqtt_protocol::access::{Decision, Verdict};
 use wasmqtt_protocol::ports::{Access, Client};
@@ -77,10 +76,11 @@ impl From<Option<Verdict>> for Outcome {
 }
 
 async fn ask(generation: &Arc<Generation>, question: &Authorization) -> Result<Decision, String> {
-    let mut pooled = generation.instantiate().await?;
+    let mut pooled = generation.instantiate(&generation.plugin.loading).await?;
     let Some(running) = pooled.begin() else { return Err("no instance".into()) };
-    let cpu = Duration::from_millis(Authorization::cpu_ms(&generation.config.limits));
-    let said = put(running, question, cpu, generation).await.map_err(|error| generation.explained(running, error))?;
+    let cpu_ms = Authorization::cpu_ms(&generation.config.limits);
+    let budget = generation.budget_of(&generation.plugin.loading, cpu_ms);
+    let said = put(running, question, budget, generation).await.map_err(|error| generation.explained(running, error))?;
     pooled.finished();
     match said {
         Said::Answer(mut decisions) => decisions.pop().ok_or_else(|| "no decision".to_owned()),

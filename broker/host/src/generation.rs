@@ -21,14 +21,18 @@ use crate::exports::Indices;
 use crate::grants::{self, Mounts};
 use crate::guest::{Guest, Limits};
 use crate::hook::Shown;
-use crate::instance::{Dead, Pooled, Running, metered, one_line};
+use crate::instance::{Budget, Dead, Pooled, Running, metered, one_line};
 use crate::plugin::Plugin;
 use crate::registration::Registration;
 use crate::services::{Door, Services};
+use crate::share::Share;
 use crate::{HostError, Inspection, Status};
 
 /// Bytes one instance may hand over.
 const STATE_BYTES_MAX: usize = 16 << 20;
+/// Instances per shard that are kept when they have nothing to do, and how long others are.
+const IDLE_KEPT: usize = 4;
+const IDLE_TIME: Duration = Duration::from_secs(30);
 /// Between two looks for an instance that has nothing to do.
 const BUSY_PAUSE: Duration = Duration::from_millis(1);
 
@@ -80,8 +84,15 @@ pub(crate) struct Generation {
     mounts: Arc<Mounts>,
     reaper: SyncSender<Dead>,
     /// By shard. Only that shard takes from it; the lock is for the loader, which empties it in the end.
-    idle: Box<[Mutex<Vec<Pooled>>]>,
+    idle: Box<[Mutex<Vec<Idle>>]>,
     retired: AtomicBool,
+}
+
+/// An instance that has nothing to do.
+struct Idle {
+    pooled: Pooled,
+    /// Since when; only known of those beyond [`IDLE_KEPT`].
+    since: Option<Instant>,
 }
 
 /// How a build came to be.
@@ -117,6 +128,9 @@ impl Generation {
             plugin: Arc::clone(&plugin),
             grants: config.grants.clone(),
             calls_per_sec: config.limits.host_calls_per_sec,
+            sockets_max: config.limits.sockets,
+            files_max: config.limits.files,
+            keyvalue_per_sec: u64::from(config.limits.keyvalue_mib_per_sec) << 20,
             door: Arc::clone(&parts.door),
             settings: config.config.iter().cloned().collect(),
             http: config.grants.http.as_slice().into(),
@@ -185,6 +199,8 @@ impl Generation {
             failures: self.plugin.counters.failures(),
             refused: self.plugin.counters.refused(),
             instances: self.plugin.counters.instances.load(Ordering::Relaxed),
+            cpu_ms: self.plugin.cpu().as_millis() as u64,
+            cpu_waits: self.plugin.cpu_waits(),
             breaker_opened: self.plugin.counters.breaker_opened.load(Ordering::Relaxed),
             feed_waiting: self.plugin.feed.waiting.len(),
             feed_bytes: self.plugin.feed.waiting.bytes(),
@@ -193,6 +209,8 @@ impl Generation {
             events_dropped: self.plugin.events.dropped(),
             interest_dropped: self.plugin.interest.dropped(),
             denied: self.plugin.counters.denied.load(Ordering::Relaxed),
+            sockets: self.plugin.open.sockets(),
+            files: self.plugin.open.files(),
             keyvalue_bytes: self.plugin.buckets.bytes(),
             metrics_lost: self.plugin.metrics.lost(),
             metrics: self.plugin.metrics.snapshot(),
@@ -221,8 +239,13 @@ impl Generation {
         }
     }
 
-    pub(crate) fn cpu(&self) -> Duration {
-        Duration::from_millis(self.config.limits.cpu_ms)
+    /// For calls that no client waits for.
+    pub(crate) fn budget<'a>(&self, share: &'a Share) -> Budget<'a> {
+        self.budget_of(share, self.config.limits.cpu_ms)
+    }
+
+    pub(crate) fn budget_of<'a>(&self, share: &'a Share, cpu_ms: u64) -> Budget<'a> {
+        Budget { cpu: Duration::from_millis(cpu_ms), share, percent: self.config.limits.cpu_share }
     }
 
     pub(crate) fn deadline(&self) -> Duration {
@@ -234,7 +257,7 @@ impl Generation {
     pub(crate) async fn prepare(&self, old: Option<&Self>) -> Result<(), HostError> {
         let old = old.filter(|old| old.exports.handover.is_some() && self.exports.handover.is_some());
         for shard in 0..self.idle.len() {
-            let mut pooled = self.in_time("init", self.instantiate()).await?;
+            let mut pooled = self.in_time("init", self.instantiate(&self.plugin.loading)).await?;
             if shard == 0 {
                 self.in_time("health", self.check_health(&mut pooled)).await?;
             }
@@ -275,7 +298,7 @@ impl Generation {
         running.store.set_epoch_deadline(1);
         running.store.set_hostcall_fuel(STATE_BYTES_MAX + ANSWER_BYTES_MAX);
         let call = handover.wasmqtt_plugin_handover().call_snapshot(&mut running.store);
-        let answer = metered(&self.clock, &meter, self.cpu(), call).await;
+        let answer = metered(&self.clock, &meter, self.budget(&self.plugin.loading), call).await;
         let answer = answer.map_err(|error| format!("snapshot: {}", self.explained(running, error)))?;
         pooled.finished();
         self.put_idle(shard, pooled);
@@ -293,7 +316,7 @@ impl Generation {
         if let Some(handover) = &running.exports.handover {
             running.store.set_epoch_deadline(1);
             let call = handover.wasmqtt_plugin_handover().call_restore(&mut running.store, state);
-            let answer = metered(&self.clock, &meter, self.cpu(), call).await;
+            let answer = metered(&self.clock, &meter, self.budget(&self.plugin.loading), call).await;
             let answer = answer.map_err(|error| format!("restore: {}", self.explained(running, error)))?;
             answer.map_err(|from| format!("restore: {}", failure(from)))?;
         }
@@ -307,7 +330,7 @@ impl Generation {
         if let Some(lifecycle) = &running.exports.lifecycle {
             running.store.set_epoch_deadline(1);
             let call = lifecycle.wasmqtt_plugin_lifecycle().call_health(&mut running.store);
-            let answer = metered(&self.clock, &meter, self.cpu(), call).await;
+            let answer = metered(&self.clock, &meter, self.budget(&self.plugin.loading), call).await;
             let answer = answer.map_err(|error| format!("health: {}", self.explained(running, error)))?;
             answer.map_err(|from| format!("health: {}", failure(from)))?;
         }
@@ -317,19 +340,27 @@ impl Generation {
 
     /// An instance of this shard that has nothing to do.
     pub(crate) fn take_idle(&self, shard: usize) -> Option<Pooled> {
-        self.idle_of(shard).lock().unwrap_or_else(PoisonError::into_inner).pop()
+        self.idle_of(shard).lock().unwrap_or_else(PoisonError::into_inner).pop().map(|idle| idle.pooled)
     }
 
     /// Keeps an instance for the next call, or lets go of it if this build does not serve any more.
     pub(crate) fn put_idle(&self, shard: usize, pooled: Pooled) {
         let mut idle = self.idle_of(shard).lock().unwrap_or_else(PoisonError::into_inner);
         // Under the lock, or `retire` could come between.
-        if !self.retired.load(Ordering::Relaxed) {
-            idle.push(pooled);
+        if self.retired.load(Ordering::Relaxed) {
+            return;
         }
+        // The last one is taken first, so what lies behind those that are always kept was needed in a rush, long ago.
+        let since = (idle.len() >= IDLE_KEPT).then(Instant::now);
+        if let (Some(now), Some(oldest)) = (since, idle.get(IDLE_KEPT).and_then(|idle| idle.since))
+            && now.duration_since(oldest) > IDLE_TIME
+        {
+            idle.remove(IDLE_KEPT);
+        }
+        idle.push(Idle { pooled, since });
     }
 
-    fn idle_of(&self, shard: usize) -> &Mutex<Vec<Pooled>> {
+    fn idle_of(&self, shard: usize) -> &Mutex<Vec<Idle>> {
         &self.idle[shard % self.idle.len()]
     }
 
@@ -341,25 +372,27 @@ impl Generation {
         }
     }
 
-    pub(crate) async fn instantiate(&self) -> Result<Pooled, String> {
+    /// `share`: of the thread that it is made on.
+    pub(crate) async fn instantiate(&self, share: &Share) -> Result<Pooled, String> {
         let mut wasi = WasiCtxBuilder::new();
         self.mounts.open(&mut wasi)?;
         wasi.envs(&self.config.grants.environment);
         let memory_bytes_max = self.config.limits.memory_mib as usize * 1024 * 1024;
         let (mut store, meter) = Running::store(&self.engine, Guest::new(&self.services, wasi, memory_bytes_max));
         store.set_epoch_deadline(1);
-        let instance = metered(&self.clock, &meter, self.cpu(), self.pre.instantiate_async(&mut store)).await;
+        let begun = self.pre.instantiate_async(&mut store);
+        let instance = metered(&self.clock, &meter, self.budget(share), begun).await;
         let instance = instance
             .map_err(|error| format!("cannot be instantiated: {}", self.explained_by(&store.data().limits, error)))?;
         let exports = self.exports.load(&mut store, &instance)?;
         let (mounts, plugin) = (Arc::clone(&self.mounts), Arc::clone(&self.plugin));
         let running = Running::new((store, meter), exports, mounts, plugin);
         let mut pooled = Pooled::new(running, self.reaper.clone());
-        self.init(&mut pooled).await?;
+        self.init(&mut pooled, share).await?;
         Ok(pooled)
     }
 
-    async fn init(&self, pooled: &mut Pooled) -> Result<(), String> {
+    async fn init(&self, pooled: &mut Pooled, share: &Share) -> Result<(), String> {
         let Some(running) = pooled.begin() else { return Ok(()) };
         let meter = running.meter();
         if let Some(lifecycle) = &running.exports.lifecycle {
@@ -367,7 +400,7 @@ impl Generation {
             let settings: Vec<Pair> = self.config.config.iter().map(pair).collect();
             running.store.set_epoch_deadline(1);
             let call = lifecycle.wasmqtt_plugin_lifecycle().call_init(&mut running.store, &settings);
-            let answer = metered(&self.clock, &meter, self.cpu(), call).await;
+            let answer = metered(&self.clock, &meter, self.budget(share), call).await;
             let answer = answer.map_err(|error| format!("init: {}", self.explained(running, error)))?;
             let wanted = answer.map_err(|from| format!("init: {}", failure(from)))?;
             let wanted = Registration::checked(wanted).map_err(|error| format!("init: registration: {error}"))?;

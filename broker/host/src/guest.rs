@@ -5,9 +5,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use wasmtime::component::{HasSelf, Linker, ResourceTable};
+use wasmqtt_protocol::text::escaped;
+use wasmtime::component::{HasSelf, Linker, Resource, ResourceTable};
 use wasmtime::{Engine, ResourceLimiter};
 use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
+use wasmtime_wasi::p2::bindings::filesystem::types::Descriptor;
+use wasmtime_wasi::p2::bindings::sockets::network::ErrorCode;
 use wasmtime_wasi::p2::{OutputStream, Pollable, StreamResult};
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
 use wasmtime_wasi_config::WasiConfig;
@@ -18,11 +21,15 @@ use crate::bindings::imports;
 use crate::bindings::imports::wasmqtt::plugin::host::{self as wit, Level};
 use crate::bindings::types::Pair;
 use crate::files;
+use crate::held::Held;
+use crate::http::Http;
 use crate::keyvalue;
 use crate::metrics::Kind;
-use crate::network::{Http, allow_addresses};
+use crate::network::allow_addresses;
 use crate::plugin::Plugin;
 use crate::services::Services;
+use crate::share::Pace;
+use crate::sockets;
 
 /// Table elements an instance may have, over all its tables.
 const TABLE_ELEMENTS_MAX: usize = 100_000;
@@ -38,6 +45,10 @@ const LOG_LINES_MAX: u32 = 100;
 const LOG_LINE_BYTES_MAX: usize = 4096;
 /// Requests to the broker in one call.
 const CALLS_MAX: u32 = 10_000;
+/// Calls of anything the broker offers, WASI included, that an instance may make in a second before it has to wait, and
+/// how many it may be ahead.
+const HOST_CALLS_PER_SEC: u64 = 100_000;
+const HOST_CALLS_AHEAD: Duration = Duration::from_millis(100);
 /// Bytes a guest may print in one piece.
 const PRINT_BYTES_MAX: usize = 64 * 1024;
 
@@ -52,6 +63,10 @@ pub(crate) struct Guest {
     http: WasiHttpCtx,
     hooks: Http,
     calls: Allowance,
+    /// Calls since the last look.
+    called: u32,
+    pace: Pace,
+    held: Held,
 }
 
 impl Guest {
@@ -71,9 +86,65 @@ impl Guest {
         let calls = Allowance::new(services.calls_per_sec);
         let denials = Denials { plugin: Arc::clone(&services.plugin), log: log.clone() };
         allow_addresses(&mut wasi, services, &denials);
-        let hooks = Http { grants: Arc::clone(&services.http), denials: denials.clone() };
-        let (http, services) = (WasiHttpCtx::new(), Arc::clone(services));
-        Self { wasi: wasi.build(), table, limits, log, denials, services, http, hooks, calls }
+        let hooks = Http::new(&services.http, &denials);
+        let (http, services, held) = (WasiHttpCtx::new(), Arc::clone(services), Held::new(&services.plugin));
+        let wasi = wasi.build();
+        let (called, pace) = (0, Pace::default());
+        Self { wasi, table, limits, log, denials, services, http, hooks, calls, called, pace, held }
+    }
+
+    /// How long a guest must wait that called the broker more often than it may. Asked while it computes.
+    pub(crate) fn pause(&mut self) -> Option<Duration> {
+        let called = std::mem::take(&mut self.called) as usize;
+        if called == 0 {
+            return None;
+        }
+        self.pace.take(Pace::price(called, HOST_CALLS_PER_SEC), HOST_CALLS_AHEAD)
+    }
+
+    fn count_call(&mut self) {
+        self.called = self.called.saturating_add(1);
+    }
+
+    pub(crate) fn may_make_socket(&mut self) -> Result<(), ErrorCode> {
+        if self.services.grants.sockets.is_empty() {
+            self.denials.note("a socket; grants.sockets names no address");
+            return Err(ErrorCode::AccessDenied);
+        }
+        let max = self.services.sockets_max;
+        if !self.held.take_socket(max) {
+            self.log.write(Level::Warn, &format!("no more than limits.sockets = {max} sockets at a time"));
+            return Err(ErrorCode::NewSocketLimit);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn socket_not_made(&mut self) {
+        self.held.give_back_socket();
+    }
+
+    pub(crate) fn close_socket<T: 'static>(&mut self, socket: Resource<T>) -> wasmtime::Result<()> {
+        // Its streams are gone: they are its children in the table.
+        self.table.delete(socket)?;
+        self.held.give_back_socket();
+        Ok(())
+    }
+
+    pub(crate) fn may_open_file(&mut self) -> bool {
+        let max = self.services.files_max;
+        let may = self.held.take_file(&mut self.table, max);
+        if !may {
+            self.log.write(Level::Warn, &format!("no more than limits.files = {max} open files at a time"));
+        }
+        may
+    }
+
+    pub(crate) fn file_opened(&mut self, file: Option<&Resource<Descriptor>>) {
+        self.held.file_opened(file);
+    }
+
+    pub(crate) fn close_file(&mut self, file: Resource<Descriptor>) -> wasmtime::Result<()> {
+        self.held.close_file(&mut self.table, file)
     }
 
     /// A call into the guest begins.
@@ -83,13 +154,16 @@ impl Guest {
 }
 
 impl WasiView for Guest {
+    /// Every function of WASI begins here.
     fn ctx(&mut self) -> WasiCtxView<'_> {
+        self.count_call();
         WasiCtxView { ctx: &mut self.wasi, table: &mut self.table }
     }
 }
 
 impl WasiHttpView for Guest {
     fn http(&mut self) -> WasiHttpCtxView<'_> {
+        self.count_call();
         WasiHttpCtxView { hooks: &mut self.hooks, table: &mut self.table, ctx: &mut self.http }
     }
 }
@@ -193,7 +267,7 @@ impl Lines {
         if self.count > LOG_LINES_MAX {
             return;
         }
-        let (plugin, message) = (&self.plugin, printable(message));
+        let (plugin, message) = (&self.plugin, escaped(message.trim_end(), LOG_LINE_BYTES_MAX));
         match level {
             Level::Trace => tracing::trace!(target: "plugin", %plugin, "{message}"),
             Level::Debug => tracing::debug!(target: "plugin", %plugin, "{message}"),
@@ -204,14 +278,9 @@ impl Lines {
     }
 }
 
-/// A guest must not forge lines of its own or drive the operator's terminal.
-fn printable(message: &str) -> String {
-    let message = &message[..message.floor_char_boundary(LOG_LINE_BYTES_MAX)];
-    message.trim_end().chars().map(|char| if char.is_control() { ' ' } else { char }).collect()
-}
-
 impl imports::wasmqtt::plugin::host::Host for Guest {
     fn log(&mut self, level: Level, message: String) {
+        self.count_call();
         self.log.write(level, &message);
     }
 
@@ -238,14 +307,17 @@ impl imports::wasmqtt::plugin::host::Host for Guest {
 
 impl imports::wasmqtt::plugin::metrics::Host for Guest {
     fn count(&mut self, name: String, labels: Vec<Pair>, by: f64) {
+        self.count_call();
         self.services.record(Kind::Count, &name, &labels, by);
     }
 
     fn gauge(&mut self, name: String, labels: Vec<Pair>, value: f64) {
+        self.count_call();
         self.services.record(Kind::Gauge, &name, &labels, value);
     }
 
     fn observe(&mut self, name: String, labels: Vec<Pair>, value: f64) {
+        self.count_call();
         self.services.record(Kind::Observe, &name, &labels, value);
     }
 }
@@ -364,25 +436,15 @@ pub(crate) fn linker(engine: &Engine) -> Result<Linker<Guest>, HostError> {
             })
         })
         .and_then(|()| keyvalue::bindings::Imports::add_to_linker::<Guest, HasSelf<Guest>>(&mut linker, |guest| guest))
-        .and_then(|()| files::add_to_linker(&mut linker))
         .map_err(|error| HostError::new(format!("{error:#}")))?;
+    files::add_to_linker(&mut linker)?;
+    sockets::add_to_linker(&mut linker)?;
     Ok(linker)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_guest_cannot_forge_a_line() {
-        assert_eq!(printable("one\nWARN two \u{1b}[31m\n"), "one WARN two  [31m");
-    }
-
-    #[test]
-    fn long_lines_are_cut_between_characters() {
-        assert_eq!(printable(&"é".repeat(LOG_LINE_BYTES_MAX)).len(), LOG_LINE_BYTES_MAX);
-        assert_eq!(printable(&format!("x{}", "é".repeat(LOG_LINE_BYTES_MAX))).len(), LOG_LINE_BYTES_MAX - 1);
-    }
 
     #[test]
     fn requests_are_bounded_per_call_and_per_second() {

@@ -12,6 +12,7 @@ use crate::bindings::storage_hook::exports::wasmqtt::plugin::storage_hook as wit
 use crate::call::{ANSWER_BYTES_MAX, Question, Said};
 use crate::config::{OnError, PluginLimits};
 use crate::instance::Running;
+use crate::queue::Weight;
 
 /// Bytes replaced properties may have.
 const PROPERTIES_BYTES_MAX: usize = 256 * 1024;
@@ -85,6 +86,10 @@ impl Question for Rewrite {
         ANSWER_BYTES_MAX + 4 * self.messages.iter().map(|shown| shown.message.payload.len()).sum::<usize>()
     }
 
+    fn bytes(&self) -> usize {
+        self.messages.iter().map(Weight::bytes).sum()
+    }
+
     fn cpu_ms(limits: &PluginLimits) -> u64 {
         limits.hook_cpu_ms
     }
@@ -126,6 +131,10 @@ impl Question for Committed {
 
     fn client_id(&self) -> &'static str {
         ""
+    }
+
+    fn bytes(&self) -> usize {
+        self.messages.iter().map(Weight::bytes).sum()
     }
 
     fn cpu_ms(limits: &PluginLimits) -> u64 {

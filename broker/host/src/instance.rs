@@ -7,13 +7,16 @@ use std::sync::mpsc::SyncSender;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use wasmqtt_protocol::text::escaped;
 use wasmtime::{Engine, Store, UpdateDeadline};
 
+use crate::bindings::TEXT_BYTES_MAX;
 use crate::engine::{Clock, thread_cpu_ns};
 use crate::exports::Exports;
 use crate::grants::Mounts;
 use crate::guest::Guest;
 use crate::plugin::Plugin;
+use crate::share::Share;
 
 /// A store with its instance and the interfaces it exports.
 pub(crate) struct Running {
@@ -32,12 +35,15 @@ impl Running {
         let mut store = Store::new(engine, guest);
         store.limiter(|guest| &mut guest.limits);
         let watched = Arc::clone(&meter);
-        store.epoch_deadline_callback(move |_| {
+        store.epoch_deadline_callback(move |mut store| {
             if watched.is_over() {
                 let budget_ms = watched.budget.load(Ordering::Relaxed) / 1_000_000;
                 return Err(wasmtime::Error::msg(format!("computed longer than cpu_ms = {budget_ms}")));
             }
-            Ok(UpdateDeadline::Yield(1))
+            Ok(match store.data_mut().pause() {
+                None => UpdateDeadline::Yield(1),
+                Some(pause) => UpdateDeadline::YieldCustom(1, Box::pin(tokio::time::sleep(pause))),
+            })
         });
         (store, meter)
     }
@@ -50,6 +56,10 @@ impl Running {
     ) -> Self {
         plugin.counters.instances.fetch_add(1, Ordering::Relaxed);
         Self { store, exports, meter, _mounts: mounts, plugin }
+    }
+
+    pub(crate) fn plugin(&self) -> Arc<Plugin> {
+        Arc::clone(&self.plugin)
     }
 
     pub(crate) fn meter(&self) -> Arc<Meter> {
@@ -90,33 +100,63 @@ impl Meter {
     }
 }
 
-/// Runs guest code, which traps when it has computed for `cpu`.
+/// How long a guest may compute, and what it takes of the thread it runs on.
+#[derive(Clone, Copy)]
+pub(crate) struct Budget<'a> {
+    /// It traps when it has computed so long.
+    pub(crate) cpu: Duration,
+    pub(crate) share: &'a Share,
+    /// Of the thread's time, while others have work for it.
+    pub(crate) percent: u8,
+}
+
+/// Runs guest code within a budget.
 pub(crate) async fn metered<T>(
     clock: &Clock,
     meter: &Meter,
-    cpu: Duration,
+    budget: Budget<'_>,
     call: impl Future<Output = wasmtime::Result<T>>,
 ) -> Result<T, String> {
     meter.spent.store(0, Ordering::Relaxed);
-    meter.budget.store(cpu.as_nanos() as u64, Ordering::Relaxed);
+    meter.budget.store(budget.cpu.as_nanos() as u64, Ordering::Relaxed);
     let call = std::pin::pin!(call);
-    Metered { clock, meter, call, again: false }.await.map_err(|error| one_line(&error))
+    Metered { clock, meter, budget, call, again: false, pause: None }.await.map_err(|error| one_line(&error))
 }
 
-/// The chain of causes without the backtrace of the guest.
+/// The chain of causes without the backtrace of the guest. Some of it is the guest's own text.
 pub(crate) fn one_line(error: &wasmtime::Error) -> String {
     let is_backtrace = |cause: &String| cause.starts_with("error while executing at wasm backtrace");
     let first_line = |cause: &dyn std::fmt::Display| cause.to_string().lines().next().unwrap_or_default().to_owned();
     let causes: Vec<String> =
         error.chain().map(|cause| first_line(&cause)).filter(|cause| !is_backtrace(cause)).collect();
-    causes.join(": ")
+    escaped(&causes.join(": "), TEXT_BYTES_MAX).to_string()
 }
 
 struct Metered<'a, F> {
     clock: &'a Clock,
     meter: &'a Meter,
+    budget: Budget<'a>,
     call: Pin<&'a mut F>,
     again: bool,
+    /// Until the plugin has paid for what it computed.
+    pause: Option<Pin<Box<tokio::time::Sleep>>>,
+}
+
+impl<F> Metered<'_, F> {
+    /// Pending while the plugin has computed more than its share.
+    fn poll_pause(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        if let Some(pause) = &mut self.pause {
+            std::task::ready!(pause.as_mut().poll(context));
+            self.pause = None;
+        }
+        match self.budget.share.wait(self.budget.percent) {
+            None => Poll::Ready(()),
+            Some(wait) => {
+                let pause = self.pause.insert(Box::pin(tokio::time::sleep(wait)));
+                pause.as_mut().poll(context)
+            }
+        }
+    }
 }
 
 impl<F: Future> Future for Metered<'_, F> {
@@ -130,10 +170,13 @@ impl<F: Future> Future for Metered<'_, F> {
             self.meter.polled_at.store(NOT_MEASURED, Ordering::Relaxed);
             return self.call.as_mut().poll(context);
         }
+        std::task::ready!(self.poll_pause(context));
         let begun = thread_cpu_ns();
         self.meter.polled_at.store(begun, Ordering::Relaxed);
         let result = self.call.as_mut().poll(context);
-        self.meter.spent.fetch_add(thread_cpu_ns().saturating_sub(begun), Ordering::Relaxed);
+        let spent = thread_cpu_ns().saturating_sub(begun);
+        self.meter.spent.fetch_add(spent, Ordering::Relaxed);
+        self.budget.share.spend(spent, self.budget.percent);
         result
     }
 }

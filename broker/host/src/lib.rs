@@ -24,8 +24,10 @@ mod files;
 mod generation;
 mod grants;
 mod guest;
+mod held;
 mod hook;
 mod imports;
+mod http;
 mod inspect;
 mod instance;
 mod keyvalue;
@@ -40,7 +42,10 @@ mod reconfigure;
 mod registration;
 mod rewrite;
 mod services;
+mod shadow;
 mod shard;
+mod share;
+mod sockets;
 mod versions;
 mod watch;
 
@@ -120,7 +125,11 @@ pub struct Status {
     pub refused: u64,
     /// Instances that exist, of old builds too while they finish.
     pub instances: usize,
-    /// How often it was left alone for a while.
+    /// Milliseconds of computing, by calls that took longer than about a millisecond.
+    pub cpu_ms: u64,
+    /// How often a call waited because the plugin had computed more than `limits.cpu_share`.
+    pub cpu_waits: u64,
+    /// How often its circuit breaker opened.
     pub breaker_opened: u64,
     /// Messages that wait for `committed`.
     pub feed_waiting: usize,
@@ -136,6 +145,10 @@ pub struct Status {
     pub interest_dropped: u64,
     /// What it tried without a grant: addresses, HTTP servers, files, buckets, functions of the broker.
     pub denied: u64,
+    /// Sockets that its instances have.
+    pub sockets: usize,
+    /// Files that its instances have open.
+    pub files: usize,
     /// Bytes in its buckets.
     pub keyvalue_bytes: usize,
     /// Values of metrics that were not recorded.
@@ -173,6 +186,8 @@ impl Status {
             ("failures", self.failures),
             ("refused", self.refused),
             ("instances", self.instances as u64),
+            ("cpu/ms", self.cpu_ms),
+            ("cpu/waits", self.cpu_waits),
             ("breaker opened", self.breaker_opened),
             ("rolled back", self.rolled_back),
             ("shadow/compared", self.candidate.as_ref().map_or(0, |tried| tried.compared)),
@@ -363,6 +378,9 @@ impl Drop for PluginHost {
 impl Plugins for PluginHost {
     fn attach(&self, broker: Arc<dyn Broker>) {
         let _ = self.door.set(broker);
+    }
+
+    fn fed_again(&self) {
         for link in &self.chain.load().links {
             link.serving.plugin.feed.restored();
         }

@@ -3,10 +3,12 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
+use wasmqtt_protocol::text::is_unsafe;
+
 /// Series of one plugin: a name with its labels.
 const SERIES_MAX: usize = 200;
 /// Bytes of a name with its labels.
-const NAME_BYTES_MAX: usize = 1024;
+pub(crate) const NAME_BYTES_MAX: usize = 1024;
 /// Upper bounds of the buckets of a histogram.
 const BUCKETS: [f64; 25] = [
     1e-6, 1e-5, 1e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0,
@@ -67,7 +69,7 @@ impl Metrics {
     /// `name` has the labels in it: `name{label="value"}`.
     pub(crate) fn record(&self, kind: Kind, name: String, value: f64) {
         let mut registry = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if !value.is_finite() || name.len() > NAME_BYTES_MAX || (kind == Kind::Count && value < 0.0) {
+        if !value.is_finite() || name.len() > NAME_BYTES_MAX || name.chars().any(is_unsafe) || (kind == Kind::Count && value < 0.0) {
             registry.lost += 1;
             return;
         }
@@ -90,6 +92,11 @@ impl Metrics {
             // One name, two kinds: the first counts.
             _ => registry.lost += 1,
         }
+    }
+
+    /// A value that is not recorded.
+    pub(crate) fn lose(&self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).lost += 1;
     }
 
     /// Values that were not recorded: too many series, or no number.
@@ -156,6 +163,14 @@ mod tests {
         }
         metrics.record(Kind::Count, "c0".into(), 1.0);
         assert_eq!((metrics.snapshot().len(), metrics.lost()), (SERIES_MAX, 1000 - SERIES_MAX as u64));
+    }
+
+    #[test]
+    fn names_that_a_terminal_would_obey_are_not_recorded() {
+        let metrics = Metrics::default();
+        metrics.record(Kind::Count, "a\u{1b}[31m".into(), 1.0);
+        metrics.record(Kind::Count, series_name("a", [("label", "\u{1b}")].into_iter()), 1.0);
+        assert_eq!((metrics.snapshot().len(), metrics.lost()), (1, 1), "values of labels are escaped");
     }
 
     #[test]

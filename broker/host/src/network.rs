@@ -1,25 +1,14 @@
 //! What a plugin may reach over the network: HTTP servers and addresses that the operator lists.
-//!
-//! A name is resolved here and the address that is connected to is the one that was looked at, so that a name server
-//! cannot lead a plugin to an address that is refused. With TLS the name is checked once more by the certificate.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
-use std::sync::Arc;
-use std::time::Duration;
 
-use http::Uri;
-use http::uri::{Authority, Scheme};
-use http_body_util::BodyExt;
+use http::uri::Authority;
 use wasmtime_wasi::WasiCtxBuilder;
 use wasmtime_wasi::sockets::SocketAddrUse;
-use wasmtime_wasi_http::{Error, RequestOptions, WasiBody, WasiHttpHooks, default_send_request};
 
 use crate::guest::Denials;
 use crate::services::Services;
-
-/// How long connecting, and waiting for an answer or more of it, may take at most.
-const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// HTTP servers: `https://host`, `http://host:port`, `https://*.host`. A name must not lead to an address of this machine
 /// or of a private network, unless `@private` follows; an address that is written out may be any.
@@ -68,7 +57,12 @@ impl std::fmt::Display for HttpGrant {
 }
 
 impl HttpGrant {
-    fn covers(&self, is_tls: bool, host: &str, port: u16) -> bool {
+    /// Names may lead to private addresses.
+    pub(crate) fn is_private(&self) -> bool {
+        self.private
+    }
+
+    pub(crate) fn covers(&self, is_tls: bool, host: &str, port: u16) -> bool {
         let host = host.to_ascii_lowercase();
         let is_host = if self.any_label {
             host.strip_suffix(&self.host).is_some_and(|label| label.len() > 1 && label.ends_with('.'))
@@ -131,22 +125,59 @@ impl SocketGrant {
     }
 }
 
-/// Not of this machine, this network or nobody.
-fn is_public(address: IpAddr) -> bool {
-    match address.to_canonical() {
-        IpAddr::V4(v4) => {
-            let [a, b, ..] = v4.octets();
-            let is_shared = a == 100 && (64..128).contains(&b);
-            let is_here = v4.is_loopback() || v4.is_private() || v4.is_link_local() || is_shared;
-            // This network, multicast, reserved.
-            let is_nobody = a == 0 || a >= 224;
-            !is_here && !is_nobody
-        }
-        IpAddr::V6(v6) => {
-            let is_here = v6.is_loopback() || v6.is_unique_local() || v6.is_unicast_link_local();
-            let is_nobody = v6.is_unspecified() || v6.is_multicast();
-            !is_here && !is_nobody
-        }
+/// Not of this machine, this network or nobody. An IPv6 address that carries an IPv4 address, for a translator or a
+/// tunnel, is as public as that one.
+pub(crate) fn is_public(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => is_public_v4(v4),
+        IpAddr::V6(v6) => match carried(v6) {
+            Some(v4) => is_public_v4(v4),
+            None => is_public_v6(v6),
+        },
+    }
+}
+
+fn is_public_v4(v4: Ipv4Addr) -> bool {
+    let [a, b, c, _] = v4.octets();
+    let is_shared = a == 100 && (64..128).contains(&b);
+    let is_here = v4.is_loopback() || v4.is_private() || v4.is_link_local() || is_shared;
+    // This network, multicast, reserved; protocol assignments, documentation, relays of 6to4, benchmarks.
+    let is_nobody = a == 0 || a >= 224;
+    let is_special = matches!((a, b, c), (192, 0, 0 | 2) | (192, 88, 99) | (198, 18..=19, _) | (198, 51, 100) | (203, 0, 113));
+    !is_here && !is_nobody && !is_special
+}
+
+fn is_public_v6(v6: Ipv6Addr) -> bool {
+    let segments = v6.segments();
+    let is_here = v6.is_loopback() || v6.is_unique_local() || v6.is_unicast_link_local();
+    // Site-local addresses were given up, and some networks have them.
+    let is_site_local = segments[0] & 0xffc0 == 0xfec0;
+    // A translator inside this network (64:ff9b:1::/48) may embed an address at any of several places.
+    let is_local_translator = segments[..3] == [0x64, 0xff9b, 1];
+    let is_documentation = segments[..2] == [0x2001, 0xdb8] || segments[0] == 0x3fff && segments[1] < 0x1000;
+    let is_discarded = segments[..4] == [0x100, 0, 0, 0];
+    let is_nobody = v6.is_unspecified() || v6.is_multicast() || is_documentation || is_discarded;
+    !is_here && !is_site_local && !is_local_translator && !is_nobody
+}
+
+/// The IPv4 address that an IPv6 address stands for.
+fn carried(v6: Ipv6Addr) -> Option<Ipv4Addr> {
+    let segments = v6.segments();
+    let v4 = |high: u16, low: u16| Ipv4Addr::from_bits(u32::from(high) << 16 | u32::from(low));
+    match segments {
+        // IPv4-mapped, and as SIIT translates it.
+        [0, 0, 0, 0, 0, 0xffff, high, low] | [0, 0, 0, 0, 0xffff, 0, high, low] => Some(v4(high, low)),
+        // Compatible; `::` and `::1` are no IPv4 addresses.
+        [0, 0, 0, 0, 0, 0, high, low] if high != 0 => Some(v4(high, low)),
+        // NAT64.
+        [0x64, 0xff9b, 0, 0, 0, 0, high, low] => Some(v4(high, low)),
+        // 6to4.
+        [0x2002, high, low, ..] => Some(v4(high, low)),
+        // Teredo: the client's address, inverted.
+        [0x2001, 0, .., high, low] => Some(v4(!high, !low)),
+        // ISATAP.
+        [.., 0 | 0x200, 0x5efe, high, low] => Some(v4(high, low)),
+        _ => None,
     }
 }
 
@@ -154,6 +185,7 @@ fn is_public(address: IpAddr) -> bool {
 pub(crate) fn allow_addresses(wasi: &mut WasiCtxBuilder, services: &Services, denials: &Denials) {
     let (grants, denials) = (services.grants.sockets.clone(), denials.clone());
     // What is not granted is asked for and refused below, where it is counted.
+    // Without any no socket is made, see [`crate::sockets`].
     wasi.allow_ip_name_lookup(!grants.is_empty()).allow_tcp(true).allow_udp(true);
     wasi.socket_addr_check(move |address, to| {
         let is_granted = match to {
@@ -167,72 +199,6 @@ pub(crate) fn allow_addresses(wasi: &mut WasiCtxBuilder, services: &Services, de
         }
         Box::pin(std::future::ready(is_granted))
     });
-}
-
-/// HTTP as it was granted.
-pub(crate) struct Http {
-    pub(crate) grants: Arc<[HttpGrant]>,
-    pub(crate) denials: Denials,
-}
-
-type Sent = Result<(http::Response<WasiBody>, Box<dyn Future<Output = Result<(), Error>> + Send>), Error>;
-
-impl WasiHttpHooks for Http {
-    fn send_request(
-        &mut self,
-        request: http::Request<WasiBody>,
-        options: Option<RequestOptions>,
-        _processed: Box<dyn Future<Output = Result<(), Error>> + Send>,
-    ) -> Box<dyn Future<Output = Sent> + Send> {
-        let (grants, denials) = (Arc::clone(&self.grants), self.denials.clone());
-        Box::new(async move {
-            let to = request.uri().authority().map(ToString::to_string).unwrap_or_default();
-            let request = permitted(&grants, request).await.inspect_err(|error| match error {
-                Error::HttpRequestDenied => denials.note(format_args!("HTTP to {to}; grants.http does not name it")),
-                Error::DestinationIpProhibited => denials.note(format_args!(
-                    "HTTP to {to}, a name for a private address; grants.http needs @private for it"
-                )),
-                _ => {}
-            })?;
-            let (response, io) = default_send_request(request, Some(bounded(options))).await?;
-            Ok((response.map(BodyExt::boxed_unsync), Box::new(io) as Box<dyn Future<Output = _> + Send>))
-        })
-    }
-}
-
-fn bounded(options: Option<RequestOptions>) -> RequestOptions {
-    let options = options.unwrap_or_default();
-    let at_most = |time: Option<Duration>| Some(time.map_or(TIMEOUT, |time| time.min(TIMEOUT)));
-    RequestOptions {
-        connect_timeout: at_most(options.connect_timeout),
-        first_byte_timeout: at_most(options.first_byte_timeout),
-        between_bytes_timeout: at_most(options.between_bytes_timeout),
-    }
-}
-
-/// The request, to the address that was looked at.
-async fn permitted(
-    grants: &[HttpGrant],
-    mut request: http::Request<WasiBody>,
-) -> Result<http::Request<WasiBody>, Error> {
-    let uri = request.uri().clone();
-    let authority = uri.authority().ok_or(Error::HttpRequestUriInvalid)?;
-    let is_tls = uri.scheme() == Some(&Scheme::HTTPS);
-    let port = authority.port_u16().unwrap_or(if is_tls { 443 } else { 80 });
-    let host = authority.host();
-    let grant = grants.iter().find(|grant| grant.covers(is_tls, host, port)).ok_or(Error::HttpRequestDenied)?;
-    let bare = host.trim_matches(['[', ']']);
-    let is_written_out = bare.parse::<IpAddr>().is_ok();
-    let found = tokio::time::timeout(TIMEOUT, tokio::net::lookup_host((bare, port))).await;
-    let found = found.map_err(|_| Error::DnsTimeout)?.map_err(|_| Error::DnsError { rcode: None, info_code: None })?;
-    let allowed = |address: &SocketAddr| grant.private || is_written_out || is_public(address.ip());
-    let address = found.into_iter().find(allowed).ok_or(Error::DestinationIpProhibited)?;
-    if !is_tls {
-        let mut parts = uri.into_parts();
-        parts.authority = Some(address.to_string().parse().map_err(|_| Error::HttpRequestUriInvalid)?);
-        *request.uri_mut() = Uri::from_parts(parts).map_err(|_| Error::HttpRequestUriInvalid)?;
-    }
-    Ok(request)
 }
 
 #[cfg(test)]
@@ -281,32 +247,37 @@ mod tests {
             "0.0.0.0",
             "100.64.0.1",
             "::ffff:127.0.0.1",
+            // The same, carried by IPv6 addresses.
+            "::127.0.0.1",
+            "::ffff:0:10.0.0.1",
+            "64:ff9b::10.0.0.1",
+            "64:ff9b::127.0.0.1",
+            "64:ff9b:1::1.1.1.1",
+            "64:ff9b:1:a00:1::",
+            "2002:7f00:1::1",
+            "2002:a00:1::1",
+            // Teredo carries the inverse of 192.168.1.1.
+            "2001:0:1:2:3:4:3f57:fefe",
+            "2001:db8::1",
+            "fec0::1",
+            "100::1",
+            "2a00::5efe:10.0.0.1",
+            "192.0.2.1",
+            "198.18.0.1",
+            "240.0.0.1",
+            "255.255.255.255",
         ] {
             assert!(!is_public(address.parse().expect("an address")), "{address}");
         }
-        for address in ["1.1.1.1", "2606:4700::1111"] {
+        for address in [
+            "1.1.1.1",
+            "2606:4700::1111",
+            "64:ff9b::1.1.1.1",
+            "2002:101:101::1",
+            "::ffff:1.1.1.1",
+            "2001:0:1:2:3:4:fefe:fefe",
+        ] {
             assert!(is_public(address.parse().expect("an address")), "{address}");
         }
-    }
-
-    /// A name that leads to an address of this machine is refused, whatever the name server says.
-    #[tokio::test]
-    async fn a_name_cannot_lead_to_this_machine() {
-        let ask = async |grant: &str, uri: &str| {
-            let body =
-                http_body_util::Empty::new().map_err(|never: std::convert::Infallible| match never {}).boxed_unsync();
-            let request = http::Request::builder().uri(uri).body(body).expect("a request");
-            permitted(&[grant.parse().expect("is right")], request).await.map(|request| request.uri().to_string())
-        };
-        let refused = ask("http://localhost:9", "http://localhost:9/x").await;
-        assert!(matches!(refused, Err(Error::DestinationIpProhibited)), "{refused:?}");
-        let granted = ask("http://localhost:9@private", "http://localhost:9/x").await.expect("is granted");
-        assert!(granted == "http://127.0.0.1:9/x" || granted == "http://[::1]:9/x", "{granted}");
-        assert_eq!(
-            ask("http://127.0.0.1:9", "http://127.0.0.1:9/x").await.expect("is granted"),
-            "http://127.0.0.1:9/x"
-        );
-        let other = ask("http://127.0.0.1:9", "http://127.0.0.1:8/x").await;
-        assert!(matches!(other, Err(Error::HttpRequestDenied)), "{other:?}");
     }
 }

@@ -11,9 +11,11 @@ use crate::config::PluginLimits;
 use crate::counters::Counters;
 use crate::feed::Feed;
 use crate::generation::Generation;
+use crate::held::Open;
 use crate::keyvalue::Buckets;
 use crate::metrics::Metrics;
 use crate::queue::Queue;
+use crate::share::Share;
 
 /// Events that wait for one plugin, and their bytes.
 const EVENTS_MAX: usize = 10_000;
@@ -32,12 +34,19 @@ pub(crate) struct Plugin {
     pub(crate) counters: Counters,
     pub(crate) metrics: Metrics,
     pub(crate) buckets: Buckets,
+    /// File descriptors of the broker that its instances hold.
+    pub(crate) open: Open,
     /// Messages for `committed`.
     pub(crate) feed: Feed,
     /// For `observed`.
     pub(crate) events: Queue<Event>,
     /// Topic Filters that have got their first subscriber (`true`) or lost their last one.
     pub(crate) interest: Queue<(String, bool)>,
+    /// What it computes on the thread of each shard.
+    shares: Box<[Share]>,
+    /// What it computes where no client waits for it, and while it is loaded.
+    pub(crate) background: Share,
+    pub(crate) loading: Share,
     /// The build that serves.
     pub(crate) serving: ArcSwapOption<Generation>,
     gone: AtomicBool,
@@ -59,14 +68,36 @@ impl Plugin {
             counters: Counters::new(shards),
             metrics: Metrics::default(),
             buckets: Buckets::new(&name, store),
+            open: Open::default(),
             feed: Feed::new(&name, limits, store),
             events: Queue::new(EVENTS_MAX, EVENTS_BYTES_MAX),
             interest: Queue::new(INTEREST_MAX, INTEREST_BYTES_MAX),
+            shares: (0..shards.max(1)).map(|_| Share::default()).collect(),
+            background: Share::crowded(),
+            loading: Share::default(),
             serving: ArcSwapOption::empty(),
             gone: AtomicBool::new(false),
             complained: Mutex::default(),
             name,
         })
+    }
+
+    pub(crate) fn share(&self, shard: usize) -> &Share {
+        &self.shares[shard % self.shares.len()]
+    }
+
+    fn all_shares(&self) -> impl Iterator<Item = &Share> {
+        self.shares.iter().chain([&self.background, &self.loading])
+    }
+
+    /// Measured computing of all threads.
+    pub(crate) fn cpu(&self) -> Duration {
+        self.all_shares().map(Share::cpu).sum()
+    }
+
+    /// How often a call waited for its share of a thread.
+    pub(crate) fn cpu_waits(&self) -> u64 {
+        self.all_shares().map(Share::waits).sum()
     }
 
     /// Once in a while.

@@ -10,7 +10,7 @@ use tracing::warn;
 
 use crate::HostError;
 use crate::engine::Clock;
-use crate::instance::{Dead, Running, metered};
+use crate::instance::{Budget, Dead, Running, metered};
 
 /// Instances that may wait for their end; those beyond are dropped where they are.
 const WAITING_MAX: usize = 1024;
@@ -63,12 +63,13 @@ impl Reaper {
 }
 
 fn say_goodbye(mut running: Running, runtime: &Handle, clock: &Clock) {
-    let meter = running.meter();
+    let (meter, plugin) = (running.meter(), running.plugin());
     running.store.set_epoch_deadline(1);
     let Running { store, exports, .. } = &mut running;
     if let Some(lifecycle) = &exports.lifecycle {
         let call = lifecycle.wasmqtt_plugin_lifecycle().call_shutdown(store);
-        let call = async { tokio::time::timeout(FAREWELL, metered(clock, &meter, FAREWELL, call)).await };
+        let budget = Budget { cpu: FAREWELL, share: &plugin.loading, percent: 100 };
+        let call = async { tokio::time::timeout(FAREWELL, metered(clock, &meter, budget, call)).await };
         let _ = runtime.block_on(call);
     }
 }

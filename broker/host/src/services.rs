@@ -12,7 +12,7 @@ use crate::bindings::imports::wasmqtt::plugin::host as wit;
 use crate::bindings::types::Pair;
 use crate::config::Grants;
 use crate::guest::Denials;
-use crate::metrics::{Kind, series_name};
+use crate::metrics::{Kind, NAME_BYTES_MAX, series_name};
 use crate::network::HttpGrant;
 use crate::plugin::Plugin;
 
@@ -29,6 +29,9 @@ pub(crate) struct Services {
     pub(crate) plugin: Arc<Plugin>,
     pub(crate) grants: Grants,
     pub(crate) calls_per_sec: u32,
+    pub(crate) sockets_max: usize,
+    pub(crate) files_max: usize,
+    pub(crate) keyvalue_per_sec: u64,
     pub(crate) door: Door,
     /// For `wasi:config/store`.
     pub(crate) settings: WasiConfigVariables,
@@ -109,6 +112,11 @@ impl Services {
     }
 
     pub(crate) fn record(&self, kind: Kind, name: &str, labels: &[Pair], value: f64) {
+        // Before anything is made of it: what a guest hands over may be megabytes.
+        let bytes = name.len() + labels.iter().map(|Pair { name, value }| name.len() + value.len() + 4).sum::<usize>();
+        if bytes > NAME_BYTES_MAX {
+            return self.plugin.metrics.lose();
+        }
         let labels = labels.iter().map(|Pair { name, value }| (name.as_str(), value.as_str()));
         self.plugin.metrics.record(kind, series_name(name, labels), value);
     }

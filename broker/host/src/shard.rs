@@ -24,8 +24,6 @@ use crate::generation::Generation;
 use crate::hook::Shown;
 use crate::rewrite::{open, rewrite};
 
-/// Calls of one plugin that may wait for an instance, per shard. More are answered by `on_error`.
-pub(crate) const WAITING_MAX: usize = 1024;
 /// How long nobody is asked about a topic that no plugin is responsible for; plugins that come end it.
 const NOBODY_ASKED_SECS: u32 = 3600;
 
@@ -35,7 +33,8 @@ pub(crate) struct Slot {
     pub(crate) shard: usize,
     /// As many as there may be instances.
     pub(crate) permits: Semaphore,
-    pub(crate) waiting: Cell<usize>,
+    /// Of questions that wait for one.
+    pub(crate) waiting_bytes: Cell<usize>,
     pub(crate) breaker: RefCell<Breaker>,
     /// When a failure was last logged, and how many were left out since.
     pub(crate) logged: Cell<(Option<Instant>, u64)>,
@@ -57,7 +56,7 @@ impl Slot {
             generation: Arc::clone(generation),
             shard,
             permits: Semaphore::new(generation.config.limits.instances.max(1)),
-            waiting: Cell::new(0),
+            waiting_bytes: Cell::new(0),
             breaker: RefCell::default(),
             logged: Cell::default(),
             hasher: RandomState::new(),
@@ -240,6 +239,12 @@ impl ShardPlugins for View {
             if events.iter().any(|event| is_wanted(&event)) {
                 slot.generation.plugin.events.push(events.iter().filter(is_wanted).cloned());
             }
+        }
+    }
+
+    fn set_crowded(&self, crowded: bool) {
+        for slot in &*self.slots() {
+            slot.generation.plugin.share(self.shard).set_crowded(crowded);
         }
     }
 

@@ -55,7 +55,11 @@ pub(super) fn meant_plugin<'a>(mut plugin: Section<'a>, plugins: &mut Plugins<'_
     let (files, grants) = meant_grants(plugin.section("grants"), base, &mut plugins.granted);
     let rollout = meant_rollout(&mut plugin);
     let probation = plugin.seconds("probation_secs", Duration::from_mins(1), 0..=86_400);
-    let limits = meant_limits(plugin.section("limits"), PluginLimits::default());
+    let mut default = PluginLimits::default();
+    if !grants.http.is_empty() || !grants.sockets.is_empty() {
+        default.instances = NETWORK_INSTANCES;
+    }
+    let limits = meant_limits(plugin.section("limits"), default);
     plugin.finish();
     if let (Some(name), Some(path)) = (&name, &path)
         && plugins.reads_components
@@ -108,6 +112,9 @@ fn meant_grants<'a>(mut grants: Section<'a>, base: &Path, granted: &mut Vec<Gran
     (files, meant)
 }
 
+/// Instances per shard of plugins that may use the network: most of their calls wait for it.
+const NETWORK_INSTANCES: usize = 16;
+
 /// Limits as `KEY=VALUE` on the command line, with the keys and ranges of the configuration file.
 ///
 /// # Errors
@@ -133,12 +140,96 @@ pub(crate) fn limits(pairs: &[(String, String)], default: PluginLimits) -> Resul
 }
 
 fn meant_limits(mut limits: Section<'_>, default: PluginLimits) -> PluginLimits {
+    plugin.finish();
+    Some(PluginConfig {
+        name: name?.value.to_owned(),
+        path: path?,
+        order,
+        on_error,
+        config,
+        files,
+        grants,
+        listeners,
+        topics,
+        limits,
+        rollout,
+        probation,
+        sha256: sha256.map(|digest| digest.value.to_ascii_lowercase()),
+    })
+}
+
+fn meant_rollout(plugin: &mut Section<'_>) -> Rollout {
+    let percent: u8 = plugin.number("canary", 0, 0..=99);
+    let time = plugin.seconds("canary_secs", Duration::from_mins(5), 1..=604_800);
+    let shadow = plugin.flag("shadow").unwrap_or(false);
+    match (shadow, percent) {
+        (true, _) => Rollout::Shadow,
+        (false, 0) => Rollout::AtOnce,
+        (false, percent) => Rollout::Canary { percent, time },
+    }
+}
+
+fn meant_grants(mut grants: Section<'_>, base: &Path) -> (Vec<FileGrant>, Grants) {
+    let files = grants.sections("files").into_iter().filter_map(|file| meant_file_grant(file, base)).collect();
+    let meant = Grants {
+        publish: filters(&mut grants, "publish"),
+        disconnect: grants.flag("disconnect").unwrap_or(false),
+        ban: grants.flag("ban").unwrap_or(false),
+        revoke: grants.flag("revoke").unwrap_or(false),
+        keyvalue_mib: grants.number("keyvalue_mib", 0, 0..=4_096),
+        environment: flatten(grants.table("environment")),
+        http: parsed(&mut grants, "http"),
+        sockets: parsed(&mut grants, "sockets"),
+    };
+    grants.finish();
+    (files, meant)
+}
+
+/// Instances per shard of plugins that may use the network: most of their calls wait for it.
+const NETWORK_INSTANCES: usize = 16;
+
+/// Limits as `KEY=VALUE` on the command line, with the keys and ranges of the configuration file.
+///
+/// # Errors
+/// Names what is wrong and what is allowed.
+pub(crate) fn limits(pairs: &[(String, String)], default: PluginLimits) -> Result<PluginLimits, String> {
+    let is_word = |text: &str| text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-'));
+    if let Some((key, value)) = pairs.iter().find(|(key, value)| !is_word(key) || !is_word(value)) {
+        return Err(format!("{key}={value}: allowed are a key of `limits` and a number"));
+    }
+    let lines = pairs.iter().map(|(key, value)| format!("{key} = {value}\n"));
+    let text = std::iter::once("[limits]\n".to_owned()).chain(lines).collect::<String>();
+    let source = Source::new(&text);
+    let shown =
+        |problems: Vec<Problem>| problems.into_iter().map(|problem| problem.text).collect::<Vec<_>>().join("; ");
+    let document = source.parse().map_err(shown)?;
+    let mut root = source.root(&document);
+    let meant = meant_limits(root.section("limits"), default);
+    source.finish().map_err(shown)?;
+    Ok(meant)
+}
+
+fn meant_limits(mut limits: Section<'_>, default: PluginLimits) -> PluginLimits {
+=======
+/// Instances per shard of plugins that may use the network: most of their calls wait for it.
+const NETWORK_INSTANCES: usize = 16;
+
+fn meant_limits(mut limits: Section<'_>, uses_network: bool) -> PluginLimits {
+    let mut default = PluginLimits::default();
+    if uses_network {
+        default.instances = NETWORK_INSTANCES;
+    }
     let meant = PluginLimits {
         memory_mib: limits.number("memory_mib", default.memory_mib, 1..=4_096),
         deadline_ms: limits.number("deadline_ms", default.deadline_ms, 1..=600_000),
+        queue_ms: limits.number("queue_ms", default.queue_ms, 1..=600_000),
         cpu_ms: limits.number("cpu_ms", default.cpu_ms, 1..=600_000),
         hook_cpu_ms: limits.number("hook_cpu_ms", default.hook_cpu_ms, 1..=600_000),
+        cpu_share: limits.number("cpu_share", default.cpu_share, 1..=100),
         host_calls_per_sec: limits.number("host_calls_per_sec", default.host_calls_per_sec, 1..=1_000_000),
+        sockets: limits.number("sockets", default.sockets, 1..=100_000),
+        files: limits.number("files", default.files, 1..=100_000),
+        keyvalue_mib_per_sec: limits.number("keyvalue_mib_per_sec", default.keyvalue_mib_per_sec, 1..=4_096),
         feed_messages_max: limits.number("feed_messages_max", default.feed_messages_max, 1..=10_000_000),
         feed_mib: limits.number("feed_mib", default.feed_mib, 1..=65_536),
         feed_aside_mib: limits.number("feed_aside_mib", default.feed_aside_mib, 0..=65_536),

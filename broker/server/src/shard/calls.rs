@@ -1,7 +1,8 @@
 //! Plugin calls under way on this shard, polled by hand between sockets.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
@@ -12,11 +13,28 @@ use wasmqtt_protocol::router::{Message, SessionKey};
 
 use super::Shard;
 
-/// Time one turn spends on plugin calls; a busy guest gives the thread back about once a millisecond.
-const TURN: Duration = Duration::from_millis(2);
+/// Time one turn spends on plugin calls, before clients get theirs; a guest that computes yields about once a
+/// millisecond.
+const TURN: Duration = Duration::from_millis(1);
+/// Calls that compute for longer than a guest may without yielding, of those that begin in one turn. Further ones are
+/// polled first when their turn comes.
+const SLOW_BEGINS_MAX: usize = 2;
+
+/// Calls that want to be polled, in the order in which they were woken. Bounded: each call is in it at most once.
+#[derive(Default)]
+struct Ready(Mutex<VecDeque<usize>>);
+
+impl Ready {
+    fn keys(&self) -> MutexGuard<'_, VecDeque<usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 struct Signal {
+    key: usize,
+    /// It is in `all`.
     ready: AtomicBool,
+    all: Arc<Ready>,
     shard: Arc<mio::Waker>,
 }
 
@@ -26,6 +44,7 @@ impl Wake for Signal {
     }
     fn wake_by_ref(self: &Arc<Self>) {
         if !self.ready.swap(true, Ordering::AcqRel) {
+            self.all.keys().push_back(self.key);
             let _ = self.shard.wake();
         }
     }
@@ -56,18 +75,19 @@ struct Running {
 
 pub(super) struct Calls {
     running: Slab<Running>,
+    ready: Arc<Ready>,
     waker: Arc<mio::Waker>,
-    /// Where the next turn begins, so that each call gets its share.
-    next: usize,
+    /// Calls that began since the last turn and yielded.
+    slow_begins: usize,
 }
 
 impl Calls {
     pub(super) fn new(waker: Arc<mio::Waker>) -> Self {
-        Self { running: Slab::new(), waker, next: 0 }
+        Self { running: Slab::new(), ready: Arc::default(), waker, slow_begins: 0 }
     }
 
     pub(super) fn any_ready(&self) -> bool {
-        self.running.iter().any(|(_, running)| running.signal.ready.load(Ordering::Acquire))
+        !self.running.is_empty() && !self.ready.keys().is_empty()
     }
 
     /// Drops the calls of a connection that is gone.
@@ -75,13 +95,15 @@ impl Calls {
         self.running.retain(|_, running| running.conn != Some((conn, epoch)));
     }
 
+    /// The call that was woken first. One that ended meanwhile may have left its key to another call, which is then
+    /// polled once too often.
     fn take_next(&mut self) -> Option<usize> {
-        let ready = |(key, running): (usize, &Running)| running.signal.ready.load(Ordering::Acquire).then_some(key);
-        let from = self.next;
-        let found = self.running.iter().filter(|(key, _)| *key >= from).find_map(ready);
-        let found = found.or_else(|| self.running.iter().find_map(ready));
-        self.next = found.map_or(0, |key| key + 1);
-        found
+        loop {
+            let key = self.ready.keys().pop_front()?;
+            if self.running.contains(key) {
+                return Some(key);
+            }
+        }
     }
 
     fn poll(&mut self, key: usize) -> Option<Answer> {
@@ -95,9 +117,23 @@ impl Calls {
 
     /// Begins a call and polls it once: most are done by then. `conn` ends it when it ends.
     pub(super) fn begin(&mut self, conn: Option<(usize, u32)>, call: Call<Answer>) -> Option<Answer> {
-        let signal = Arc::new(Signal { ready: AtomicBool::new(false), shard: Arc::clone(&self.waker) });
-        let key = self.running.insert(Running { conn, call, signal });
-        self.poll(key)
+        let entry = self.running.vacant_entry();
+        let (key, all) = (entry.key(), Arc::clone(&self.ready));
+        let signal = Arc::new(Signal { key, ready: AtomicBool::new(false), all, shard: Arc::clone(&self.waker) });
+        entry.insert(Running { conn, call, signal: Arc::clone(&signal) });
+        if self.slow_begins >= SLOW_BEGINS_MAX {
+            signal.wake_by_ref();
+            return None;
+        }
+        let answer = self.poll(key);
+        // It was woken while it was polled: it computes.
+        self.slow_begins += usize::from(answer.is_none() && signal.ready.load(Ordering::Acquire));
+        answer
+    }
+
+    /// Calls under way.
+    fn len(&self) -> usize {
+        self.running.len()
     }
 }
 
@@ -126,11 +162,17 @@ impl Shard {
     }
 
     pub(super) fn run_calls(&mut self) {
+        self.calls.slow_begins = 0;
         if self.calls.running.is_empty() {
             return;
         }
+        // Clients whose own call is under way do not count: they wait for it anyway.
+        self.plugins.set_crowded(self.conns.len() > self.calls.len());
         let begun = Instant::now();
-        while let Some(key) = self.calls.take_next() {
+        // Not those that are woken meanwhile: each call gets one turn.
+        let ready = self.calls.ready.keys().len();
+        for _ in 0..ready {
+            let Some(key) = self.calls.take_next() else { break };
             if let Some(answer) = self.calls.poll(key) {
                 self.on_answer(answer);
             }
@@ -138,5 +180,61 @@ impl Shard {
                 break;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Pending for so many polls, waking itself at once, as a guest does that computes.
+    fn computing(polls: usize) -> Call<Answer> {
+        let mut left = polls;
+        Box::pin(std::future::poll_fn(move |context| {
+            if left == 0 {
+                return Poll::Ready(Answer::Stored(Vec::new()));
+            }
+            left -= 1;
+            context.waker().wake_by_ref();
+            Poll::Pending
+        }))
+    }
+
+    fn calls() -> (mio::Poll, Calls) {
+        let poll = mio::Poll::new().expect("epoll");
+        let waker = Arc::new(mio::Waker::new(poll.registry(), mio::Token(0)).expect("a waker"));
+        (poll, Calls::new(waker))
+    }
+
+    #[test]
+    fn calls_that_compute_take_turns() {
+        let (_poll, mut calls) = calls();
+        assert!(calls.begin(None, computing(0)).is_some(), "done at once");
+        assert!(!calls.any_ready());
+        for _ in 0..2 {
+            assert!(calls.begin(None, computing(3)).is_none());
+        }
+        let order: Vec<usize> = (0..6).filter_map(|_| calls.take_next().inspect(|key| drop(calls.poll(*key)))).collect();
+        assert_eq!(order, [0, 1, 0, 1, 0, 1]);
+        assert!(calls.running.is_empty() && !calls.any_ready());
+    }
+
+    #[test]
+    fn what_begins_behind_slow_calls_waits_for_its_turn() {
+        let (_poll, mut calls) = calls();
+        for _ in 0..SLOW_BEGINS_MAX {
+            assert!(calls.begin(None, computing(1)).is_none());
+        }
+        assert!(calls.begin(None, computing(0)).is_none(), "not polled in this turn");
+        assert_eq!(calls.ready.keys().len(), SLOW_BEGINS_MAX + 1);
+    }
+
+    #[test]
+    fn keys_of_calls_that_are_gone_are_skipped() {
+        let (_poll, mut calls) = calls();
+        assert!(calls.begin(Some((1, 1)), computing(5)).is_none());
+        calls.cancel(1, 1);
+        assert_eq!(calls.take_next(), None);
+        assert!(!calls.any_ready());
     }
 }

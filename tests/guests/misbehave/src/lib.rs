@@ -57,6 +57,7 @@ impl Auth for Misbehave {
             }
             "fail" => return Err("as told".into()),
             "next" => return Ok(Outcome::Next),
+            "rewrite" => return Ok(answer((1..=12).contains(&rewrite()?))),
             "fill" => return Ok(answer(fill().is_err())),
             "count" => return Ok(count().map_or(Outcome::Deny(0x87), |count| Outcome::allow(count.to_string()))),
             url if url.starts_with("http:") => {
@@ -67,6 +68,11 @@ impl Auth for Misbehave {
                 return Ok(answer(std::net::TcpStream::connect(&address["dial:".len()..]).is_ok()));
             }
             "listen" => return Ok(answer(std::net::TcpListener::bind("127.0.0.1:0").is_err_and(is_refused_by_host))),
+            most if most.starts_with("sockets:") => return Ok(answer(most["sockets:".len()..] == sockets().to_string())),
+            what if what.starts_with("files:") => {
+                let (most, path) = what["files:".len()..].split_once(':').unwrap_or_default();
+                return Ok(answer(most == files(path).to_string()));
+            }
             path if path.starts_with("read:") => return Ok(read(&path["read:".len()..])),
             path if path.starts_with("write:") => {
                 return Ok(answer(std::fs::write(&path["write:".len()..], "x").is_ok()));
@@ -96,6 +102,37 @@ fn is_refused_by_host(error: std::io::Error) -> bool {
 /// The content as the principal.
 fn read(path: &str) -> Outcome {
     std::fs::read_to_string(path).map_or(Outcome::Deny(0x87), Outcome::allow)
+}
+
+/// How many sockets it can have at a time. It keeps them.
+fn sockets() -> usize {
+    use wasip2::sockets::{network::IpAddressFamily, tcp_create_socket, udp_create_socket};
+    let mut count = 0;
+    for n in 0..1024 {
+        if n % 2 == 0 {
+            let Ok(socket) = tcp_create_socket::create_tcp_socket(IpAddressFamily::Ipv4) else { continue };
+            std::mem::forget(socket);
+        } else {
+            let Ok(socket) = udp_create_socket::create_udp_socket(IpAddressFamily::Ipv4) else { continue };
+            std::mem::forget(socket);
+        }
+        count += 1;
+    }
+    count
+}
+
+/// How often it can have a file open at a time. It closes all again.
+fn files(path: &str) -> usize {
+    let opened: Vec<_> = (0..1000).filter_map(|_| std::fs::File::open(path).ok()).collect();
+    opened.len()
+}
+
+/// How many large values it can keep in a fifth of a second.
+fn rewrite() -> Result<usize, String> {
+    let bucket = Bucket::open("rewrite")?;
+    let (value, begun) = (vec![1; 900_000], std::time::Instant::now());
+    let tries = std::iter::repeat_n((), 10_000).take_while(|()| begun.elapsed().as_millis() < 200);
+    Ok(tries.filter(|()| bucket.set("value", &value).is_ok()).count())
 }
 
 /// Until there is no room.

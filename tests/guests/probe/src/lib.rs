@@ -114,6 +114,9 @@ impl Acl for Probe {
         if self.is("acl", "fail") || topic.ends_with("/fail") {
             return Err("as told".into());
         }
+        if topic.ends_with("/forge") {
+            return Err(format!("x\n2026-01-01T00:00:00Z ERROR forged \u{1b}[31m{}", "y".repeat(100_000)));
+        }
         let seconds = self.settings.parse("ttl", 60)?;
         let denied = topic.contains("secret") || self.is("acl", "deny") || client.client_id == "nobody";
         let decision = if denied { Decision::deny() } else { Decision::allow() };
