@@ -88,6 +88,15 @@ fn misbehave(topic: &str) {
         "storm" => (0..100_000).for_each(|n: u32| {
             let _ = host::publish(&Outgoing::new(format!("storm/{n}"), "x"));
         }),
+        // About 40 ms, by the clock.
+        "compute" => {
+            let begun = std::time::Instant::now();
+            while begun.elapsed().as_millis() < 40 {
+                (0..100_000_u64).for_each(|count| {
+                    std::hint::black_box(count);
+                });
+            }
+        }
         "work" => (0..10_000_000_u64).for_each(|count| {
             std::hint::black_box(count);
         }),
