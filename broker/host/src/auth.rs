@@ -48,7 +48,8 @@ impl Question for Authentication {
             Self::Connect(_) => 0,
             Self::Step(step) => step.data.len() + step.state.len(),
         };
-        let (texts, binaries) = (text(&request.username) + text(&request.method), binary(&request.password) + binary(&request.data));
+        let (texts, binaries) =
+            (text(&request.username) + text(&request.method), binary(&request.password) + binary(&request.data));
         request.client_id.len() + texts + binaries + properties + step
     }
 

@@ -57,9 +57,8 @@ impl Breaker {
             return false;
         }
         let now = now();
-        let is_blamed = |failure: &Failure| {
-            failure.blamed && failure.client == client && now.duration_since(failure.at) < WINDOW
-        };
+        let is_blamed =
+            |failure: &Failure| failure.blamed && failure.client == client && now.duration_since(failure.at) < WINDOW;
         if self.recent.iter().any(is_blamed) {
             return true;
         }

@@ -9,9 +9,9 @@ use tokio::sync::SemaphorePermit;
 use tracing::{info, warn};
 use wasmqtt_protocol::text::escaped;
 
+use crate::breaker::Begun;
 use crate::chain::Trial;
 use crate::config::{OnError, PluginLimits};
-use crate::breaker::Begun;
 use crate::instance::{Budget, Running, metered};
 use crate::shard::Slot;
 
@@ -105,7 +105,9 @@ pub(crate) enum Fault {
 impl Fault {
     pub(crate) fn into_text(self) -> String {
         match self {
-            Self::Busy(text) | Self::Failure(text) | Self::NoInstance(text) | Self::Late(text) | Self::Broke(text) => text,
+            Self::Busy(text) | Self::Failure(text) | Self::NoInstance(text) | Self::Late(text) | Self::Broke(text) => {
+                text
+            }
         }
     }
 }

@@ -80,7 +80,8 @@ async fn ask(generation: &Arc<Generation>, question: &Authorization) -> Result<D
     let Some(running) = pooled.begin() else { return Err("no instance".into()) };
     let cpu_ms = Authorization::cpu_ms(&generation.config.limits);
     let budget = generation.budget_of(&generation.plugin.loading, cpu_ms);
-    let said = put(running, question, budget, generation).await.map_err(|error| generation.explained(running, error))?;
+    let said =
+        put(running, question, budget, generation).await.map_err(|error| generation.explained(running, error))?;
     pooled.finished();
     match said {
         Said::Answer(mut decisions) => decisions.pop().ok_or_else(|| "no decision".to_owned()),

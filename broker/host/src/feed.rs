@@ -28,9 +28,10 @@ const NOTES: &str = "\u{1}feed/";
 
 impl Weight for Shown {
     fn bytes(&self) -> usize {
-        let client = self.client.as_ref().map_or(0, |client| {
-            client.client_id.len() + client.principal.len() + client.listener.len()
-        });
+        let client = self
+            .client
+            .as_ref()
+            .map_or(0, |client| client.client_id.len() + client.principal.len() + client.listener.len());
         let message = &self.message;
         2 * ITEM_OVERHEAD_BYTES + message.topic.len() + message.payload.len() + message.properties.len() + client
     }
@@ -146,7 +147,8 @@ impl Feed {
         if let Some((store, notes)) = &store {
             match store.load(notes) {
                 Ok(values) => {
-                    let parsed = |(_, id, note): (String, String, Vec<u8>)| Some((id.parse().ok()?, Note::read(&note)?));
+                    let parsed =
+                        |(_, id, note): (String, String, Vec<u8>)| Some((id.parse().ok()?, Note::read(&note)?));
                     kept.notes = values.into_iter().filter_map(parsed).collect();
                 }
                 Err(error) => {
@@ -294,7 +296,8 @@ impl Feed {
         let kept = self.kept();
         let trying = self.trying().clone();
         let aside = kept.aside.iter().take(LISTED_MAX);
-        let mut messages: Vec<_> = aside.map(|aside| fed_message(&aside.shown, aside.number, Some(&aside.note))).collect();
+        let mut messages: Vec<_> =
+            aside.map(|aside| fed_message(&aside.shown, aside.number, Some(&aside.note))).collect();
         let waiting = self.waiting.peek(LISTED_MAX, usize::MAX);
         messages.extend(waiting.iter().map(|(number, shown)| waiting_message(shown, *number, &trying)));
         FeedList {
@@ -335,7 +338,8 @@ fn mib(mib: u32) -> usize {
 /// Numbers of messages that are set aside begin with `a`: `a7`.
 fn parse_id(id: &str) -> Result<(bool, u64), String> {
     let (is_aside, number) = id.strip_prefix('a').map_or((false, id), |number| (true, number));
-    let wrong = |_| format!("{:?} is no message: they are called like 7 or a7, see `plugin feed list`", escaped(id, 64));
+    let wrong =
+        |_| format!("{:?} is no message: they are called like 7 or a7, see `plugin feed list`", escaped(id, 64));
     number.parse().map(|number| (is_aside, number)).map_err(wrong)
 }
 

@@ -3,7 +3,7 @@
 //! A batch that fails is halved down to one message. If that one fails alone as well, it may be at fault itself, or the
 //! plugin may fail for another reason, such as a server that is away:
 //!
-//! - A trap or an answer that makes no sense is the message's own fault, for a number of messages in a row.
+//! - A trap, or a failure of the kind `internal`, is the message's own fault, for a number of messages in a row.
 //! - For any other failure another message is tried alone: if it succeeds, and the first one fails once more, the first
 //!   one is at fault. While nothing succeeds everything waits, with longer and longer pauses.
 //!

@@ -9,6 +9,7 @@ use wasmqtt_protocol::router::{Message, MessageId};
 
 use crate::bindings::failure;
 use crate::bindings::storage_hook::exports::wasmqtt::plugin::storage_hook as wit;
+use crate::bindings::types::Failure;
 use crate::call::{ANSWER_BYTES_MAX, Question, Said};
 use crate::config::{OnError, PluginLimits};
 use crate::instance::Running;
@@ -157,6 +158,8 @@ impl Question for Committed {
         let answer = hook.wasmqtt_plugin_storage_hook().call_committed(&mut running.store, &batch).await?;
         Ok(match answer {
             Ok(()) => Said::Answer(true),
+            // It is about these messages, not about something that may be there later.
+            Err(from @ Failure::Internal(_)) => Said::Nonsense(failure(from)),
             Err(from) => Said::Failure(failure(from)),
         })
     }

@@ -186,7 +186,11 @@ fn tls() -> TlsConnector {
 }
 
 /// Sends a request. What comes beside the response drives the connection until its body has been read.
-async fn send(request: http::Request<WasiBody>, server: &Server, times: Times) -> Result<(http::Response<WasiBody>, Pin<Io>), Error> {
+async fn send(
+    request: http::Request<WasiBody>,
+    server: &Server,
+    times: Times,
+) -> Result<(http::Response<WasiBody>, Pin<Io>), Error> {
     let connecting = async {
         let stream = connect(&server.addresses).await?;
         if !server.is_tls {
@@ -296,7 +300,8 @@ mod tests {
     use super::*;
 
     fn request(uri: &str) -> http::Request<WasiBody> {
-        let body = http_body_util::Empty::new().map_err(|never: std::convert::Infallible| match never {}).boxed_unsync();
+        let body =
+            http_body_util::Empty::new().map_err(|never: std::convert::Infallible| match never {}).boxed_unsync();
         http::Request::builder().uri(uri).header("host", "service").body(body).expect("a request")
     }
 

@@ -69,7 +69,11 @@ impl Metrics {
     /// `name` has the labels in it: `name{label="value"}`.
     pub(crate) fn record(&self, kind: Kind, name: String, value: f64) {
         let mut registry = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if !value.is_finite() || name.len() > NAME_BYTES_MAX || name.chars().any(is_unsafe) || (kind == Kind::Count && value < 0.0) {
+        if !value.is_finite()
+            || name.len() > NAME_BYTES_MAX
+            || name.chars().any(is_unsafe)
+            || (kind == Kind::Count && value < 0.0)
+        {
             registry.lost += 1;
             return;
         }

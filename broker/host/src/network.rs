@@ -143,7 +143,8 @@ fn is_public_v4(v4: Ipv4Addr) -> bool {
     let is_here = v4.is_loopback() || v4.is_private() || v4.is_link_local() || is_shared;
     // This network, multicast, reserved; protocol assignments, documentation, relays of 6to4, benchmarks.
     let is_nobody = a == 0 || a >= 224;
-    let is_special = matches!((a, b, c), (192, 0, 0 | 2) | (192, 88, 99) | (198, 18..=19, _) | (198, 51, 100) | (203, 0, 113));
+    let is_special =
+        matches!((a, b, c), (192, 0, 0 | 2) | (192, 88, 99) | (198, 18..=19, _) | (198, 51, 100) | (203, 0, 113));
     !is_here && !is_nobody && !is_special
 }
 

@@ -55,12 +55,16 @@ fn shadow(linker: &mut Linker<Guest>, [make_tcp, make_udp, tcp, udp]: &[String; 
             })
         },
     )?;
-    linker.instance(tcp)?.resource("tcp-socket", ResourceType::host::<TcpSocket>(), |mut store: StoreContextMut<'_, Guest>, rep| {
-        store.data_mut().close_socket(Resource::<TcpSocket>::new_own(rep))
-    })?;
-    linker.instance(udp)?.resource("udp-socket", ResourceType::host::<UdpSocket>(), |mut store: StoreContextMut<'_, Guest>, rep| {
-        store.data_mut().close_socket(Resource::<UdpSocket>::new_own(rep))
-    })
+    linker.instance(tcp)?.resource(
+        "tcp-socket",
+        ResourceType::host::<TcpSocket>(),
+        |mut store: StoreContextMut<'_, Guest>, rep| store.data_mut().close_socket(Resource::<TcpSocket>::new_own(rep)),
+    )?;
+    linker.instance(udp)?.resource(
+        "udp-socket",
+        ResourceType::host::<UdpSocket>(),
+        |mut store: StoreContextMut<'_, Guest>, rep| store.data_mut().close_socket(Resource::<UdpSocket>::new_own(rep)),
+    )
 }
 
 fn settled<T: 'static>(guest: &mut Guest, made: Result<Resource<T>, wasmtime::Result<ErrorCode>>) -> Made<T> {

@@ -192,7 +192,7 @@ mod tests {
         let mut left = polls;
         Box::pin(std::future::poll_fn(move |context| {
             if left == 0 {
-                return Poll::Ready(Answer::Stored(Vec::new()));
+                return Poll::Ready(Answer::Auth { conn: 0, epoch: 0, outcome: AuthOutcome::Next });
             }
             left -= 1;
             context.waker().wake_by_ref();
@@ -214,7 +214,8 @@ mod tests {
         for _ in 0..2 {
             assert!(calls.begin(None, computing(3)).is_none());
         }
-        let order: Vec<usize> = (0..6).filter_map(|_| calls.take_next().inspect(|key| drop(calls.poll(*key)))).collect();
+        let order: Vec<usize> =
+            (0..6).filter_map(|_| calls.take_next().inspect(|key| drop(calls.poll(*key)))).collect();
         assert_eq!(order, [0, 1, 0, 1, 0, 1]);
         assert!(calls.running.is_empty() && !calls.any_ready());
     }

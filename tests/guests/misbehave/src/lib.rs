@@ -68,7 +68,9 @@ impl Auth for Misbehave {
                 return Ok(answer(std::net::TcpStream::connect(&address["dial:".len()..]).is_ok()));
             }
             "listen" => return Ok(answer(std::net::TcpListener::bind("127.0.0.1:0").is_err_and(is_refused_by_host))),
-            most if most.starts_with("sockets:") => return Ok(answer(most["sockets:".len()..] == sockets().to_string())),
+            most if most.starts_with("sockets:") => {
+                return Ok(answer(most["sockets:".len()..] == sockets().to_string()));
+            }
             what if what.starts_with("files:") => {
                 let (most, path) = what["files:".len()..].split_once(':').unwrap_or_default();
                 return Ok(answer(most == files(path).to_string()));

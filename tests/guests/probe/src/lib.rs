@@ -183,7 +183,8 @@ impl StorageHook for Probe {
                 return Err("as told".to_owned().into());
             }
             match message.topic.rsplit('/').next() {
-                Some("committed-fail") => return Err("as told".into()),
+                Some("committed-fail") => return Err("as told".to_owned().into()),
+                Some("committed-refuse") => return Err(Failure::Internal("as told".into())),
                 Some("committed-trap") => panic!("as told"),
                 _ => {}
             }
