@@ -20,8 +20,8 @@ use wasmqtt_server::Inspector;
 use wasmqtt_server::store::RocksStore;
 
 use crate::ctl::{self, CtlRequest};
-use crate::reload::Running;
 use crate::feed::FeedRequest;
+use crate::reload::Running;
 
 /// Below `data_dir`.
 pub(crate) const SOCKET: &str = "control.sock";

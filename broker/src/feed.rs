@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use clap::Subcommand;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -11,6 +11,7 @@ use wasmqtt_protocol::text::escaped;
 
 use crate::control::{Answer, Request, ask};
 use crate::operate::{Which, number, table, text};
+use crate::output;
 
 /// Bytes of a topic, a Client Identifier or an error in a line.
 const SHOWN_BYTES_MAX: usize = 200;
@@ -115,7 +116,7 @@ pub(crate) fn run(command: FeedCommand) -> anyhow::Result<String> {
     let request = Request::Feed { name, request };
     let Answer::Feed(answer) = ask(&which.data_dir()?, &request, &[])? else { bail!("an unexpected answer") };
     if json {
-        return Ok(serde_json::to_string_pretty(&answer).context("write JSON")? + "\n");
+        return output::json(&answer);
     }
     Ok(shown(&answer))
 }

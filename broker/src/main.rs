@@ -4,8 +4,8 @@
 mod authoring; // `plugin new`, `check`, `test`, `bench`
 mod control; // commands to a running broker
 mod ctl; // `ctl reload`, `status`
-mod log; // one line per event on standard error, which holds up nobody
 mod feed; // `plugin feed`
+mod log; // one line per event on standard error, which holds up nobody
 mod operate; // `plugin list`, `deploy`, `rollback`, `promote`, `explain`
 mod output; // what commands print
 mod passwd; // entries for password files

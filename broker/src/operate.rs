@@ -90,10 +90,6 @@ pub(crate) fn list(which: &Which, json: bool) -> anyhow::Result<String> {
 /// Bytes of one text of others in what is printed.
 const TEXT_BYTES_MAX: usize = 4096;
 
-fn table<const N: usize>(rows: &[[String; N]]) -> String {
-    // Names and versions are texts of others.
-    let rows: Vec<[String; N]> =
-        rows.iter().map(|row| row.each_ref().map(|cell| escaped(cell, TEXT_BYTES_MAX).to_string())).collect();
 /// What is worth knowing and is not there as a rule.
 fn notices(plugin: &Value) -> String {
     let name = text(plugin, "name");
@@ -108,6 +104,9 @@ fn notices(plugin: &Value) -> String {
 }
 
 pub(crate) fn table<const N: usize>(rows: &[[String; N]]) -> String {
+    // Names and versions are texts of others.
+    let rows: Vec<[String; N]> =
+        rows.iter().map(|row| row.each_ref().map(|cell| escaped(cell, TEXT_BYTES_MAX).to_string())).collect();
     let widths: Vec<usize> =
         (0..N).map(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0)).collect();
     let mut text = String::new();

@@ -26,8 +26,8 @@ mod grants;
 mod guest;
 mod held;
 mod hook;
-mod imports;
 mod http;
+mod imports;
 mod inspect;
 mod instance;
 mod keyvalue;
@@ -58,8 +58,8 @@ use wasmqtt_protocol::ports::{Access, Broker, Client, Plugins, ShardPlugins, Sub
 
 pub use config::{FileGrant, Grants, HostConfig, Mode, OnError, PluginConfig, PluginLimits, Rollout};
 pub use explain::{Opinion, Outcome};
-pub use imports::check_grants;
 pub use feed::{FedMessage, FeedList};
+pub use imports::check_grants;
 pub use inspect::{Inspection, inspect};
 pub use metrics::Value;
 pub use network::{HttpGrant, SocketGrant};
