@@ -310,8 +310,7 @@ fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Serve(args) => {
             let origin = Origin { file: args.config, listen: args.listen };
-            let settings = origin.load()?;
-            serve::run(settings, origin)
+            serve::run(origin)
         }
         Command::Config(ConfigCommand::Check { file }) => {
             settings::check(&file)?;

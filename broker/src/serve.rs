@@ -28,10 +28,11 @@ const SYS_INTERVAL: Duration = Duration::from_secs(10);
 const BACKGROUND_THREADS: usize = 2;
 
 /// Runs the broker; returns once it has drained.
-pub(crate) fn run(settings: Settings, origin: Origin) -> anyhow::Result<()> {
-    let log = Arc::new(log::start(&settings.log)?);
-    // Before any thread could miss them.
+pub(crate) fn run(origin: Origin) -> anyhow::Result<()> {
+    // Before any thread could miss them, and before SIGHUP could end what has only begun.
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2]).context("listen for signals")?;
+    let settings = origin.load()?;
+    let log = Arc::new(log::start(&settings.log)?);
     raise_open_files();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(BACKGROUND_THREADS)

@@ -200,7 +200,7 @@ fn passwd_takes_the_password_from_standard_input() {
 #[test]
 fn help_shows_examples() {
     let folder = TempDir::new().expect("temporary folder");
-    for args in [&["--help"][..], &["serve", "--help"], &["passwd", "--help"]] {
+    for args in [&["--help"][..], &["serve", "--help"], &["passwd", "--help"], &["ctl", "reload", "--help"]] {
         let out = output(folder.path(), args);
         assert!(out.status.success() && text(&out.stdout).contains("Examples:"), "{args:?}");
     }

@@ -21,12 +21,14 @@ pub(super) struct Protected {
     from_writing: Vec<(PathBuf, &'static str)>,
     /// No plugin reads in these, above or below them.
     from_reading: Vec<(PathBuf, &'static str)>,
+    /// Files in it, such as keys, are the broker's own; folders in it may be somebody else's.
+    data_dir: PathBuf,
 }
 
 impl Protected {
     /// `file`: the configuration, if there is one.
     pub(super) fn new(file: Option<&Path>, data_dir: &Path, plugin_dir: Option<&Path>, store: Option<&Path>) -> Self {
-        let mut protected = Self::default();
+        let mut protected = Self { data_dir: resolved(data_dir), ..Self::default() };
         protected.protect(data_dir, "data_dir, where the broker keeps its own");
         if let Some(store) = store {
             protected.protect(store, "the store");
@@ -72,6 +74,9 @@ impl Protected {
             list.iter().find(|(own, _)| overlaps(own)).map(|(own, what)| format!("{what} ({})", own.display()))
         };
         let found = match mode {
+            Mode::Read if path.is_file() && granted.parent() == Some(self.data_dir.as_path()) => {
+                Some("no plugin may read files of data_dir, which are the broker's own".to_owned())
+            }
             Mode::Read => reaches(&self.from_reading).map(|what| format!("no plugin may read {what}")),
             Mode::Write => reaches(&self.from_writing).map(|what| format!("no plugin may write to {what}")),
         };

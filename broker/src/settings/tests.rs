@@ -407,6 +407,7 @@ fn check_grant(host: &str, mode: &str, words: Option<&str>) {
         fs::create_dir_all(folder.path().join(path)).expect("folder");
     }
     fs::write(folder.path().join("wasmqtt.toml"), "").expect("file");
+    fs::write(folder.path().join("data/own.key"), "").expect("file");
     std::os::unix::fs::symlink("../data", folder.path().join("shared/link")).expect("link");
     let text = format!(
         "[[plugin]]\nname = \"auth-file\"\n[[plugin.grants.files]]\nhost = \"etc/passwords\"\nguest = \"/p\"\n\
@@ -434,7 +435,7 @@ fn no_plugin_reads_the_store_or_the_cache() {
     for fine in ["shared/in", "etc", "data/mine", "plugins"] {
         check_grant(fine, "read", None);
     }
-    for own in ["data", ".", "/", "data/store", "shared/link", "data/plugin-cache"] {
+    for own in ["data", ".", "/", "data/store", "shared/link", "data/plugin-cache", "data/own.key"] {
         check_grant(own, "read", Some("no plugin may read"));
     }
 }
