@@ -7,6 +7,10 @@ use bytes::Bytes;
 
 /// Payloads from this size on are shared instead of copied: below it a copy is cheaper than an iovec.
 pub(crate) const SHARED_PAYLOAD_BYTES_MIN: usize = 16 * 1024;
+/// Written bytes at the front of a buffer from which on it is worth to move what follows them.
+const COMPACT_BYTES_MIN: usize = 16 * 1024;
+/// A buffer with at least this capacity is given back when little of it is in use.
+const SHRINK_BYTES_MIN: usize = 64 * 1024;
 
 #[derive(Debug)]
 enum Chunk {
@@ -24,6 +28,9 @@ impl Chunk {
 }
 
 /// What is to be written to a client, in order. Its owner bounds it by looking at [`Outbox::len`].
+///
+/// Memory follows what is not yet written: [`Outbox::capacity`] stays below four times the largest `len` since the
+/// outbox was last empty, and is at most twice `len` plus 80 KiB once a client that had fallen behind catches up.
 #[derive(Debug, Default)]
 pub struct Outbox {
     chunks: VecDeque<Chunk>,
@@ -42,6 +49,15 @@ impl Outbox {
     /// Nothing to write.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// Bytes of memory that this outbox holds, payloads shared with others included.
+    pub fn capacity(&self) -> usize {
+        let chunk = |chunk: &Chunk| match chunk {
+            Chunk::Inline(bytes) => bytes.capacity(),
+            Chunk::Shared(bytes) => bytes.len(),
+        };
+        self.chunks.iter().map(chunk).sum::<usize>() + self.tail.capacity()
     }
 
     /// Lets `write` append to the end.
@@ -105,7 +121,24 @@ impl Outbox {
         if self.written == self.tail.len() {
             self.tail.clear();
             self.written = 0;
+        } else if self.written >= COMPACT_BYTES_MIN && self.written >= self.tail.len() / 2 {
+            self.compact();
         }
+    }
+
+    /// Forgets the written front of the tail. A client that reads slower than messages come never empties its outbox,
+    /// so this must not wait until it is empty. At most as many bytes are moved as were written since the last time.
+    #[cold]
+    fn compact(&mut self) {
+        let left = self.tail.len() - self.written;
+        if self.tail.capacity() >= SHRINK_BYTES_MIN && left < self.tail.capacity() / 4 {
+            let mut tail = Vec::with_capacity(left * 2);
+            tail.extend_from_slice(&self.tail[self.written..]);
+            self.tail = tail;
+        } else {
+            self.tail.drain(..self.written);
+        }
+        self.written = 0;
     }
 
     /// Gives an empty buffer's memory away, so that an idle connection owns none.
@@ -138,7 +171,52 @@ impl Outbox {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        /// Whatever is appended and however it is written: the bytes come out once and in order, and memory stays near
+        /// what is not yet written, although the outbox may never become empty.
+        #[test]
+        fn memory_follows_what_is_unwritten(
+            turns in proptest::collection::vec((1_usize..40_000, any::<bool>(), 0_usize..60_000), 1..200),
+        ) {
+            const LEN_MAX: usize = 256 * 1024;
+            let mut outbox = Outbox::default();
+            let (mut next, mut expected) = (0_u8, 0_u8);
+            for (bytes, shared, written) in turns {
+                if outbox.len() < LEN_MAX {
+                    let block: Vec<u8> = std::iter::repeat_with(|| { next = next.wrapping_add(1); next.wrapping_sub(1) })
+                        .take(bytes).collect();
+                    if shared { outbox.push_shared(block.into()) } else { outbox.extend(&block) }
+                }
+                let mut slices = [IoSlice::new(&[]); 8];
+                let count = outbox.slices(&mut slices);
+                let flat: Vec<u8> = slices[..count].iter().flat_map(|slice| slice.iter().copied()).take(written).collect();
+                for byte in &flat {
+                    prop_assert_eq!(*byte, expected);
+                    expected = expected.wrapping_add(1);
+                }
+                outbox.consume(flat.len());
+                prop_assert!(outbox.capacity() <= 4 * (LEN_MAX + 40_000), "{} for {}", outbox.capacity(), outbox.len());
+            }
+        }
+    }
+
+    /// A client that always leaves something unwritten: what was written does not stay in memory.
+    #[test]
+    fn a_reader_that_never_catches_up_holds_no_written_bytes() {
+        let mut outbox = Outbox::default();
+        outbox.extend(&[0; 100_000]);
+        for _ in 0..10_000 {
+            outbox.extend(&[0; 10_000]);
+            outbox.consume(10_000);
+            assert!(outbox.capacity() <= 4 * 110_000, "{} bytes for {}", outbox.capacity(), outbox.len());
+        }
+        outbox.consume(99_000);
+        assert!(outbox.capacity() <= 2 * outbox.len() + 80 * 1024, "{} bytes are left of a burst", outbox.capacity());
+    }
 
     #[test]
     fn partial_writes_across_chunks_keep_the_order() {
