@@ -12,6 +12,8 @@ use crate::topic::{Filter, filter_covers, filter_matches, filters_overlap};
 
 /// Leases one client holds; the one that ends first makes room.
 const LEASES_MAX: usize = 64;
+/// Bytes of the filters that one client's leases hold for; a longer one holds for one packet only.
+const LEASE_BYTES_MAX: usize = 16 * 1024;
 /// Decisions about single topics kept for one client; when full they are forgotten together.
 const MEMO_MAX: usize = 1024;
 
@@ -187,7 +189,7 @@ impl Known {
         if let Some(lease) = lease {
             let scope = lease.scope.map_or_else(|| Box::from(&*topic), |scope| scope.topic_filter().into());
             // A lease for something else than was asked must not leave the question open.
-            let applies = applies(action, &scope, verdict, &topic);
+            let applies = applies(action, &scope, verdict, &topic) && scope.len() <= LEASE_BYTES_MAX;
             self.hold(Held { action, scope, verdict, until_ms: now_ms + u64::from(lease.seconds) * 1000 });
             if applies {
                 return;
@@ -197,8 +199,12 @@ impl Known {
     }
 
     fn hold(&mut self, new: Held) {
+        if new.scope.len() > LEASE_BYTES_MAX {
+            return;
+        }
         self.held.retain(|held| held.action != new.action || held.scope != new.scope);
-        if self.held.len() >= LEASES_MAX
+        let bytes = |held: &[Held]| held.iter().map(|held| held.scope.len()).sum::<usize>();
+        while (self.held.len() >= LEASES_MAX || bytes(&self.held) + new.scope.len() > LEASE_BYTES_MAX)
             && let Some((first, _)) = self.held.iter().enumerate().min_by_key(|(_, held)| held.until_ms)
         {
             self.held.swap_remove(first);
@@ -360,5 +366,24 @@ mod tests {
         let known = permits.0.as_ref().expect("something is known");
         assert_eq!(known.held.len(), LEASES_MAX);
         assert!(known.memo.len() <= MEMO_MAX);
+    }
+
+    /// Topics as long as the standard allows: few leases are held, and one that is too long holds for its packet.
+    #[test]
+    fn leases_are_bounded_in_bytes() {
+        let mut permits = Permits::default();
+        for n in 0..1000_u32 {
+            let topic: Arc<str> = format!("{n}/{}", "x".repeat(5000)).into();
+            permits.learn(0, Action::Publish, Arc::clone(&topic), decision(Verdict::Allow, None, 60));
+            assert_eq!(publish(&mut permits, 0, u64::from(n), &topic), Some(Verdict::Allow));
+        }
+        let long: Arc<str> = "x".repeat(60_000).into();
+        permits.learn(0, Action::Publish, Arc::clone(&long), decision(NO, None, 60));
+        assert_eq!(publish(&mut permits, 0, 2000, &long), Some(NO));
+        let known = permits.0.as_ref().expect("something is known");
+        let bytes: usize = known.held.iter().map(|held| held.scope.len()).sum();
+        assert!(bytes <= LEASE_BYTES_MAX && known.held.len() > 1, "{bytes} bytes in {} leases", known.held.len());
+        permits.packet_done();
+        assert_eq!(publish(&mut permits, 0, 2001, &long), None, "it is asked again");
     }
 }
