@@ -31,8 +31,9 @@ fn clauses() -> Vec<Clause> {
     toml::from_str::<File>(&text).expect("clauses.toml parses").clause
 }
 
-/// `file::function` or `path/in/the/repository.rs::function`.
-fn exists(test: &str, sources: &mut BTreeMap<PathBuf, String>) -> Result<(), String> {
+/// `file::function` or `path/in/the/repository.rs::function` is a test, and its documentation names the clause, alone or
+/// within a row such as `[MQTT-3.3.2-7] to [MQTT-3.3.2-12]`.
+fn proves(test: &str, id: &str, sources: &mut BTreeMap<PathBuf, String>) -> Result<(), String> {
     let (file, function) = test.split_once("::").ok_or_else(|| format!("{test}: no `::`"))?;
     let path =
         if file.contains('/') { here().join("..").join(file) } else { here().join("tests").join(format!("{file}.rs")) };
@@ -41,15 +42,60 @@ fn exists(test: &str, sources: &mut BTreeMap<PathBuf, String>) -> Result<(), Str
         sources.insert(path.clone(), source);
     }
     let source = &sources[&path];
-    let is_test = source.split("#[test]").skip(1).any(|rest| {
-        let head = rest.split_once('{').map_or(rest, |(head, _)| head);
+    let parts: Vec<&str> = source.split("#[test]").collect();
+    let place = parts.iter().skip(1).position(|rest| {
+        let head = rest.split_once('{').map_or(*rest, |(head, _)| head);
         head.contains(&format!("fn {function}("))
     });
-    if is_test { Ok(()) } else { Err(format!("{test}: no such test")) }
+    let before = parts[place.ok_or_else(|| format!("{test}: no such test"))?];
+    if names(&documentation(before), id) { Ok(()) } else { Err(format!("{test}: its documentation does not name it")) }
+}
+
+/// The `///` lines at the end of what stands before `#[test]`, in one line.
+fn documentation(before: &str) -> String {
+    let lines = before.lines().rev().skip_while(|line| line.trim().is_empty());
+    let mut lines: Vec<&str> = lines.map_while(|line| line.trim().strip_prefix("///")).collect();
+    lines.reverse();
+    lines.concat()
+}
+
+fn names(documentation: &str, id: &str) -> bool {
+    let split = |id: &str| {
+        let (section, number) = id.rsplit_once('-')?;
+        Some((section.to_owned(), number.parse::<u32>().ok()?))
+    };
+    let ids: Vec<&str> = documentation.split('[').filter_map(|rest| rest.split_once(']')).map(|(id, _)| id).collect();
+    let rows = documentation.split("] to [").collect::<Vec<_>>();
+    let is_in_row = rows.windows(2).any(|row| {
+        let first = row[0].rsplit_once('[').and_then(|(_, id)| split(id));
+        let last = row[1].split_once(']').and_then(|(id, _)| split(id));
+        let (Some((section, first)), Some((other, last)), Some((of, number))) = (first, last, split(id)) else {
+            return false;
+        };
+        section == other && section == of && (first..=last).contains(&number)
+    });
+    ids.contains(&id) || is_in_row
 }
 
 #[test]
-fn every_clause_names_a_test_that_exists_or_a_reason() {
+fn a_row_of_clauses_names_those_within() {
+    let text = " Aliases. [MQTT-3.3.2-7] to [MQTT-3.3.2-12], [MQTT-1.1.1-1] (5.0)";
+    for (id, wanted) in [
+        ("MQTT-3.3.2-7", true),
+        ("MQTT-3.3.2-9", true),
+        ("MQTT-3.3.2-12", true),
+        ("MQTT-3.3.2-1", false),
+        ("MQTT-3.3.2-13", false),
+        ("MQTT-3.3.3-9", false),
+        ("MQTT-1.1.1-1", true),
+        ("MQTT-1.1.1-11", false),
+    ] {
+        assert_eq!(names(text, id), wanted, "{id}");
+    }
+}
+
+#[test]
+fn every_clause_names_a_test_that_names_it_or_a_reason() {
     let mut problems = Vec::new();
     let mut sources = BTreeMap::new();
     for clause in clauses() {
@@ -59,7 +105,7 @@ fn every_clause_names_a_test_that_exists_or_a_reason() {
         }
         match (test, reason) {
             (Some(test), None) => {
-                problems.extend(exists(test, &mut sources).err().map(|error| format!("{id}: {error}")));
+                problems.extend(proves(test, id, &mut sources).err().map(|error| format!("{id}: {error}")));
             }
             (None, Some(reason)) if !reason.trim().is_empty() => {}
             (None, _) => problems.push(format!("{id} has neither test nor reason")),

@@ -92,7 +92,8 @@ fn check_malformed_connect(broker: &Broker, version: Version, bytes: &[u8], code
 }
 
 /// [MQTT-3.1.2-3], [MQTT-3.1.2-11], [MQTT-3.1.2-12], [MQTT-3.1.2-13], [MQTT-3.1.4-1] (5.0);
-/// [MQTT-3.1.2-3], [MQTT-3.1.2-11], [MQTT-3.1.2-13], [MQTT-3.1.2-14], [MQTT-3.1.2-15], [MQTT-3.1.4-1] (3.1.1).
+/// [MQTT-3.1.2-3], [MQTT-3.1.2-11], [MQTT-3.1.2-13], [MQTT-3.1.2-14], [MQTT-3.1.2-15], [MQTT-3.1.4-1],
+/// [MQTT-3.2.2-6] (3.1.1).
 #[test]
 fn contradicting_connect_flags_are_malformed() {
     let broker = Broker::start("");
@@ -186,7 +187,7 @@ fn server_assigns_a_client_identifier_and_tells_it() {
     assert!(broker.connect(&options.unclean()).connack.assigned_client_id.is_some());
 }
 
-/// [MQTT-3.1.3-6], [MQTT-3.1.3-7], [MQTT-3.1.3-8] (3.1.1); MQTT 3.1 §3.1 wants 1 to 23 characters.
+/// [MQTT-3.1.3-6], [MQTT-3.1.3-7], [MQTT-3.1.3-8], [MQTT-3.1.3-9] (3.1.1); MQTT 3.1 §3.1 wants 1 to 23 characters.
 #[test]
 fn empty_client_identifier_needs_a_clean_session_in_3_1_1() {
     let broker = Broker::start("");
@@ -245,8 +246,11 @@ fn clean_start_begins_a_new_session_and_its_absence_resumes() {
 /// [MQTT-3.1.4-5], [MQTT-3.2.2-5] (3.1.1), [MQTT-3.1.4-6], [MQTT-3.2.2-7], [MQTT-3.2.2-8] (5.0).
 #[test]
 fn refused_client_is_told_and_nothing_it_sends_is_processed() {
-    let broker = Broker::start("[auth]\nanonymous = false\n");
-    for (version, code) in [(V311, 5), (V5, 0x87)] {
+    // Only the first Session finds room: others are refused, and the first sees whether they publish all the same.
+    let broker = Broker::start("[limits]\nsessions_max = 1\n");
+    let mut watcher = broker.connect(&Options::new(V5, "watcher"));
+    watcher.subscribe("#", 1);
+    for (version, code) in [(V311, 3), (V5, 0x97)] {
         let options = Options::new(version, "c").resume();
         broker.check_refused(&options, code);
         // Packets behind the CONNECT.
@@ -257,10 +261,15 @@ fn refused_client_is_told_and_nothing_it_sends_is_processed() {
         let got = client.recv();
         assert!(matches!(&got, Got::Connack(Connack { reason, .. }) if *reason == code), "{got:?}");
         assert_eq!(client.recv(), Got::Closed);
+        watcher.check_silent();
+    }
+    let denied = Broker::start("[auth]\nanonymous = false\n");
+    for (version, code) in [(V311, 5), (V5, 0x87)] {
+        denied.check_refused(&Options::new(version, "c").resume(), code);
     }
 }
 
-/// [MQTT-3.1.4-3] (5.0), [MQTT-3.1.4-2] (3.1.1).
+/// [MQTT-3.1.4-3], [MQTT-3.14.4-1], [MQTT-3.14.4-2] (5.0), [MQTT-3.1.4-2] (3.1.1).
 #[test]
 fn second_connection_takes_the_session_over() {
     let broker = Broker::start("");
@@ -381,7 +390,7 @@ fn messages_larger_than_the_clients_maximum_packet_size_are_left_out() {
     small.check_silent();
 }
 
-/// [MQTT-3.2.2-19], [MQTT-3.14.2-3] (5.0): texts are left away if they do not fit.
+/// [MQTT-3.1.2-24], [MQTT-3.2.2-19], [MQTT-3.14.2-3] (5.0): texts are left away if they do not fit.
 #[test]
 fn connack_and_disconnect_fit_the_clients_maximum_packet_size() {
     let broker = Broker::start("");
@@ -628,7 +637,7 @@ fn connect_properties_are_checked() {
     }
 }
 
-/// Bytes may arrive one at a time, and many packets at once. [MQTT-4.2.0-1] (5.0).
+/// Bytes may arrive one at a time, and many packets at once. [MQTT-4.2.0-1] (5.0), [MQTT-7.1.1-1] (3.1.1).
 #[test]
 fn packets_may_be_split_and_joined_at_will() {
     let broker = Broker::start("");

@@ -203,7 +203,7 @@ fn packet_identifier_0_is_refused_everywhere() {
     }
 }
 
-/// [MQTT-3.3.2-2], [MQTT-3.3.2-14], [MQTT-4.7.3-1] (5.0); [MQTT-3.3.2-2], [MQTT-4.7.1-1], [MQTT-4.7.3-1] (3.1.1).
+/// [MQTT-3.3.2-2], [MQTT-3.3.2-14], [MQTT-4.7.0-1], [MQTT-4.7.3-1] (5.0); [MQTT-3.3.2-2], [MQTT-4.7.1-1], [MQTT-4.7.3-1] (3.1.1).
 #[test]
 fn topic_names_with_wildcards_or_nothing_are_refused() {
     for version in BOTH {

@@ -137,7 +137,7 @@ fn slow_reader_gets_all_its_qos_1_messages() {
     slow.check_silent();
 }
 
-/// `connections_max`.
+/// `connections_max`: what cannot be served is closed. [MQTT-4.8.0-2] (3.1.1).
 #[test]
 fn connections_beyond_the_limit_are_closed() {
     let broker = Broker::start("[limits]\nconnections_max = 5\n");

@@ -91,7 +91,7 @@ fn qos_2_message_sent_again_after_a_reconnect_is_delivered_once() {
     }
 }
 
-/// [MQTT-4.3.2-5] (5.0): an identifier is free once PUBACK was sent.
+/// [MQTT-4.3.2-5] (5.0), [MQTT-4.3.2-2] (3.1.1): an identifier is free once PUBACK was sent.
 #[test]
 fn qos_1_identifier_used_again_is_a_new_message() {
     let broker = Broker::start("");
@@ -199,8 +199,8 @@ fn messages_the_client_refused_are_not_sent_again() {
     broker.connect(&options).check_silent();
 }
 
-/// PUBREL for what the server does not know, and acknowledgements nobody waits for. MQTT 5.0 §3.6.2.1, §3.7.2.1;
-/// MQTT 3.1.1 §4.3.3.
+/// PUBREL for what the server does not know, and acknowledgements nobody waits for. MQTT 5.0 §3.6.2.1
+/// [MQTT-3.6.2-1], §3.7.2.1 [MQTT-3.7.2-1]; MQTT 3.1.1 §4.3.3.
 #[test]
 fn acknowledgements_without_a_message_do_no_harm() {
     let broker = Broker::start("");

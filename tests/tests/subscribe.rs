@@ -159,7 +159,7 @@ fn check_matches(filters: &[&str], topic: &str, expected: &[&str]) {
     }
 }
 
-/// MQTT 5.0 and 3.1.1 §4.7.1.
+/// MQTT 5.0 and 3.1.1 §4.7.1, [MQTT-3.3.2-3] (both).
 #[test]
 fn wildcards_match_levels() {
     let filters = ["sport/tennis/player1/#", "sport/#", "#", "+/+", "sport/+", "+/tennis", "+", "sport/tennis", "/+"];

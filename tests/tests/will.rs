@@ -74,7 +74,7 @@ fn disconnect_discards_the_will() {
     }
 }
 
-/// [MQTT-3.1.2-10] (both).
+/// [MQTT-3.1.2-10] (both), [MQTT-3.1.2-12] (3.1.1).
 #[test]
 fn will_is_published_once() {
     let broker = Broker::start("");

@@ -122,6 +122,7 @@ fn one_of_each(version: Version) -> Vec<(u8, Vec<u8>)> {
     ]
 }
 
+/// [MQTT-2.2.2-1] (5.0): a Property Length is there also when it is zero.
 #[test]
 fn packets_of_every_type_and_version_decode_and_encode_to_the_same_bytes() {
     for &version in ALL {
