@@ -7,12 +7,12 @@ use std::sync::Arc;
 
 use hashbrown::HashMap;
 use wasmqtt_protocol::ports::{Interest, ShardPlugins};
-use wasmqtt_protocol::router::{Group, Matches, Target, merge};
+use wasmqtt_protocol::router::{Group, Matches, Member, Target, merge};
 
 use crate::shared::Shared;
 
-/// Topics a shard remembers; when full it starts anew.
-const ROUTES_MAX: usize = 65_536;
+/// What an entry of the cache costs beside its topic and its targets: the table's slot and the allocations' own bytes.
+const ENTRY_BYTES: usize = 96;
 
 /// Where messages of one topic go.
 pub(super) struct Route {
@@ -36,42 +36,132 @@ impl Route {
     pub(super) fn is_empty(&self) -> bool {
         self.local.is_empty() && self.remote.is_empty() && self.groups.is_empty()
     }
+
+    /// Memory that it takes in the cache, its topic included.
+    fn bytes(&self, topic: &str) -> usize {
+        let remote: usize = self.remote.iter().map(|(_, targets)| targets.len()).sum();
+        let targets = self.local.capacity() + self.stored.capacity() + remote;
+        let shares = self.remote.capacity() * size_of::<(u16, Arc<[Target]>)>()
+            + self.groups.capacity() * size_of::<(Arc<Group>, Cell<u32>)>();
+        ENTRY_BYTES + size_of::<Self>() + topic.len() + targets * size_of::<Target>() + shares
+    }
 }
 
+/// Routes by Topic Name, and what they take in memory.
 #[derive(Default)]
+struct Generation {
+    routes: HashMap<Box<str>, Rc<Route>, foldhash::fast::RandomState>,
+    /// The Shared Subscriptions of these routes, by address, each counted once: one that somebody joined since then is
+    /// in memory for the sake of its routes only.
+    groups: HashMap<usize, Arc<Group>, foldhash::fast::RandomState>,
+    bytes: usize,
+}
+
+impl Generation {
+    fn insert(&mut self, topic: &str, route: &Rc<Route>) {
+        for (group, _) in &route.groups {
+            if self.groups.insert(Arc::as_ptr(group) as usize, Arc::clone(group)).is_none() {
+                self.bytes += size_of::<Group>() + group.members.len() * size_of::<Member>();
+            }
+        }
+        self.bytes += route.bytes(topic);
+        if let Some(old) = self.routes.insert(topic.into(), Rc::clone(route)) {
+            self.bytes -= old.bytes(topic);
+        }
+    }
+}
+
+/// Two generations: a route that is used moves to the young one, and when that has half of the bytes, the old one is
+/// forgotten. So topics in use stay however many there are beside them, and no list of uses has to be kept.
 pub(super) struct Routes {
-    cache: HashMap<Box<str>, Rc<Route>, foldhash::fast::RandomState>,
+    young: Generation,
+    old: Generation,
+    bytes_max: usize,
+    /// Routes that were looked for in the index, which is the number of the last one.
     built: u64,
+    /// Of `built`, as many as [`Routes::take_built`] has given.
+    counted: u64,
+}
+
+/// A route, and whether the cache has it.
+pub(super) struct Found {
+    pub(super) route: Rc<Route>,
+    is_cached: bool,
 }
 
 impl Routes {
-    /// Other plugins may want other topics.
-    pub(super) fn forget(&mut self) {
-        self.cache.clear();
+    /// `bytes_max`: of both generations together. A single route that is larger is kept alone.
+    pub(super) fn new(bytes_max: usize) -> Self {
+        Self { young: Generation::default(), old: Generation::default(), bytes_max, built: 0, counted: 0 }
     }
 
-    /// The route of `topic`, from the cache while nobody subscribed or left.
+    /// Other plugins may want other topics.
+    pub(super) fn forget(&mut self) {
+        self.young = Generation::default();
+        self.old = Generation::default();
+    }
+
+    /// How often a route was not in the cache, or was out of date, since the last call.
+    pub(super) fn take_built(&mut self) -> u64 {
+        self.built - std::mem::replace(&mut self.counted, self.built)
+    }
+
+    /// The route of `topic`, from the cache while nobody subscribed or left. A new one is kept by [`Routes::keep`]: what
+    /// a client may not publish to does not fill the cache.
     #[inline]
-    pub(super) fn get(
+    pub(super) fn find(
         &mut self,
         topic: &str,
         own: u16,
         shared: &Shared,
         matches: &mut Matches,
         plugins: &dyn ShardPlugins,
-    ) -> Rc<Route> {
-        if let Some(route) = self.cache.get(topic)
+    ) -> Found {
+        if let Some(route) = self.young.routes.get(topic)
             && route.generation == shared.route_generation(route.bucket)
         {
-            return Rc::clone(route);
+            return Found { route: Rc::clone(route), is_cached: true };
+        }
+        self.find_elsewhere(topic, own, shared, matches, plugins)
+    }
+
+    fn find_elsewhere(
+        &mut self,
+        topic: &str,
+        own: u16,
+        shared: &Shared,
+        matches: &mut Matches,
+        plugins: &dyn ShardPlugins,
+    ) -> Found {
+        if let Some(route) = self.old.routes.get(topic)
+            && route.generation == shared.route_generation(route.bucket)
+        {
+            return Found { route: Rc::clone(route), is_cached: false };
         }
         self.built += 1;
         let route = Rc::new(build(self.built, topic, own, shared, matches, plugins.interest(topic)));
-        if self.cache.len() >= ROUTES_MAX {
-            self.cache.clear();
+        Found { route, is_cached: false }
+    }
+
+    /// Keeps a route that is used.
+    #[inline]
+    pub(super) fn keep(&mut self, topic: &str, found: Found) -> Rc<Route> {
+        if !found.is_cached {
+            self.insert(topic, &found.route);
         }
-        self.cache.insert(topic.into(), Rc::clone(&route));
-        route
+        found.route
+    }
+
+    fn insert(&mut self, topic: &str, route: &Rc<Route>) {
+        if self.young.bytes + route.bytes(topic) > self.bytes_max / 2 {
+            self.old = std::mem::take(&mut self.young);
+        }
+        self.young.insert(topic, route);
+    }
+
+    #[cfg(test)]
+    fn bytes(&self) -> usize {
+        self.young.bytes + self.old.bytes
     }
 }
 
@@ -104,4 +194,90 @@ fn build(id: u64, topic: &str, own: u16, shared: &Shared, matches: &mut Matches,
 /// Not for secrets: spreads the members that Shared Subscriptions begin with.
 pub(super) fn random() -> u32 {
     foldhash::fast::RandomState::default().hash_one(0_u8) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use wasmqtt_protocol::router::{SessionKey, Subscription};
+
+    use super::*;
+
+    fn target() -> Target {
+        let session = SessionKey { shard: 0, slot: 0, epoch: 0 };
+        Target { session, others: None, own: None, stored: None }
+    }
+
+    fn route(id: u64, targets: usize) -> Rc<Route> {
+        Rc::new(Route {
+            id,
+            bucket: 0,
+            generation: (0, 0),
+            local: vec![target(); targets],
+            remote: Vec::new(),
+            groups: Vec::new(),
+            interest: Interest::default(),
+            stored: Vec::new(),
+        })
+    }
+
+    fn kept(routes: &mut Routes, topic: &str, route: &Rc<Route>) {
+        routes.keep(topic, Found { route: Rc::clone(route), is_cached: false });
+    }
+
+    /// Long topics and topics with many receivers count as what they take.
+    #[test]
+    fn any_number_of_topics_stays_within_the_bytes() {
+        let mut routes = Routes::new(1 << 20);
+        for id in 0..20_000 {
+            let topic = format!("{id}/{}", "x".repeat(id as usize % 3000));
+            kept(&mut routes, &topic, &route(id, id as usize % 50));
+            assert!(routes.bytes() <= 1 << 20, "{} bytes after {id} topics", routes.bytes());
+        }
+        kept(&mut routes, "large", &route(20_001, 100_000));
+        kept(&mut routes, "small", &route(20_002, 1));
+        kept(&mut routes, "small too", &route(20_003, 1));
+        assert!(routes.young.bytes <= 1 << 19, "a route that is too large goes with the next");
+    }
+
+    /// A flood of topics that are used once does not drive out those in use.
+    #[test]
+    fn topics_in_use_survive_a_flood_of_others() {
+        let mut routes = Routes::new(1 << 20);
+        let used = route(0, 1);
+        kept(&mut routes, "used", &used);
+        for id in 1..100_000 {
+            kept(&mut routes, &format!("flood/{id}"), &route(id, 0));
+            if id % 500 == 0 {
+                let is_cached = routes.young.routes.contains_key("used");
+                assert!(is_cached || routes.old.routes.contains_key("used"), "forgotten after {id} others");
+                routes.keep("used", Found { route: Rc::clone(&used), is_cached });
+            }
+        }
+    }
+
+    /// A Shared Subscription that members join and leave all the time: what routes hold of its former states counts.
+    #[test]
+    fn former_states_of_groups_count() {
+        let mut routes = Routes::new(1 << 20);
+        let availability = Arc::default();
+        let member = Member { session: target().session, subscription: Subscription::default(), availability };
+        for id in 0..1000 {
+            let members = vec![member.clone(); 1000];
+            let group = Arc::new(Group { share: "g".into(), filter: "#".into(), members });
+            let route =
+                Route { groups: vec![(group, Cell::new(0))], ..Rc::into_inner(route(id, 0)).expect("one owner") };
+            kept(&mut routes, &id.to_string(), &Rc::new(route));
+            assert!(routes.bytes() <= 1 << 20, "{} bytes after {id} changes", routes.bytes());
+        }
+    }
+
+    /// A topic that is looked up anew, since somebody subscribed, is counted once.
+    #[test]
+    fn a_route_that_replaces_another_does_not_count_twice() {
+        let mut routes = Routes::new(1 << 20);
+        for id in 0..10_000 {
+            kept(&mut routes, "same", &route(id, 10));
+        }
+        assert_eq!(routes.bytes(), route(0, 10).bytes("same"));
+    }
 }

@@ -28,6 +28,7 @@ impl Shard {
             ("messages/dropped", count(&stats.messages_dropped)),
             ("bytes/received", count(&stats.bytes_received)),
             ("bytes/sent", count(&stats.bytes_sent)),
+            ("routes/built", count(&stats.routes_built)),
         ];
         let plugins = self.plugins.status().into_iter().map(|(name, value)| (format!("plugins/{name}"), value));
         for (name, value) in values.map(|(name, value)| (name.to_owned(), value)).into_iter().chain(plugins) {
