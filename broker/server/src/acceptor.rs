@@ -1,5 +1,6 @@
 //! Accepts connections and gives each to the shard with the fewest.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,6 +13,7 @@ use tracing::{debug, warn};
 use crate::config::Listener;
 use crate::listening::{BindError, Listening, bind_all};
 use crate::mailbox::Mail;
+use crate::memory::Pressure;
 use crate::shard::Arrival;
 use crate::shared::Shared;
 
@@ -90,23 +92,33 @@ impl Acceptor {
     /// Runs until woken while the broker drains.
     pub(crate) fn run(mut self, shared: &Shared) {
         let mut events = Events::with_capacity(64);
+        // Listeners whose clients wait until there is memory again.
+        let mut waiting = BTreeSet::new();
         while !shared.draining.load(Ordering::Acquire) {
-            if let Err(error) = self.poll.poll(&mut events, None)
+            let timeout = (!waiting.is_empty()).then_some(ACCEPT_PAUSE);
+            if let Err(error) = self.poll.poll(&mut events, timeout)
                 && error.kind() != io::ErrorKind::Interrupted
             {
                 warn!(%error, "waiting for connections failed");
                 std::thread::sleep(ACCEPT_PAUSE);
             }
-            for event in &events {
-                if let Some(listening) = self.sockets.get(event.token().0) {
-                    accept_all(listening, shared);
+            waiting.extend(events.iter().map(|event| event.token().0));
+            self.run_orders(&mut waiting);
+            if waiting.is_empty() || shared.memory.look(shared.now_ms()) > Pressure::None {
+                continue;
+            }
+            for place in std::mem::take(&mut waiting) {
+                if let Some(listening) = self.sockets.get(place)
+                    && !accept_all(listening, shared)
+                {
+                    waiting.insert(place);
                 }
             }
-            self.run_orders(shared);
         }
     }
 
-    fn run_orders(&mut self, shared: &Shared) {
+    /// `waiting`: listeners that may have clients, although no event says so.
+    fn run_orders(&mut self, waiting: &mut BTreeSet<usize>) {
         let orders = std::mem::take(&mut *self.handle.orders.lock().unwrap_or_else(PoisonError::into_inner));
         for order in orders {
             let (name, done) = match order {
@@ -115,9 +127,7 @@ impl Acceptor {
                     let place = self.sockets.vacant_key();
                     let done = self.serve(listening);
                     // Who connected before it was watched causes no event.
-                    if let Some(listening) = self.sockets.get(place) {
-                        accept_all(listening, shared);
-                    }
+                    waiting.insert(place);
                     (name, done)
                 }
                 Order::Close(name) => {
@@ -149,15 +159,16 @@ impl Acceptor {
     }
 }
 
-fn accept_all(listening: &Listening, shared: &Shared) {
+/// `false`: others still wait, since memory is nearly used up.
+fn accept_all(listening: &Listening, shared: &Shared) -> bool {
     let name = &listening.listener.name;
-    loop {
+    while shared.memory.look(shared.now_ms()) == Pressure::None {
         match listening.accept() {
             Ok((stream, address)) => {
                 let number = shared.arrivals.fetch_add(1, Ordering::Relaxed);
                 place(shared, Arrival { stream, address, listener: Arc::clone(name), number });
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
             Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
             Err(error) => {
                 warn!(listener = %name, %error, "cannot accept a connection; is the limit of open files too low?");
@@ -165,9 +176,10 @@ fn accept_all(listening: &Listening, shared: &Shared) {
             }
         }
         if shared.draining.load(Ordering::Acquire) {
-            return;
+            return true;
         }
     }
+    false
 }
 
 fn place(shared: &Shared, arrival: Arrival) {
