@@ -56,11 +56,9 @@ impl Broker {
         let mut stdout = BufReader::new(child.stdout.take().expect("stdout"));
         let address = known.unwrap_or_else(|| {
             let mut line = String::new();
-            stdout.read_line(&mut line).expect("read stdout");
-            // The first with a port of its own.
-            while line.starts_with("listening on unix:") {
+            // Listeners of the configuration come first, perhaps of another kind.
+            while stdout.read_line(&mut line).expect("read stdout") > 0 && line.starts_with("listening on unix:") {
                 line.clear();
-                stdout.read_line(&mut line).expect("read stdout");
             }
             let address = line.trim().strip_prefix("listening on mqtt://").and_then(|address| address.parse().ok());
             address.unwrap_or_else(|| {
@@ -238,7 +236,9 @@ fn binary() -> PathBuf {
     let path = profile.join(format!("wasmqtt{}", std::env::consts::EXE_SUFFIX));
     BUILD.call_once(|| {
         let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        command.args(["build", "--quiet", "-p", "wasmqtt", "--target-dir"]).arg(profile.parent().expect("target"));
+        command
+            .args(["test", "--quiet", "--workspace", "--no-run", "--test", "cli", "--target-dir"])
+            .arg(profile.parent().expect("target"));
         command.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
         if profile.ends_with("release") {
             command.arg("--release");
