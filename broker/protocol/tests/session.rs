@@ -23,12 +23,14 @@ fn limits() -> ServerLimits {
         receive_maximum: 4,
         inflight_max: 8,
         topic_alias_maximum: 4,
+        topic_alias_bytes_max: 1000,
         maximum_qos: Qos::ExactlyOnce,
         retain_available: true,
         keep_alive_max: 0,
         session_expiry_max: 1000,
         queue_messages_max: 100,
         queue_bytes_max: 1 << 20,
+        inflight_bytes_max: 1 << 20,
         outbound_bytes_max: 1 << 20,
     }
 }
@@ -283,6 +285,56 @@ fn receive_maximum_of_the_client_holds_messages_back() {
     assert_eq!(pair.seen(), ["PUBREL 2 00", "PUBLISH 3 a dup 3"]);
 }
 
+/// A client that reads and does not acknowledge is sent so many bytes and no more, whatever its Receive Maximum; what
+/// it acknowledges makes room. The rest waits in the queue. MQTT 5.0 §4.9.
+#[test]
+fn unacknowledged_messages_are_bounded_in_bytes() {
+    for version in VERSIONS {
+        for qos in [Qos::AtLeastOnce, Qos::ExactlyOnce] {
+            let mut pair = Pair::new(&connect(version));
+            pair.limits.inflight_bytes_max = 2_000;
+            let sent = |pair: &mut Pair| pair.seen().iter().filter(|seen| seen.starts_with("PUBLISH")).count();
+            for place in 0..6 {
+                let wanted = if place < 3 { Delivered::Sent } else { Delivered::Queued };
+                assert_eq!(pair.deliver("a", &[b'x'; 900], qos), wanted, "message {place}");
+            }
+            assert_eq!(sent(&mut pair), 3, "the one that goes beyond the bound is the last");
+            let first = if qos == Qos::AtLeastOnce { Packet::Puback(ack(1)) } else { Packet::Pubrec(ack(1)) };
+            pair.packet(first).unwrap();
+            assert_eq!(sent(&mut pair), 1);
+            pair.session.disconnected();
+            pair.connect(&connect(version));
+            assert_eq!(sent(&mut pair), 3, "sent again, and none beyond them");
+        }
+    }
+}
+
+/// Topic Names behind aliases are bounded in bytes; replacing an alias gives its bytes back. MQTT 5.0 §3.3.2.3.4.
+#[test]
+fn topic_aliases_are_bounded_in_bytes() {
+    let long: &'static str = "x".repeat(600).leak();
+    let with = |topic: &'static str, alias: u16| {
+        let mut properties = PublishProperties::default();
+        properties.topic_alias = NonZeroU16::new(alias);
+        let Packet::Publish(publish) = publish(topic, Qos::AtMostOnce, 0) else { unreachable!("just made") };
+        Packet::Publish(Publish { properties, ..publish })
+    };
+    let mut pair = Pair::new(&connect(Version::V5));
+    for _ in 0..10 {
+        pair.packet(with(long, 1)).unwrap();
+    }
+    pair.packet(with("short", 2)).unwrap();
+    assert_eq!(pair.packet(with(long, 3)).unwrap_err().reason, ReasonCode::QUOTA_EXCEEDED);
+    let mut other = Pair::new(&Connect { topic_alias_maximum: Some(4), ..connect(Version::V5) });
+    for topic in [long, "a", "b"] {
+        other.deliver(topic, b"", Qos::AtMostOnce);
+    }
+    let second: &'static str = "y".repeat(600).leak();
+    other.deliver(second, b"", Qos::AtMostOnce);
+    let aliased = other.seen().iter().filter(|seen| seen.contains("alias=")).count();
+    assert_eq!(aliased, 3, "a topic that does not fit goes without an alias");
+}
+
 /// A PUBREC with an error ends the exchange. [MQTT-4.3.3-4]
 #[test]
 fn pubrec_with_an_error_frees_the_packet_identifier() {
@@ -423,7 +475,8 @@ fn full_queue_refuses_more() {
     assert_eq!(pair.deliver("a", b"x", Qos::AtMostOnce), Delivered::Dropped);
 }
 
-/// 200,000 messages through one Session: identifiers wrap and are never reused while in use. [MQTT-2.2.1-4]
+/// 200,000 messages through one Session: identifiers wrap and are never reused while in use. [MQTT-2.2.1-4],
+/// [MQTT-4.3.2-1], [MQTT-4.3.3-1] (5.0), [MQTT-2.3.1-4] (3.1.1).
 #[test]
 fn packet_identifiers_wrap_around() {
     let mut pair = Pair::new(&connect(Version::V311));

@@ -103,6 +103,7 @@ pub struct Limits {
     pub receive_maximum: u16,
     pub inflight_max: u16,
     pub topic_alias_maximum: u16,
+    pub topic_alias_bytes_max: usize,
     pub maximum_qos: Qos,
     pub retain_available: bool,
     pub keep_alive_max: Option<Duration>,
@@ -110,12 +111,24 @@ pub struct Limits {
     pub session_expiry_max: Duration,
     pub queue_messages_max: usize,
     pub queue_bytes_max: usize,
+    pub inflight_bytes_max: usize,
     pub outbound_bytes_max: usize,
     pub subscriptions_max: usize,
     /// Those beyond it are refused.
     pub filters_per_packet_max: usize,
+    pub subscription_bytes_max: usize,
     /// Whole broker.
     pub connections_max: usize,
+    /// Whole broker.
+    pub sessions_max: usize,
+    /// Whole broker.
+    pub retained_messages_max: usize,
+    /// Whole broker.
+    pub retained_bytes_max: usize,
+    /// Per shard.
+    pub route_cache_bytes_max: usize,
+    /// Whole broker; `None`: three quarters of what the machine or its control group has.
+    pub memory_max: Option<usize>,
 }
 
 impl Default for Limits {
@@ -125,6 +138,7 @@ impl Default for Limits {
             receive_maximum: 1024,
             inflight_max: 1024,
             topic_alias_maximum: 64,
+            topic_alias_bytes_max: 256 << 10,
             maximum_qos: Qos::ExactlyOnce,
             retain_available: true,
             keep_alive_max: None,
@@ -132,10 +146,17 @@ impl Default for Limits {
             session_expiry_max: Duration::from_hours(7 * 24),
             queue_messages_max: 10_000,
             queue_bytes_max: 16 << 20,
+            inflight_bytes_max: 16 << 20,
             outbound_bytes_max: 1 << 20,
             subscriptions_max: 10_000,
             filters_per_packet_max: 1_000,
+            subscription_bytes_max: 32 << 20,
             connections_max: 1_000_000,
+            sessions_max: 1_000_000,
+            retained_messages_max: 4_000_000,
+            retained_bytes_max: 4 << 30,
+            route_cache_bytes_max: 64 << 20,
+            memory_max: None,
         }
     }
 }
@@ -147,12 +168,14 @@ impl Limits {
             receive_maximum: self.receive_maximum,
             inflight_max: self.inflight_max,
             topic_alias_maximum: self.topic_alias_maximum,
+            topic_alias_bytes_max: self.topic_alias_bytes_max,
             maximum_qos: self.maximum_qos,
             retain_available: self.retain_available,
             keep_alive_max: self.keep_alive_max.map_or(0, |t| u16::try_from(t.as_secs()).unwrap_or(u16::MAX)),
             session_expiry_max: u32::try_from(self.session_expiry_max.as_secs()).unwrap_or(u32::MAX),
             queue_messages_max: self.queue_messages_max,
             queue_bytes_max: self.queue_bytes_max,
+            inflight_bytes_max: self.inflight_bytes_max,
             outbound_bytes_max: self.outbound_bytes_max,
         }
     }

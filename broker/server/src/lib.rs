@@ -9,6 +9,7 @@ pub mod config;
 mod control;
 mod listening;
 mod mailbox;
+mod memory;
 mod refusals;
 mod reload;
 mod restore;

@@ -34,7 +34,7 @@ pub(crate) enum Pressure {
 
 /// The budget and what was measured last.
 pub(crate) struct Budget {
-    bytes_max: u64,
+    bytes_max: AtomicU64,
     measure: Option<File>,
     level: AtomicU8,
     looked_at_ms: AtomicU64,
@@ -45,14 +45,21 @@ impl Budget {
     /// `bytes_max`: `None` takes three quarters of the memory that the machine or the control group of this process
     /// has. Where resident memory cannot be measured there is no budget.
     pub(crate) fn new(bytes_max: Option<usize>) -> Self {
-        let bytes_max = bytes_max.map_or_else(|| available().map_or(u64::MAX, |bytes| bytes / 4 * 3), |max| max as u64);
-        Self {
-            bytes_max,
+        let budget = Self {
+            bytes_max: AtomicU64::new(u64::MAX),
             measure: File::open("/proc/self/status").ok(),
             level: AtomicU8::new(0),
             looked_at_ms: AtomicU64::new(0),
             logged_at_ms: AtomicU64::new(0),
-        }
+        };
+        budget.limit(bytes_max);
+        budget
+    }
+
+    /// Another budget, as for [`Budget::new`]; counts from the next measurement on.
+    pub(crate) fn limit(&self, bytes_max: Option<usize>) {
+        let three_quarters = || available().map_or(u64::MAX, |bytes| bytes / 4 * 3);
+        self.bytes_max.store(bytes_max.map_or_else(three_quarters, |max| max as u64), Ordering::Relaxed);
     }
 
     /// As measured last.
@@ -87,7 +94,7 @@ impl Budget {
 
     fn judge(&self, now_ms: u64, used: u64) {
         let before = self.pressure();
-        let percent = used.saturating_mul(100) / self.bytes_max.max(1);
+        let percent = used.saturating_mul(100) / self.bytes_max.load(Ordering::Relaxed).max(1);
         let after = match (percent, before) {
             (FULL_PERCENT.., _) => Pressure::Full,
             (HIGH_PERCENT.., _) | (CALM_PERCENT.., Pressure::High | Pressure::Full) => Pressure::High,
@@ -102,7 +109,7 @@ impl Budget {
 
     /// Once for each time that the budget is neared, and seldom if that is often.
     fn log(&self, now_ms: u64, used: u64, before: Pressure, after: Pressure) {
-        let (used_mib, memory_mib) = (used >> 20, self.bytes_max >> 20);
+        let (used_mib, memory_mib) = (used >> 20, self.bytes_max.load(Ordering::Relaxed) >> 20);
         let last = self.logged_at_ms.load(Ordering::Relaxed);
         match (before, after) {
             (Pressure::None, _) if last == 0 || now_ms >= last + LOG_INTERVAL_MS => {
@@ -202,7 +209,7 @@ mod tests {
         let budget = Budget::new(Some(1));
         assert_eq!(budget.look(LOOK_INTERVAL_MS), Pressure::Full);
         let roomy = Budget::new(None);
-        assert_eq!(roomy.look(LOOK_INTERVAL_MS), Pressure::None, "of {} bytes", roomy.bytes_max);
+        assert_eq!(roomy.look(LOOK_INTERVAL_MS), Pressure::None, "of {:?} bytes", roomy.bytes_max);
         assert!(roomy.used() > Some(100_000));
     }
 }

@@ -57,6 +57,8 @@ impl Reloader {
         let changed = now.listeners.iter().filter_map(|old| wanted_by_name(&old.name).filter(|new| *new != old));
         let updated = changed.map(|new| Order::Update(new.clone()));
         let orders: Vec<Order> = closed.chain(updated).chain(bound.into_iter().map(Order::Serve)).collect();
+        self.shared.memory.limit(limits.memory_max);
+        self.shared.retained_mut().limit(limits.retained_messages_max, limits.retained_bytes_max);
         self.shared.tunables.replace(Tunable::of(limits, anonymous, wanted));
         if !orders.is_empty() {
             self.acceptor.send(orders);

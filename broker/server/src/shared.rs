@@ -11,6 +11,7 @@ use wasmqtt_protocol::router::{Index, Retained, SessionId, SessionKey};
 use crate::bans::Bans;
 use crate::config::Config;
 use crate::mailbox::Mailbox;
+use crate::memory::Budget;
 use crate::refusals::Refusals;
 use crate::tunable::Tunables;
 
@@ -18,10 +19,6 @@ use crate::tunable::Tunables;
 const BUCKETS: usize = 256;
 /// Locks of the directory.
 const DIRECTORY_LOCKS: usize = 64;
-/// Retained messages the broker keeps.
-const RETAINED_MESSAGES_MAX: usize = 4_000_000;
-/// Bytes of retained messages the broker keeps.
-const RETAINED_BYTES_MAX: usize = 4 << 30;
 
 /// Levels a Topic Name or Topic Filter may have: each costs memory in the index, and a packet could bring 65 535.
 const LEVELS_MAX: usize = 200;
@@ -60,6 +57,7 @@ pub(crate) struct Shared {
     /// Sessions the store knows; empty when nothing is durable.
     stored: RwLock<HashMap<SessionKey, SessionId, foldhash::fast::RandomState>>,
     pub(crate) full: FullSessions,
+    pub(crate) memory: Budget,
     bans: RwLock<Bans>,
     /// Counts how often what plugins decided was revoked for everybody.
     pub(crate) revocations: AtomicU64,
@@ -105,12 +103,15 @@ pub(crate) struct Stats {
     pub(crate) messages_dropped: AtomicU64,
     pub(crate) bytes_received: AtomicU64,
     pub(crate) bytes_sent: AtomicU64,
+    /// Messages whose receivers were not in a cache of routes, and had to be looked for in the index.
+    pub(crate) routes_built: AtomicU64,
     pub(crate) sessions: AtomicUsize,
     pub(crate) subscriptions: AtomicUsize,
 }
 
 impl Shared {
     pub(crate) fn new(config: Config, mailboxes: Vec<Mailbox>) -> Self {
+        let retained = Retained::new(config.limits.retained_messages_max, config.limits.retained_bytes_max);
         Self {
             tunables: Tunables::new(&config),
             sys_interval: config.sys_interval,
@@ -122,13 +123,14 @@ impl Shared {
             arrivals: AtomicU64::new(0),
             draining: AtomicBool::new(false),
             index: RwLock::default(),
-            retained: RwLock::new(Retained::new(RETAINED_MESSAGES_MAX, RETAINED_BYTES_MAX)),
+            retained: RwLock::new(retained),
             interest: Mutex::default(),
             generations: (0..BUCKETS).map(|_| AtomicU64::new(0)).collect(),
             generation: AtomicU64::new(0),
             directory: (0..DIRECTORY_LOCKS).map(|_| Mutex::default()).collect(),
             stored: RwLock::default(),
             full: FullSessions::default(),
+            memory: Budget::new(config.limits.memory_max),
             bans: RwLock::default(),
             revocations: AtomicU64::new(0),
             started: Instant::now(),

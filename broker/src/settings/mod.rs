@@ -267,6 +267,7 @@ fn meant_limits(mut limits: Section<'_>) -> Limits {
         receive_maximum: limits.number("receive_maximum", default.receive_maximum, 1..=65_535),
         inflight_max: limits.number("inflight_max", default.inflight_max, 1..=65_535),
         topic_alias_maximum: limits.number("topic_alias_maximum", default.topic_alias_maximum, 0..=65_535),
+        topic_alias_bytes_max: limits.number("topic_alias_bytes_max", default.topic_alias_bytes_max, 0..=1 << 30),
         maximum_qos: match limits.number("maximum_qos", 2, 0..=2) {
             0 => Qos::AtMostOnce,
             1 => Qos::AtLeastOnce,
@@ -281,10 +282,24 @@ fn meant_limits(mut limits: Section<'_>) -> Limits {
         session_expiry_max: limits.seconds("session_expiry_max_secs", default.session_expiry_max, 0..=4_294_967_295),
         queue_messages_max: limits.number("queue_messages_max", default.queue_messages_max, 1..=1_000_000_000),
         queue_bytes_max: limits.number("queue_bytes_max", default.queue_bytes_max, 1_024..=1 << 40),
+        inflight_bytes_max: limits.number("inflight_bytes_max", default.inflight_bytes_max, 1_024..=1 << 40),
         outbound_bytes_max: limits.number("outbound_bytes_max", default.outbound_bytes_max, 1_024..=1 << 32),
         subscriptions_max: limits.number("subscriptions_max", default.subscriptions_max, 1..=1_000_000),
         filters_per_packet_max: limits.number("filters_per_packet_max", default.filters_per_packet_max, 1..=1_000_000),
+        subscription_bytes_max: limits.number(
+            "subscription_bytes_max",
+            default.subscription_bytes_max,
+            1_024..=1 << 40,
+        ),
         connections_max: limits.number("connections_max", default.connections_max, 1..=1_000_000_000),
+        sessions_max: limits.number("sessions_max", default.sessions_max, 1..=1_000_000_000),
+        retained_messages_max: limits.number("retained_messages_max", default.retained_messages_max, 0..=1_000_000_000),
+        retained_bytes_max: limits.number("retained_bytes_max", default.retained_bytes_max, 0..=1 << 40),
+        route_cache_bytes_max: limits.number("route_cache_bytes_max", default.route_cache_bytes_max, 65_536..=1 << 36),
+        memory_max: match limits.number("memory_mib", 0, 0..=1 << 24) {
+            0 => None,
+            mebibytes => Some(mebibytes << 20),
+        },
     };
     limits.finish();
     meant

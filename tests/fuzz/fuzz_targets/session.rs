@@ -1,6 +1,7 @@
 //! A whole Session script: packets from a hostile client, deliveries, lost connections and passing time.
 #![no_main]
 
+use std::io::IoSlice;
 use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
@@ -15,32 +16,45 @@ const LIMITS: ServerLimits = ServerLimits {
     receive_maximum: 8,
     inflight_max: 8,
     topic_alias_maximum: 4,
+    topic_alias_bytes_max: 1000,
     maximum_qos: Qos::ExactlyOnce,
     retain_available: true,
     keep_alive_max: 0,
     session_expiry_max: 1000,
     queue_messages_max: 32,
     queue_bytes_max: 1 << 16,
+    inflight_bytes_max: 1 << 12,
     outbound_bytes_max: 1 << 14,
 };
 
-/// What the client sees must always be whole, valid packets.
-fn drain(out: &mut Outbox, version: Version) {
-    let bytes = out.to_vec();
-    let mut rest = &bytes[..];
-    while !rest.is_empty() {
-        let frame = codec::frame(
-            rest,
-            &codec::Limits {
-                packet_bytes_max: u32::MAX,
-            },
-        )
-        .expect("frame")
-        .expect("whole");
-        codec::decode(version, &rest[..frame.total_len]).expect("valid");
-        rest = &rest[frame.total_len..];
+/// A client that reads when it pleases, and as much: what it sees must be whole, valid packets in the end.
+#[derive(Default)]
+struct Reader {
+    pending: Vec<u8>,
+}
+
+impl Reader {
+    /// Takes at most `count` bytes; the outbox may never become empty.
+    fn read(&mut self, out: &mut Outbox, count: usize, version: Version) {
+        let mut slices = [IoSlice::new(&[]); 4];
+        let used = out.slices(&mut slices);
+        let bytes: Vec<u8> = slices[..used].iter().flat_map(|slice| slice.iter().copied()).take(count).collect();
+        out.consume(bytes.len());
+        // One packet may go beyond the bound, a buffer is twice as large as its content after it grew, and what was
+        // written is given back when it is more than half.
+        let bound = 4 * (LIMITS.outbound_bytes_max + LIMITS.packet_bytes_max as usize);
+        assert!(out.capacity() <= bound, "{} bytes for {}", out.capacity(), out.len());
+        self.pending.extend(bytes);
+        let mut rest = &self.pending[..];
+        while let Some(frame) = codec::frame(rest, &codec::Limits { packet_bytes_max: u32::MAX }).expect("frame") {
+            if frame.total_len > rest.len() {
+                break;
+            }
+            codec::decode(version, &rest[..frame.total_len]).expect("valid");
+            rest = &rest[frame.total_len..];
+        }
+        self.pending = rest.to_vec();
     }
-    out.consume(bytes.len());
 }
 
 fuzz_target!(|data: &[u8]| {
@@ -53,6 +67,7 @@ fuzz_target!(|data: &[u8]| {
         },
     );
     let mut out = Outbox::default();
+    let mut reader = Reader::default();
     let mut frames = FrameCache::default();
     let mut now_ms = 0;
     let mut rest = data;
@@ -92,14 +107,16 @@ fuzz_target!(|data: &[u8]| {
             0xF1 => {
                 session.disconnected();
                 out = Outbox::default();
+                reader = Reader::default();
                 continue;
             }
             0xF2 => {
                 now_ms += 1000;
                 continue;
             }
-            0xF3 => {
-                drain(&mut out, version);
+            // Reads a few bytes, or a lot.
+            0xF3..=0xF7 => {
+                reader.read(&mut out, 1 << (3 * (step - 0xF2)), version);
                 if session.link().is_some() {
                     session.pump(now_ms, &LIMITS, &mut out);
                 }
@@ -148,9 +165,9 @@ fuzz_target!(|data: &[u8]| {
             Ok(Event::Disconnect { .. }) | Err(_) => {
                 session.disconnected();
                 out = Outbox::default();
+                reader = Reader::default();
             }
             Ok(_) => {}
         }
-        drain(&mut out, version);
     }
 });

@@ -81,6 +81,12 @@ impl Retained {
         Self { messages, expiring, bytes: 0, messages_max, bytes_max, stamp: 0 }
     }
 
+    /// Other bounds; what is there already stays.
+    pub fn limit(&mut self, messages_max: usize, bytes_max: usize) {
+        self.messages_max = messages_max;
+        self.bytes_max = bytes_max;
+    }
+
     /// Messages in it, expired ones that were not swept included.
     pub fn len(&self) -> usize {
         self.messages.len()

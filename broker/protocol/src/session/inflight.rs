@@ -3,7 +3,8 @@
 use std::collections::VecDeque;
 use std::num::NonZeroU16;
 
-use super::Delivery;
+use super::queue::bytes_of;
+use super::{Delivery, LinkLimits, ServerLimits};
 use crate::codec::{PacketId, Qos};
 use crate::router::MessageId;
 
@@ -36,6 +37,13 @@ impl Slot {
         matches!(self.phase, Phase::Done | Phase::Withheld(..))
     }
 
+    fn bytes(&self) -> usize {
+        match &self.phase {
+            Phase::Publish(delivery) => bytes_of(delivery),
+            Phase::Parked(..) | Phase::Withheld(..) | Phase::Release | Phase::Done => 0,
+        }
+    }
+
     /// QoS and name of the message that waits for PUBACK or PUBREC.
     pub(super) fn message(&self) -> (Option<Qos>, Option<MessageId>) {
         match &self.phase {
@@ -58,6 +66,8 @@ pub struct Inflight {
     outstanding: usize,
     /// Index of the first slot that may be unsent.
     unsent: usize,
+    /// Bytes of the messages that are held in memory here.
+    bytes: usize,
 }
 
 /// Most places from the oldest unacknowledged message on.
@@ -74,8 +84,13 @@ impl Inflight {
         self.slots.is_empty()
     }
 
-    pub(super) fn has_room(&self) -> bool {
-        self.slots.len() < SPAN_MAX
+    /// A message that was not sent before may be sent: within the client's Receive Maximum, and within the bytes that
+    /// this server holds for a client that does not acknowledge. [MQTT-3.3.4-9]
+    #[inline]
+    pub(super) fn takes_more(&self, client: &LinkLimits, server: &ServerLimits) -> bool {
+        self.outstanding < usize::from(client.receive_maximum)
+            && self.bytes < server.inflight_bytes_max
+            && self.slots.len() < SPAN_MAX
     }
 
     pub(super) fn has_unsent(&self) -> bool {
@@ -84,7 +99,8 @@ impl Inflight {
 
     /// Takes a message in as sent and gives it its Packet Identifier. [MQTT-2.2.1-4]
     pub(super) fn push_sent(&mut self, delivery: Delivery) -> PacketId {
-        debug_assert!(!self.has_unsent() && self.has_room());
+        debug_assert!(!self.has_unsent() && self.slots.len() < SPAN_MAX);
+        self.bytes += bytes_of(&delivery);
         self.next = if self.next == u16::MAX { 1 } else { self.next + 1 };
         let packet_id = NonZeroU16::new(self.next).unwrap_or(NonZeroU16::MIN);
         self.slots.push_back(Slot { packet_id, phase: Phase::Publish(Box::new(delivery)), sent: true });
@@ -119,11 +135,19 @@ impl Inflight {
         if slot.sent {
             self.outstanding -= 1;
         }
+        self.bytes -= slot.bytes();
         slot.phase = Phase::Done;
         while matches!(self.slots.front(), Some(Slot { phase: Phase::Done, .. })) {
             self.slots.pop_front();
             self.unsent = self.unsent.saturating_sub(1);
         }
+    }
+
+    /// The client has a QoS 2 message: it is no longer needed, its Packet Identifier is. [MQTT-4.3.3-5]
+    pub(super) fn release(&mut self, packet_id: PacketId) {
+        let Some(place) = self.place(packet_id) else { return };
+        self.bytes -= self.slots[place].bytes();
+        self.slots[place].phase = Phase::Release;
     }
 
     /// A new Network Connection: all must be sent again, in order. [MQTT-4.4.0-1]
@@ -173,6 +197,7 @@ impl Inflight {
             match &slot.phase {
                 Phase::Publish(delivery) if delivery.share.is_none() => {
                     let Some(id) = delivery.id else { continue };
+                    self.bytes -= bytes_of(delivery);
                     slot.phase = Phase::Parked(id, delivery.qos);
                 }
                 Phase::Withheld(id, qos) => slot.phase = Phase::Parked(*id, *qos),
@@ -193,7 +218,9 @@ impl Inflight {
     pub(super) fn arrived(&mut self, id: MessageId, delivery: Option<Delivery>) -> bool {
         let Some(slot) = self.find_parked(id) else { return false };
         if let Some(delivery) = delivery {
+            let bytes = bytes_of(&delivery);
             slot.phase = Phase::Publish(Box::new(delivery));
+            self.bytes += bytes;
         } else {
             let packet_id = slot.packet_id;
             self.finish(packet_id);
@@ -240,6 +267,7 @@ impl Inflight {
     pub(super) fn drain(&mut self) -> impl Iterator<Item = Slot> + '_ {
         self.outstanding = 0;
         self.unsent = 0;
+        self.bytes = 0;
         self.slots.drain(..)
     }
 }

@@ -18,6 +18,8 @@ pub struct ServerLimits {
     pub inflight_max: u16,
     /// Topic Aliases, in each direction.
     pub topic_alias_maximum: u16,
+    /// Bytes of the Topic Names that have aliases, for one Network Connection and direction.
+    pub topic_alias_bytes_max: usize,
     /// Highest QoS a client may publish with.
     pub maximum_qos: Qos,
     /// Whether retained messages are supported.
@@ -30,6 +32,8 @@ pub struct ServerLimits {
     pub queue_messages_max: usize,
     /// Bytes in one Session's queue.
     pub queue_bytes_max: usize,
+    /// Bytes of messages that were sent to one client and that it has not acknowledged; one message may go beyond.
+    pub inflight_bytes_max: usize,
     /// Bytes waiting to be written to one client.
     pub outbound_bytes_max: usize,
 }
@@ -62,6 +66,10 @@ pub struct Link {
     pub(super) aliases_in: Vec<Option<Arc<str>>>,
     /// Aliases we gave.
     pub(super) aliases_out: HashMap<Box<str>, NonZeroU16, foldhash::fast::RandomState>,
+    /// Bytes of the topics in `aliases_in`, of those in `aliases_out`, and the most that each may come to.
+    pub(super) alias_bytes_in: usize,
+    pub(super) alias_bytes_out: usize,
+    pub(super) alias_bytes_max: usize,
 }
 
 impl Link {
@@ -92,6 +100,9 @@ impl Link {
             problem_information: connect.request_problem_information.unwrap_or(true),
             aliases_in: Vec::new(),
             aliases_out: HashMap::default(),
+            alias_bytes_in: 0,
+            alias_bytes_out: 0,
+            alias_bytes_max: server.topic_alias_bytes_max,
         }
     }
 

@@ -20,5 +20,5 @@ pub use outbound::{Delivered, Wish};
 pub use outbox::Outbox;
 pub use queue::{Parked, queued_bytes};
 pub use replay::Replay;
-pub use state::{Event, Fault, QueuePolicy, Session, WillMessage};
+pub use state::{Event, Fault, QueuePolicy, Session, WillMessage, subscription_bytes};
 pub use steps::{Kept, Step};

@@ -68,8 +68,7 @@ impl Session {
         if let Some((link, out)) = online
             && !self.queue.has_next()
             && !self.inflight.has_unsent()
-            && self.inflight.has_room()
-            && self.inflight.outstanding() < usize::from(link.limits.receive_maximum)
+            && self.inflight.takes_more(&link.limits, server)
         {
             if !link.fits(now_ms, incoming, wish) {
                 self.steps.done(None, wish.id);
@@ -148,6 +147,13 @@ impl Session {
         self.inflight.outstanding() < usize::from(link.limits.receive_maximum) && out.len() < server.outbound_bytes_max
     }
 
+    /// One that was not sent before may be sent.
+    fn takes_more(&self, link: &Link, server: &ServerLimits, out: &Outbox) -> bool {
+        !self.inflight.has_unsent()
+            && self.inflight.takes_more(&link.limits, server)
+            && out.len() < server.outbound_bytes_max
+    }
+
     /// What an earlier Network Connection did not finish. [MQTT-4.4.0-1]
     fn send_again(&mut self, link: &mut Link, now_ms: u64, server: &ServerLimits, out: &mut Outbox) {
         let mut frames = FrameCache::default();
@@ -180,7 +186,7 @@ impl Session {
 
     fn send_queued(&mut self, link: &mut Link, now_ms: u64, server: &ServerLimits, out: &mut Outbox) {
         let mut frames = FrameCache::default();
-        while !self.inflight.has_unsent() && self.inflight.has_room() && self.has_quota(link, server, out) {
+        while self.takes_more(link, server, out) {
             let Some(delivery) = self.queue.pop() else { return };
             let message = Arc::clone(&delivery.message);
             let ids = delivery.ids.clone();
@@ -207,7 +213,7 @@ impl Session {
         let Some(link) = &self.link else { return };
         let ready = !self.queue.has_next()
             && outbound < server.outbound_bytes_max
-            && self.inflight.outstanding() < usize::from(link.limits.receive_maximum);
+            && self.inflight.takes_more(&link.limits, server);
         self.availability.set(if ready { Available::Ready } else { Available::Busy });
     }
 }
@@ -305,8 +311,12 @@ impl Link {
         if used >= usize::from(self.limits.topic_alias_maximum) {
             return (topic, None);
         }
+        if self.alias_bytes_out + topic.len() > self.alias_bytes_max {
+            return (topic, None);
+        }
         let alias = u16::try_from(used + 1).ok().and_then(NonZeroU16::new);
         if let Some(alias) = alias {
+            self.alias_bytes_out += topic.len();
             self.aliases_out.insert(topic.into(), alias);
         }
         (topic, alias)

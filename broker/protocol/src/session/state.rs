@@ -79,6 +79,15 @@ pub enum QueuePolicy {
 }
 
 type Submitted = HashMap<u16, bool, foldhash::fast::RandomState>;
+/// Most that one level of a filter costs in the index, its name apart, in bytes: a node of the tree and its parent's table.
+const LEVEL_BYTES: usize = 320;
+
+/// Most that a subscription with this filter costs, in bytes: its text in the Session and in the index, and a node of
+/// the index for each level. Less if others subscribe to the same filter.
+pub fn subscription_bytes(filter: &Filter) -> usize {
+    let levels = filter.topic_filter().split('/').count();
+    2 * filter.as_str().len() + 2 * size_of::<(Filter, Subscription)>() + levels * LEVEL_BYTES
+}
 
 /// One client's state; survives its Network Connections for the Session Expiry Interval.
 #[derive(Debug)]
@@ -91,6 +100,8 @@ pub struct Session {
     pub will: Option<Box<WillMessage>>,
     /// In the order of their filters: most Sessions have one or two, and a hash table for these is four times as large.
     subscriptions: Vec<(Filter, Subscription)>,
+    /// What they cost here and in the index, see [`subscription_bytes`].
+    subscription_bytes: usize,
     /// When its queue is full.
     pub queue_policy: QueuePolicy,
     pub(super) inflight: Inflight,
@@ -117,6 +128,7 @@ impl Session {
             key,
             will: None,
             subscriptions: Vec::new(),
+            subscription_bytes: 0,
             queue_policy: QueuePolicy::default(),
             inflight: Inflight::default(),
             queue: Queue::default(),
@@ -175,6 +187,11 @@ impl Session {
         self.subscriptions.len()
     }
 
+    /// Bytes that its subscriptions cost, an upper estimate.
+    pub fn subscription_bytes(&self) -> usize {
+        self.subscription_bytes
+    }
+
     /// The subscription with this filter.
     pub fn subscription(&self, filter: &Filter) -> Option<&Subscription> {
         self.place_of(filter).ok().map(|at| &self.subscriptions[at].1)
@@ -186,6 +203,7 @@ impl Session {
             Ok(at) => Some(std::mem::replace(&mut self.subscriptions[at].1, subscription)),
             Err(at) => {
                 self.shares += usize::from(filter.share().is_some());
+                self.subscription_bytes += subscription_bytes(&filter);
                 if self.subscriptions.is_empty() {
                     self.subscriptions.reserve_exact(1);
                 }
@@ -200,6 +218,7 @@ impl Session {
         let Ok(at) = self.place_of(filter) else { return false };
         self.subscriptions.remove(at);
         self.advance_replay(filter, None);
+        self.subscription_bytes -= subscription_bytes(filter);
         self.shares -= usize::from(filter.share().is_some());
         true
     }
@@ -337,6 +356,13 @@ impl Session {
         if link.aliases_in.len() <= place {
             link.aliases_in.resize(place + 1, None);
         }
+        let old = link.aliases_in[place].as_ref().map_or(0, |old| old.len());
+        let bytes = link.alias_bytes_in - old + topic.len();
+        if bytes > link.alias_bytes_max {
+            // The client may count on an alias that it was allowed to set, so none can be forgotten instead.
+            return Err(fault(ReasonCode::QUOTA_EXCEEDED, "Topic Names with aliases above topic_alias_bytes_max"));
+        }
+        link.alias_bytes_in = bytes;
         link.aliases_in[place] = Some(topic.into());
         Ok(None)
     }
@@ -433,7 +459,7 @@ impl Session {
             }
             return Ok(());
         }
-        slot.phase = Phase::Release;
+        self.inflight.release(ack.packet_id);
         if qos.is_some() {
             self.steps.note(Step::Releasing { packet_id: ack.packet_id, id });
         }

@@ -18,6 +18,7 @@ use super::promises::Promises;
 use super::read::Inbox;
 use super::timers::Timer;
 use super::{POOL_BUFFER_BYTES_MAX, POOL_BUFFERS_MAX, Shard};
+use crate::memory::Pressure;
 use crate::stream::Stream;
 
 /// A connection as the acceptor hands it over.
@@ -130,6 +131,11 @@ impl Conn {
     }
 }
 
+/// Reasons for which a connection is on the list of those that are paused.
+const PAUSES: [Reason; 3] = [Reason::Congested, Reason::Store, Reason::Memory];
+/// Near the memory budget a publisher is read once in so many milliseconds.
+const SLOWED_MS: u64 = 20;
+
 impl Shard {
     pub(super) fn on_arrival(&mut self, arrival: Arrival) {
         let conn = Conn {
@@ -208,10 +214,11 @@ impl Shard {
         }
     }
 
-    /// Another shard or the store does not keep up: no more is read of this connection until it does.
+    /// Another shard or the store does not keep up, or memory is nearly used up: no more is read of this connection for
+    /// now, see [`Shard::end_pauses`].
     pub(super) fn pause(&mut self, id: usize, reason: Reason) {
         let Some(conn) = self.conns.get_mut(id) else { return };
-        if !conn.gate.is_closed_for(Reason::Congested) && !conn.gate.is_closed_for(Reason::Store) {
+        if !PAUSES.iter().any(|pause| conn.gate.is_closed_for(*pause)) {
             self.paused.push((id, conn.epoch));
         }
         conn.gate.close(reason);
@@ -223,17 +230,23 @@ impl Shard {
             return;
         }
         let (mailboxes, store) = (self.is_congested(), self.durable.is_congested());
+        let memory = self.pressure > Pressure::None && self.now_ms < self.slowed_until_ms;
+        if !memory {
+            self.slowed_until_ms = self.now_ms + SLOWED_MS;
+        }
         for (id, epoch) in std::mem::take(&mut self.paused) {
             if !self.is_current(id, epoch) {
                 continue;
             }
-            for (reason, is_congested) in [(Reason::Congested, mailboxes), (Reason::Store, store)] {
+            for (reason, is_congested) in
+                [(Reason::Congested, mailboxes), (Reason::Store, store), (Reason::Memory, memory)]
+            {
                 if !is_congested {
                     self.open_gate(id, reason);
                 }
             }
             let gate = &self.conns[id].gate;
-            if gate.is_closed_for(Reason::Congested) || gate.is_closed_for(Reason::Store) {
+            if PAUSES.iter().any(|pause| gate.is_closed_for(*pause)) {
                 self.paused.push((id, epoch));
             }
         }

@@ -18,6 +18,7 @@ use super::gate::Reason;
 use super::timers::Timer;
 use crate::config::Anonymous;
 use crate::mailbox::Mail;
+use crate::memory::Pressure;
 
 /// More than any CONNACK takes: properties of fixed size and at most two strings and one blob.
 const CONNACK_BYTES_MAX: usize = 256 * 1024;
@@ -176,6 +177,13 @@ impl Shard {
             let mut directory = shared.directory(&client_id);
             if let Some(key) = directory.get(&client_id) {
                 *key
+            } else if self.pressure == Pressure::Full
+                || shared.stats.sessions.load(Ordering::Relaxed) >= self.tunable.limits.sessions_max
+            {
+                drop(directory);
+                debug!(%client_id, "connection refused: limits.sessions_max or limits.memory_mib");
+                self.conns[id].state = State::Opening(opening);
+                return self.refuse(id, ReasonCode::QUOTA_EXCEEDED);
             } else {
                 let key = self.sessions.reserve();
                 directory.insert(Arc::clone(&client_id), key);

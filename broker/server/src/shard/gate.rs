@@ -24,6 +24,8 @@ pub(super) enum Reason {
     Congested = 1 << 6,
     /// The store does not keep up with what this client has stored.
     Store = 1 << 7,
+    /// The broker's memory is nearly used up, and this client publishes.
+    Memory = 1 << 8,
 }
 
 /// Reasons that leave even the packets alone that were read already: the first of them waits for an answer.
@@ -33,6 +35,7 @@ const FOR_LATER: u16 = Reason::Commit as u16
     | Reason::Outbox as u16
     | Reason::Congested as u16
     | Reason::Store as u16
+    | Reason::Memory as u16
     | Reason::Hook as u16;
 
 /// The reasons not to read one connection, and since when the client is silent.

@@ -55,6 +55,7 @@ use self::takeover::Takeover;
 use self::timers::Timers;
 use self::wills::WillUnderWay;
 use crate::mailbox::{Mail, Remote, Waiting};
+use crate::memory::{self, Pressure};
 use crate::shared::Shared;
 use crate::tunable::Tunable;
 
@@ -71,6 +72,9 @@ const POOL_BUFFER_BYTES_MAX: usize = 64 * 1024;
 const DRAINED_PER_TURN: usize = 1000;
 /// How long a congested shard waits before it looks again.
 const CONGESTION_PAUSE: Duration = Duration::from_millis(1);
+
+/// How often a shard looks whether there is memory again.
+const PRESSURE_PAUSE: Duration = Duration::from_millis(50);
 
 /// The epoll of a shard and what wakes it.
 pub(crate) fn poll() -> io::Result<(Poll, Arc<Waker>)> {
@@ -126,6 +130,10 @@ pub(crate) struct Shard {
     matches: Matches,
     tally: Tally,
     now_ms: u64,
+    /// How near the broker is to its memory budget.
+    pressure: Pressure,
+    /// When publishers that were slowed down for that are read again.
+    slowed_until_ms: u64,
     /// Plugins and revocations that the Sessions here know of.
     plugins_epoch: [u64; 3],
     /// A plugin decides what clients may do.
@@ -164,6 +172,7 @@ impl Shard {
         let waker = Arc::clone(shared.mailboxes[usize::from(index)].waker());
         let tunable_generation = shared.tunables.generation();
         let tunable = shared.tunables.current();
+        let routes = Routes::new(tunable.limits.route_cache_bytes_max);
         let mut shard = Self {
             index,
             limits: Arc::clone(&tunable.for_sessions),
@@ -174,7 +183,7 @@ impl Shard {
             conns: Slab::new(),
             conn_epoch: 0,
             sessions,
-            routes: Routes::default(),
+            routes,
             timers: Timers::default(),
             calls: Calls::new(waker),
             hooks: Hooks::default(),
@@ -191,6 +200,8 @@ impl Shard {
             matches: Matches::default(),
             tally: Tally::default(),
             now_ms: shared.now_ms(),
+            pressure: Pressure::None,
+            slowed_until_ms: 0,
             plugins_epoch: [u64::MAX; 3],
             has_acl: plugins.has_acl(),
             plugins,
@@ -226,6 +237,7 @@ impl Shard {
             }
             self.now_ms = self.shared.now_ms();
             self.look_for_settings();
+            self.look_at_memory();
             self.take_mail(&mut waiting);
             self.end_pauses();
             self.serve_sockets(&events);
@@ -249,6 +261,7 @@ impl Shard {
             self.tunable_generation = generation;
             self.tunable = self.shared.tunables.current();
             self.limits = Arc::clone(&self.tunable.for_sessions);
+            self.routes.limit(self.tunable.limits.route_cache_bytes_max);
         }
     }
 
@@ -289,7 +302,15 @@ impl Shard {
         }
         let timer = self.timers.next_ms().map(|at| Duration::from_millis(at.saturating_sub(self.now_ms)));
         let pause = (!self.paused.is_empty() || !self.takeovers.is_empty()).then_some(CONGESTION_PAUSE);
-        timer.into_iter().chain(pause).min()
+        let pressure = (self.pressure > Pressure::None).then_some(PRESSURE_PAUSE);
+        timer.into_iter().chain(pause).chain(pressure).min()
+    }
+
+    fn look_at_memory(&mut self) {
+        self.pressure = self.shared.memory.look(self.now_ms);
+        if self.pressure > Pressure::None {
+            memory::collect();
+        }
     }
 
     /// Another shard does not keep up with what this one sends.
@@ -378,6 +399,7 @@ impl Shard {
             (&stats.messages_dropped, tally.dropped),
             (&stats.bytes_received, tally.bytes_received),
             (&stats.bytes_sent, tally.bytes_sent),
+            (&stats.routes_built, self.routes.take_built()),
         ] {
             if value > 0 {
                 counter.fetch_add(value, Ordering::Relaxed);

@@ -12,9 +12,11 @@ use wasmqtt_protocol::router::{Group, Merged, MessageId, Target, pick};
 use wasmqtt_protocol::session::{Delivered, Delivery, Incoming, QueuePolicy, Step, Wish};
 
 use super::durable::Receipt;
-use super::routes::{Route, random};
+use super::gate::Reason;
+use super::routes::{Found, Route, random};
 use super::{Ending, Shard};
 use crate::mailbox::Remote;
+use crate::memory::Pressure;
 use crate::shared::is_too_deep;
 
 impl Shard {
@@ -32,9 +34,16 @@ impl Shard {
         if is_too_deep(incoming.topic) {
             return self.fault(id, ReasonCode::TOPIC_NAME_INVALID, "Topic Name with too many levels");
         }
-        let route = self.route(incoming.topic);
-        let Some(verdict) = self.may_publish(id, key, &incoming, route.id) else { return };
+        let found = self.find_route(incoming.topic);
+        let Some(verdict) = self.may_publish(id, key, &incoming, found.route.id) else { return };
+        let route = match verdict {
+            Verdict::Allow => self.routes.keep(incoming.topic, found),
+            Verdict::Deny(_) => found.route,
+        };
         self.tally.received += 1;
+        if self.pressure > Pressure::None {
+            self.pause(id, Reason::Memory);
+        }
         let mark = self.durable.mark();
         let reason = if incoming.topic.starts_with("$SYS/") {
             ReasonCode::NOT_AUTHORIZED
@@ -68,7 +77,8 @@ impl Shard {
         }
     }
 
-    /// The store would have to keep it and cannot, or a receiver that must not miss it has no room.
+    /// The store would have to keep it and cannot, memory would have to and is used up, or a receiver that must not miss
+    /// it has no room.
     fn must_refuse(&self, route: &Route, incoming: &Incoming<'_>) -> bool {
         if incoming.qos == Qos::AtMostOnce && !incoming.retain {
             return false;
@@ -76,6 +86,10 @@ impl Shard {
         let is_queued = incoming.qos != Qos::AtMostOnce;
         let is_kept = incoming.retain || (is_queued && !(route.stored.is_empty() && route.groups.is_empty()));
         if is_kept && self.durable.is_failing() {
+            return true;
+        }
+        let is_removal = incoming.retain && incoming.payload.is_empty();
+        if self.pressure == Pressure::Full && !is_removal && (incoming.retain || !route.is_empty()) {
             return true;
         }
         let targets = || route.local.iter().chain(route.remote.iter().flat_map(|(_, targets)| targets.iter()));
@@ -105,8 +119,14 @@ impl Shard {
     }
 
     #[inline]
+    fn find_route(&mut self, topic: &str) -> Found {
+        self.routes.find(topic, self.index, &self.shared, &mut self.matches, &*self.plugins)
+    }
+
+    /// The route of a message that nobody has to be asked about.
     pub(super) fn route(&mut self, topic: &str) -> Rc<Route> {
-        self.routes.get(topic, self.index, &self.shared, &mut self.matches, &*self.plugins)
+        let found = self.find_route(topic);
+        self.routes.keep(topic, found)
     }
 
     /// Keeps it, if it is retained, and hands it to all its subscribers; `false`: there are none.

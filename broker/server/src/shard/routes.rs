@@ -95,6 +95,11 @@ impl Routes {
         Self { young: Generation::default(), old: Generation::default(), bytes_max, built: 0, counted: 0 }
     }
 
+    /// Another bound; holds from the next route on.
+    pub(super) fn limit(&mut self, bytes_max: usize) {
+        self.bytes_max = bytes_max;
+    }
+
     /// Other plugins may want other topics.
     pub(super) fn forget(&mut self) {
         self.young = Generation::default();

@@ -12,10 +12,12 @@ use wasmqtt_protocol::codec::{
 };
 use wasmqtt_protocol::ports::EventKind;
 use wasmqtt_protocol::router::{SessionKey, Subscription};
+use wasmqtt_protocol::session::subscription_bytes;
 use wasmqtt_protocol::topic::Filter;
 
 use super::Shard;
 use super::promises::Subscribed;
+use crate::memory::Pressure;
 use crate::shared::is_too_deep;
 
 impl Shard {
@@ -58,7 +60,7 @@ impl Shard {
                 continue;
             }
             if !self.has_room_for(slot, &filter) {
-                debug!(client_id = %self.client_id(slot), %filter, "subscription refused: limits.subscriptions_max");
+                debug!(client_id = %self.client_id(slot), %filter, "subscription refused: subscriptions_max, subscription_bytes_max or memory_mib");
                 reasons.push(refusal(version, ReasonCode::QUOTA_EXCEEDED));
                 continue;
             }
@@ -93,9 +95,13 @@ impl Shard {
 
     /// One that replaces another always has.
     fn has_room_for(&self, slot: u32, filter: &Filter) -> bool {
+        let has_memory = self.pressure < Pressure::Full;
+        let limits = &self.tunable.limits;
         self.sessions.get(slot).is_some_and(|session| {
-            session.subscription_count() < self.tunable.limits.subscriptions_max
-                || session.subscription(filter).is_some()
+            let bytes = session.subscription_bytes() + subscription_bytes(filter);
+            let has_room =
+                session.subscription_count() < limits.subscriptions_max && bytes <= limits.subscription_bytes_max;
+            (has_room && has_memory) || session.subscription(filter).is_some()
         })
     }
 
