@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 use wasmqtt_protocol::ports::{Memory, NoPlugins};
 
 use self::common::store::Slow;
-use self::common::{Broker, CONNACK, PUBACK, PUBLISH, QUIET, SUBACK};
+use self::common::{Broker, CONNACK, Client, PUBACK, PUBLISH, QUIET, SUBACK, connect};
+
+const PUBREC: u8 = 0x50;
 
 #[test]
 fn promises_leave_after_the_commit() {
@@ -97,4 +99,139 @@ fn without_a_store_nothing_waits() {
     client.expect(SUBACK);
     client.publish("b", 1, true);
     client.expect(PUBACK);
+}
+
+fn keeper(broker: &Broker, store: &Slow, filter: &str) -> Client {
+    let mut keeper = broker.connect("keeper", false);
+    keeper.expect_silence();
+    store.commit_all();
+    keeper.expect(CONNACK);
+    keeper.subscribe(filter, 1);
+    keeper.expect_silence();
+    store.commit_all();
+    keeper.expect(SUBACK);
+    keeper
+}
+
+/// Only the answer that promises something waits: the connection goes on.
+#[test]
+fn a_client_that_waits_for_the_store_is_served() {
+    let store = Slow::default();
+    let broker = Broker::start(Arc::new(NoPlugins), Arc::new(store.clone()));
+    let mut keeper = keeper(&broker, &store, "a");
+    let mut publisher = broker.connect_alive("publisher", 1);
+    publisher.publish("a", 1, false);
+    keeper.expect(PUBLISH);
+    // Twice its Keep Alive.
+    for _ in 0..6 {
+        publisher.ping();
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    publisher.subscribe("b", 0);
+    keeper.publish("b", 0, false);
+    publisher.expect(PUBLISH);
+    publisher.ping();
+    store.commit_all();
+    publisher.expect(PUBACK);
+    publisher.expect(SUBACK);
+}
+
+/// What nobody is promised makes nobody wait: a lasting client leaves, a retained message with QoS 0.
+#[test]
+fn a_change_that_nobody_waits_for_holds_up_no_other_client() {
+    let store = Slow::default();
+    let broker = Broker::start(Arc::new(NoPlugins), Arc::new(store.clone()));
+    let mut keeper = keeper(&broker, &store, "a");
+    let mut retainer = broker.connect("retainer", true);
+    retainer.expect(CONNACK);
+    store.take();
+    retainer.publish("r", 0, true);
+    keeper.send(0xe0, &[]);
+    store_settles(&store, &["retained r", "closed keeper 604800"]);
+    let mut publisher = broker.connect("publisher", true);
+    publisher.expect(CONNACK);
+    publisher.publish("nobody", 1, false);
+    publisher.expect(PUBACK);
+}
+
+/// What cannot be kept is refused where the protocol can say so, and not acknowledged where it cannot.
+#[test]
+fn what_cannot_be_kept_is_refused() {
+    let store = Slow::default();
+    let broker = Broker::start(Arc::new(NoPlugins), Arc::new(store.clone()));
+    let _keeper = keeper(&broker, &store, "a");
+    let (mut old, mut new) = (broker.connect("old", true), broker.open());
+    old.expect(CONNACK);
+    new.write(&connect(5, 2, 0, &["new"]));
+    new.expect(CONNACK);
+    for qos in 1..=2 {
+        old.publish("a", qos, false);
+        // The same with no properties.
+        new.write(&[PUBLISH | qos << 1, 7, 0, 1, b'a', 0, 7, 0, b'x']);
+        old.expect_silence();
+        new.expect_silence();
+        store.fail_all();
+        let answer = new.expect(if qos == 1 { PUBACK } else { PUBREC });
+        assert_eq!(answer[..3], [0, 7, 0x97], "Quota exceeded");
+        old.ping();
+        new.ping();
+    }
+    // The Packet Identifier of the QoS 2 message is free: the same again is a message.
+    new.write(&[PUBLISH | 4, 7, 0, 1, b'a', 0, 7, 0, b'x']);
+    new.expect_silence();
+    store.commit_all();
+    assert_eq!(new.expect(PUBREC), [0, 7]);
+}
+
+#[test]
+fn a_session_that_cannot_be_kept_is_refused() {
+    let store = Slow::default();
+    let broker = Broker::start(Arc::new(NoPlugins), Arc::new(store.clone()));
+    let mut client = broker.open();
+    // Session Expiry Interval 100.
+    client.write(&[0x10, 19, 0, 4, b'M', b'Q', b'T', b'T', 5, 0, 0, 0, 5, 17, 0, 0, 0, 100, 0, 1, b'c']);
+    client.expect_silence();
+    store.fail_all();
+    assert_eq!(client.expect(CONNACK)[..2], [0, 0x97], "no Session Present, Quota exceeded");
+    assert!(client.is_closed());
+    // It does not know of a Session: there must be none. [MQTT-3.2.2-4]
+    let mut again = broker.connect("c", false);
+    again.expect_silence();
+    store.commit_all();
+    assert_eq!(again.expect(CONNACK), [0, 0]);
+    again.subscribe("a", 1);
+    again.expect_silence();
+    store.fail_all();
+    assert_eq!(again.expect(SUBACK), [0, 1, 0x80]);
+    again.publish("a", 0, false);
+    again.ping();
+}
+
+/// Clients that have nothing stored are served while the store is behind; others are not read.
+#[test]
+fn a_store_that_does_not_keep_up_holds_those_who_write() {
+    let store = Slow::default();
+    let broker = Broker::start(Arc::new(NoPlugins), Arc::new(store.clone()));
+    let _keeper = keeper(&broker, &store, "a");
+    let mut subscriber = broker.connect("subscriber", true);
+    subscriber.expect(CONNACK);
+    subscriber.subscribe("b", 0);
+    subscriber.expect(SUBACK);
+    store.0.lock().unwrap().is_congested = true;
+    let mut writer = broker.connect("writer", true);
+    writer.expect(CONNACK);
+    writer.publish("a", 1, false);
+    writer.expect_silence();
+    writer.publish("b", 0, false);
+    let mut free = broker.connect("free", true);
+    free.expect(CONNACK);
+    free.publish("b", 0, false);
+    subscriber.expect(PUBLISH);
+    subscriber.expect_silence();
+    store.commit_all();
+    writer.expect(PUBACK);
+    subscriber.expect_silence();
+    store.0.lock().unwrap().is_congested = false;
+    subscriber.expect(PUBLISH);
+    writer.ping();
 }
