@@ -217,7 +217,7 @@ fn a_store_that_does_not_keep_up_holds_those_who_write() {
     subscriber.expect(CONNACK);
     subscriber.subscribe("b", 0);
     subscriber.expect(SUBACK);
-    store.0.lock().unwrap().is_congested = true;
+    store.congest(true);
     let mut writer = broker.connect("writer", true);
     writer.expect(CONNACK);
     writer.publish("a", 1, false);
@@ -231,7 +231,7 @@ fn a_store_that_does_not_keep_up_holds_those_who_write() {
     store.commit_all();
     writer.expect(PUBACK);
     subscriber.expect_silence();
-    store.0.lock().unwrap().is_congested = false;
+    store.congest(false);
     subscriber.expect(PUBLISH);
     writer.ping();
 }

@@ -81,7 +81,7 @@ pub(crate) struct Conn {
     /// Writing failed: nothing more goes out, and what the client has sent is read to its end.
     is_broken: bool,
     /// Another connection takes its Session over: so many bytes are still read of it. `None`: none does.
-    pub(super) last_bytes: Option<usize>,
+    pub(super) last_bytes: Option<u32>,
     /// Messages of its Session that wait for storage hooks.
     pub(super) submitted: u32,
     /// The route it may publish to without another look, and until when; here, where each packet comes by anyway.
@@ -113,7 +113,7 @@ impl Conn {
 
     /// So many bytes came; `true`: no more is read, since another connection waits for the Session.
     pub(super) fn count_last_bytes(&mut self, count: usize) -> bool {
-        self.last_bytes = self.last_bytes.map(|left| left.saturating_sub(count));
+        self.last_bytes = self.last_bytes.map(|left| left.saturating_sub(count as u32));
         self.last_bytes == Some(0)
     }
 

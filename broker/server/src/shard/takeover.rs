@@ -13,7 +13,7 @@ use super::gate::Reason;
 use super::{Ending, Shard};
 
 /// How much is read of a connection that loses its Session, and for how long, if it goes on sending or waits for plugins.
-const LAST_BYTES_MAX: usize = 16 << 20;
+const LAST_BYTES_MAX: u32 = 16 << 20;
 const LAST_MS_MAX: u64 = 2000;
 
 const TAKEN_OVER: Ending = Ending::Server(ReasonCode::SESSION_TAKEN_OVER, "another connection took the Session over");

@@ -13,6 +13,8 @@ struct Log {
     batch: Ticket,
     is_open: bool,
     committed: Ticket,
+    failed: Vec<Ticket>,
+    is_congested: bool,
     names: u64,
     wake: Option<Box<dyn Fn() + Send + Sync>>,
 }
@@ -35,6 +37,20 @@ impl Slow {
         if let Some(wake) = &log.wake {
             wake();
         }
+    }
+
+    /// Nothing of what waits can be written.
+    pub(crate) fn fail_all(&self) {
+        {
+            let mut log = self.0.lock().unwrap();
+            let failed = log.committed + 1..=log.batch;
+            log.failed.extend(failed);
+        }
+        self.commit_all();
+    }
+
+    pub(crate) fn congest(&self, is_congested: bool) {
+        self.0.lock().unwrap().is_congested = is_congested;
     }
 
     fn next(&self) -> NonZeroU64 {
@@ -104,7 +120,11 @@ impl ShardStore for Slow {
     }
 
     fn is_congested(&self) -> bool {
-        false
+        self.0.lock().unwrap().is_congested
+    }
+
+    fn take_failed(&mut self) -> Vec<Ticket> {
+        std::mem::take(&mut self.0.lock().unwrap().failed)
     }
 
     fn new_session(&mut self) -> SessionId {
