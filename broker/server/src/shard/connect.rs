@@ -271,14 +271,14 @@ impl Shard {
     }
 
     /// Opens a connection with a Session that nobody finds and that ends with it.
-    pub(super) fn open_apart(&mut self, id: usize, mut opening: Box<Opening>, grant: &Grant) {
+    pub(super) fn open_apart(&mut self, id: usize, mut opening: Opening, grant: &Grant) {
         // Another connection came within the Will Delay. [MQTT-3.1.3-9]
         opening.will.take_if(|will| will.delay.min(opening.link.limits.session_expiry) > 0);
         opening.link.limits.session_expiry = 0;
         let key = self.sessions.reserve();
         self.sessions.put(Session::new(Arc::clone(&opening.request.client_id), key));
         self.shared.stats.sessions.fetch_add(1, Ordering::Relaxed);
-        self.open(id, *opening, grant, key, false);
+        self.open(id, opening, grant, key, false);
     }
 
     fn open(&mut self, id: usize, opening: Opening, grant: &Grant, key: SessionKey, present: bool) {

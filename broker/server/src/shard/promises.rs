@@ -50,6 +50,7 @@ pub(super) struct Subscribed {
 
 /// Those of one connection, oldest first.
 #[derive(Default)]
+#[allow(clippy::box_collection, reason = "a word instead of four in each connection, most of which have none")]
 pub(super) struct Promises(Option<Box<VecDeque<Promise>>>);
 
 impl Promises {

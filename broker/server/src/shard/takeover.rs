@@ -31,7 +31,7 @@ impl Shard {
     pub(super) fn take_over(&mut self, id: usize, old: usize, opening: Box<Opening>, grant: Grant) {
         if self.conns[old].number > self.conns[id].number {
             // What this one has sent comes late, and counts as if it had come in time.
-            self.open_apart(id, opening, &grant);
+            self.open_apart(id, *opening, &grant);
             return self.read_to_end(id, None);
         }
         let conn = &mut self.conns[id];
