@@ -137,6 +137,8 @@ pub struct Will {
 #[derive(Debug, Clone)]
 pub struct Options {
     pub version: Version,
+    /// As mosquitto says it: the highest bit of the Protocol Level.
+    pub bridge: bool,
     pub client_id: String,
     pub clean: bool,
     pub keep_alive: u16,
@@ -158,6 +160,7 @@ impl Options {
     pub fn new(version: Version, client_id: &str) -> Self {
         Self {
             version,
+            bridge: false,
             client_id: client_id.into(),
             clean: true,
             keep_alive: 60,
@@ -179,6 +182,12 @@ impl Options {
     #[must_use]
     pub fn resume(self) -> Self {
         Self { clean: false, session_expiry: Some(3600), ..self }
+    }
+
+    /// With this User Name, and a password nobody looks at.
+    #[must_use]
+    pub fn named(self, username: &str) -> Self {
+        Self { username: Some(username.into()), password: Some(b"secret".into()), ..self }
     }
 
     /// 5.0 only.
@@ -214,6 +223,7 @@ impl Options {
         let block = self.will.as_ref().map(|will| will.message.block()).unwrap_or_default();
         let connect = Connect {
             version: self.version,
+            bridge: self.bridge,
             clean_start: self.clean,
             keep_alive: self.keep_alive,
             client_id: &self.client_id,

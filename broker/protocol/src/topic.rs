@@ -60,6 +60,9 @@ pub enum FilterError {
     /// Share Name empty, with a wildcard, or not followed by a filter. [MQTT-4.8.2-1] [MQTT-4.8.2-2]
     #[error("share name is not valid")]
     ShareName,
+    /// `$share` and nothing else: well formed, but more likely something got lost.
+    #[error("share name is missing")]
+    Unnamed,
 }
 
 impl Filter {
@@ -68,12 +71,16 @@ impl Filter {
     /// # Errors
     /// A [`FilterError`] that names the rule it breaks. MQTT 5.0 §4.7.1, §4.7.3, §4.8.2.
     pub fn parse(text: &str) -> Result<Self, FilterError> {
-        if text.len() > TOPIC_BYTES_MAX {
-            return Err(FilterError::TooLong);
-        }
-        let filter_at = filter_start(text)?;
-        check_filter(&text[filter_at..])?;
+        let filter_at = checked(text)?;
         Ok(Self { text: text.into(), filter_at: filter_at as u32 })
+    }
+
+    /// The same without a copy.
+    ///
+    /// # Errors
+    /// As [`Filter::parse`].
+    pub fn check(text: &str) -> Result<(), FilterError> {
+        checked(text).map(|_| ())
     }
 
     /// The Share Name, if this is a Shared Subscription.
@@ -117,11 +124,21 @@ impl fmt::Display for Filter {
 
 const SHARE: &str = "$share/";
 
+/// Where the filter behind the Share Name begins in a valid text.
+fn checked(text: &str) -> Result<usize, FilterError> {
+    if text.len() > TOPIC_BYTES_MAX {
+        return Err(FilterError::TooLong);
+    }
+    let filter_at = filter_start(text)?;
+    check_filter(&text[filter_at..])?;
+    Ok(filter_at)
+}
+
 /// 0 if `text` is not shared; otherwise the place behind the slash that ends the Share Name.
 fn filter_start(text: &str) -> Result<usize, FilterError> {
     // `$share` alone would be a plain filter, if an odd one; more likely something got lost.
     let Some(rest) = text.strip_prefix(SHARE) else {
-        return if text == "$share" { Err(FilterError::ShareName) } else { Ok(0) };
+        return if text == "$share" { Err(FilterError::Unnamed) } else { Ok(0) };
     };
     let (name, filter) = rest.split_once('/').ok_or(FilterError::ShareName)?;
     if name.is_empty() || has_wildcard_or_nul(name.as_bytes()) || filter.is_empty() {
@@ -332,7 +349,8 @@ mod tests {
     /// MQTT 5.0 §4.8.2 [MQTT-4.8.2-1] [MQTT-4.8.2-2].
     #[test]
     fn share_name_has_a_character_and_no_wildcard_and_a_filter_follows() {
-        let wrong = ["$share", "$share/", "$share/a", "$share/a/", "$share//a", "$share/+/a", "$share/a#/b"];
+        check_refused(&["$share"], FilterError::Unnamed);
+        let wrong = ["$share/", "$share/a", "$share/a/", "$share//a", "$share/+/a", "$share/a#/b"];
         check_refused(&wrong, FilterError::ShareName);
         check_refused(&["$share/a/b#"], FilterError::MultiLevel);
     }

@@ -6,6 +6,7 @@ use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
 use wasmqtt_protocol::codec::*;
+use wasmqtt_protocol::topic::Filter;
 
 /// What packets borrow from. Each of them takes the parts it has room for.
 #[derive(Debug)]
@@ -100,6 +101,12 @@ impl Parts {
         Qos::from_bits((self.pick % 3) as u8).expect("below 3")
     }
 
+    /// Others are malformed packets; one at least.
+    fn valid_filters(&self) -> impl Iterator<Item = (&str, u8)> {
+        let valid = |filter| if Filter::check(filter).is_ok() { filter } else { "a/+/#" };
+        self.filters.iter().map(move |(filter, bits)| (valid(filter), *bits))
+    }
+
     fn reason(&self, of: &[u8]) -> ReasonCode {
         ReasonCode(of[self.pick % of.len()])
     }
@@ -128,6 +135,7 @@ fn connect<'a>(version: Version, of: &'a Parts, users: UserProperties<'a>) -> Pa
     });
     Packet::Connect(Box::new(Connect {
         version,
+        bridge: of.is(4) && !v5,
         clean_start: of.is(1),
         keep_alive: of.packet_id.get(),
         client_id: of.text(2).unwrap_or_default(),
@@ -219,7 +227,7 @@ fn subscribe<'a>(version: Version, of: &'a Parts, users: UserProperties<'a>) -> 
         packet_id: of.packet_id,
         subscription_id: of.numbers[0].and_then(|id| NonZeroU32::new(id >> 4)).filter(|_| v5),
         user_properties: users,
-        filters: of.filters.iter().map(|(filter, bits)| (&filter[..], options(*bits))).collect(),
+        filters: of.valid_filters().map(|(filter, bits)| (filter, options(bits))).collect(),
     })
 }
 
@@ -263,7 +271,7 @@ fn packets<'a>(version: Version, of: &'a Parts, users: UserProperties<'a>) -> Ve
         Packet::Unsubscribe(Unsubscribe {
             packet_id: of.packet_id,
             user_properties: users,
-            filters: of.filters.iter().map(|(filter, _)| &filter[..]).collect(),
+            filters: of.valid_filters().map(|(filter, _)| filter).collect(),
         }),
         Packet::Unsuback(unsuback),
         Packet::Pingreq,

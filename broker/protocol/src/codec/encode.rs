@@ -145,11 +145,12 @@ fn put_connect(connect: &Connect<'_>, out: &mut Vec<u8>) {
     let version = connect.version;
     put_packet(0x10, out, |out| {
         put_text(if version == Version::V31 { "MQIsdp" } else { "MQTT" }, out);
-        out.push(match version {
+        let level = match version {
             Version::V31 => 3,
             Version::V311 => 4,
             Version::V5 => 5,
-        });
+        };
+        out.push(level | u8::from(connect.bridge) << 7);
         out.push(connect_flags(connect));
         out.extend_from_slice(&connect.keep_alive.to_be_bytes());
         put_properties(version, out, |out| {

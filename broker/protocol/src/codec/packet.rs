@@ -82,6 +82,9 @@ pub enum Packet<'a> {
 pub struct Connect<'a> {
     /// Version the client speaks.
     pub version: Version,
+    /// The client is a bridge to another broker, and says so in the highest bit of the Protocol Level, which is no part
+    /// of the standard: its own messages must not come back to it, and RETAIN is forwarded as it was published. 3.x.
+    pub bridge: bool,
     /// 3.1.1: Clean Session.
     pub clean_start: bool,
     /// Seconds; 0 switches Keep Alive off.
@@ -118,6 +121,7 @@ impl fmt::Debug for Connect<'_> {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         out.debug_struct("Connect")
             .field("version", &self.version)
+            .field("bridge", &self.bridge)
             .field("clean_start", &self.clean_start)
             .field("keep_alive", &self.keep_alive)
             .field("client_id", &self.client_id)

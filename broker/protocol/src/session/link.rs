@@ -24,7 +24,7 @@ pub struct ServerLimits {
     pub maximum_qos: Qos,
     /// Whether retained messages are supported.
     pub retain_available: bool,
-    /// Seconds; 0: as the client asks.
+    /// Seconds; 0: as the client asks. 3.x clients are not told.
     pub keep_alive_max: u16,
     /// Seconds.
     pub session_expiry_max: u32,
@@ -60,6 +60,8 @@ pub struct Link {
     pub version: Version,
     /// The agreed numbers.
     pub limits: LinkLimits,
+    /// The client is a bridge that says so in its Protocol Level: what it published does not come back to it.
+    pub bridge: bool,
     /// Reason Strings and User Properties may be sent on any packet. [MQTT-3.1.2-29]
     pub problem_information: bool,
     /// Topics the client gave aliases to; index is alias - 1.
@@ -90,12 +92,14 @@ impl Link {
             receive_maximum: connect.receive_maximum.map_or(server.inflight_max, NonZeroU16::get),
             packet_bytes_max: connect.maximum_packet_size.map_or(u32::MAX, NonZeroU32::get),
             topic_alias_maximum: connect.topic_alias_maximum.unwrap_or(0).min(server.topic_alias_maximum),
-            // 3.x has no Server Keep Alive: the client keeps the time it asked for.
-            keep_alive: if connect.version == Version::V5 { keep_alive } else { connect.keep_alive },
+            // 3.x has no Server Keep Alive, so the client goes by the time it asked for; the server may end a connection
+            // that is silent for longer than it likes at any time. MQTT 3.1.1 §3.1.2.10
+            keep_alive,
             session_expiry,
         };
         Self {
             version: connect.version,
+            bridge: connect.bridge,
             limits,
             problem_information: connect.request_problem_information.unwrap_or(true),
             aliases_in: Vec::new(),

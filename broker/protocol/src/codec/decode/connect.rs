@@ -43,38 +43,46 @@ const CONNACK_RETURN_CODES: &[u8] = &[0, 1, 2, 3, 4, 5];
 /// In which version to answer a CONNECT that [`super::decode`] refused; `None` if it is not MQTT at all, or not even
 /// its version can be read: close without an answer.
 ///
-/// A Protocol Level we do not know is answered in the nearest version that we do. [MQTT-3.1.2-1] [MQTT-3.1.2-2]
+/// A Protocol Level we do not know is answered in the nearest version that we do; one with the highest bit set is that
+/// of a bridge, which falls back to 3.1.1 without that bit when it reads return code 1. [MQTT-3.1.2-1] [MQTT-3.1.2-2]
 pub fn answer_version(packet: &[u8]) -> Option<Version> {
     let header_len = frame(packet, &Limits { packet_bytes_max: u32::MAX }).ok()??.header_len;
     if packet[0] != 0x10 {
         return None;
     }
     match version(&mut Reader::new(&packet[header_len..])) {
-        Ok(version) => Some(version),
-        Err(DecodeError::UnsupportedVersion { level: 5.. }) => Some(Version::V5),
+        Ok((version, _)) => Some(version),
+        Err(DecodeError::UnsupportedVersion { level: 5..BRIDGE }) => Some(Version::V5),
         Err(DecodeError::UnsupportedVersion { .. }) => Some(Version::V311),
         Err(_) => None,
     }
 }
 
-fn version(body: &mut Reader<'_>) -> Result<Version, DecodeError> {
+/// Set in the Protocol Level by bridges of mosquitto and others.
+const BRIDGE: u8 = 0x80;
+
+/// The version, and whether the client is a bridge.
+fn version(body: &mut Reader<'_>) -> Result<(Version, bool), DecodeError> {
     let name = body.binary()?;
     if name != b"MQTT" && name != b"MQIsdp" {
         return Err(DecodeError::Malformed("protocol name"));
     }
-    match (name, body.u8()?) {
-        (b"MQIsdp", 3) => Ok(Version::V31),
-        (b"MQTT", 4) => Ok(Version::V311),
-        (b"MQTT", 5) => Ok(Version::V5),
-        (_, level) => Err(DecodeError::UnsupportedVersion { level }),
+    let level = body.u8()?;
+    let bridge = level & BRIDGE != 0;
+    match (name, level & !BRIDGE) {
+        (b"MQIsdp", 3) => Ok((Version::V31, bridge)),
+        (b"MQTT", 4) => Ok((Version::V311, bridge)),
+        (b"MQTT", 5) if !bridge => Ok((Version::V5, false)),
+        _ => Err(DecodeError::UnsupportedVersion { level }),
     }
 }
 
 pub(super) fn connect<'a>(body: &mut Reader<'a>) -> Result<Connect<'a>, DecodeError> {
-    let version = version(body)?;
+    let (version, bridge) = version(body)?;
     let flags = Flags::read(version, body.u8()?)?;
     let mut connect = Connect {
         version,
+        bridge,
         clean_start: flags.has(Flags::CLEAN_START),
         keep_alive: body.u16()?,
         client_id: "",

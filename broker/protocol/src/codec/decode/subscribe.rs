@@ -7,6 +7,7 @@ use crate::codec::{
     DecodeError, Qos, ReasonCode, RetainHandling, Suback, Subscribe, SubscribeOptions, Unsubscribe, UserProperties,
     Version,
 };
+use crate::topic::{Filter, FilterError};
 
 const SUBACK_REASONS: &[u8] = &[0x00, 0x01, 0x02, 0x80, 0x83, 0x87, 0x8F, 0x91, 0x97, 0x9E, 0xA1, 0xA2];
 const SUBACK_REASONS_3X: &[u8] = &[0x00, 0x01, 0x02, 0x80];
@@ -27,13 +28,25 @@ pub(super) fn subscribe<'a>(version: Version, body: &mut Reader<'a>) -> Result<S
     }
     let mut filters = Vec::new();
     while !body.is_empty() {
-        filters.push((body.text()?, options(version, body.u8()?)?));
+        filters.push((filter(body)?, options(version, body.u8()?)?));
     }
     if filters.is_empty() {
         return Err(DecodeError::Protocol("no topic filter"));
     }
     let user_properties = UserProperties::from_raw(properties.raw);
     Ok(Subscribe { packet_id, subscription_id, user_properties, filters })
+}
+
+/// One that breaks the rules of Topic Filters is no answer's business: the packet is malformed. [MQTT-4.7.1-1]
+/// [MQTT-4.7.1-2] [MQTT-4.7.3-1] [MQTT-4.8.2-1] [MQTT-4.8.2-2] [MQTT-4.13.1-1] ([MQTT-4.7.1-2] [MQTT-4.7.1-3]
+/// [MQTT-4.7.3-1] [MQTT-4.8.0-1] in 3.1.1)
+fn filter<'a>(body: &mut Reader<'a>) -> Result<&'a str, DecodeError> {
+    let text = body.text()?;
+    match Filter::check(text) {
+        // `$share` alone is a filter, only none that we take.
+        Ok(()) | Err(FilterError::Unnamed) => Ok(text),
+        Err(_) => Err(DecodeError::Malformed("topic filter is not valid")),
+    }
 }
 
 /// [MQTT-3.8.3-5] ([MQTT-3-8.3-4] in 3.1.1)
@@ -86,7 +99,7 @@ pub(super) fn unsubscribe<'a>(version: Version, body: &mut Reader<'a>) -> Result
     while properties.next()?.is_some() {}
     let mut filters = Vec::new();
     while !body.is_empty() {
-        filters.push(body.text()?);
+        filters.push(filter(body)?);
     }
     if filters.is_empty() {
         return Err(DecodeError::Protocol("no topic filter"));

@@ -247,9 +247,9 @@ fn other_protocols_and_levels_are_refused_and_answered_in_the_nearest_version() 
         ("MQTT", 0, Some(V311)),
         ("MQTT", 3, Some(V311)),
         ("MQTT", 6, Some(V5)),
-        ("MQTT", 0x84, Some(V5)),
+        ("MQTT", 0x83, Some(V311)),
         ("MQIsdp", 4, Some(V311)),
-        ("MQIsdp", 0x83, Some(V5)),
+        ("MQIsdp", 0x84, Some(V311)),
     ] {
         let body = [&text(name.as_bytes())[..], &[level], rest].concat();
         check_refused(ALL, 0x10, &body, ReasonCode::UNSUPPORTED_PROTOCOL_VERSION);
@@ -369,6 +369,54 @@ fn subscribe_has_filters_and_options_that_exist() {
         check_refused(&[V5], 0x82, &[0, 1, 0, 0, 1, b'a', options], code);
     }
     check_same(&[V5], 0x82, &[0, 1, 0, 0, 1, b'a', 0x2E]);
+}
+
+/// §4.7.1 [MQTT-4.7.1-1] [MQTT-4.7.1-2], §4.7.3 [MQTT-4.7.3-1], §4.8.2 [MQTT-4.8.2-1] [MQTT-4.8.2-2], §4.13
+/// [MQTT-4.13.1-1]; [MQTT-4.7.1-2] [MQTT-4.7.1-3] [MQTT-4.7.3-1] [MQTT-4.8.0-1] in 3.1.1.
+#[test]
+fn filters_that_are_none_are_malformed() {
+    let check = |filter: &str, is_taken: bool| {
+        for &version in ALL {
+            let no_properties: &[u8] = if version == V5 { &[0] } else { &[] };
+            let body = [&[0, 1], no_properties, &text(b"fine"), &[0], &text(filter.as_bytes())].concat();
+            let names = [&[0, 1], no_properties, &text(b"fine"), &text(filter.as_bytes())].concat();
+            for (first, body) in [(0x82, [&body[..], &[0]].concat()), (0xA2, names)] {
+                let decoded = decode(version, &packet(first, &body)).map(|_| ());
+                let expected = if is_taken { Ok(()) } else { Err(MALFORMED) };
+                assert_eq!(decoded.map_err(|error| error.reason_code()), expected, "{filter:?} {version:?}");
+            }
+        }
+    };
+    for filter in ["", "a#", "a/#/b", "#/", "+a", "a+/b", "a/b+", "$share/", "$share/g", "$share/g/", "$share//a"] {
+        check(filter, false);
+    }
+    for filter in ["$share/g+/a", "$share/#/a", "$share/g/a#", "$share/g/+a"] {
+        check(filter, false);
+    }
+    // `$share` alone is well formed, and answered.
+    for filter in ["#", "+", "/", "a/+/#", "$share/g/#", "$share/g//", "$share", "$shared/a"] {
+        check(filter, true);
+    }
+}
+
+/// The highest bit of the Protocol Level is that of a bridge; unknown levels with it are answered as 3.1.1, where
+/// mosquitto's bridges read return code 1 and come again without it.
+#[test]
+fn a_bridge_says_so_in_its_protocol_level() {
+    for (version, name, level) in [(V31, &b"MQIsdp"[..], 0x83), (V311, b"MQTT", 0x84)] {
+        for (level, bridge) in [(level, true), (level & 0x7F, false)] {
+            let body = [&text(name)[..], &[level, 2, 0, 60], &text(b"id")].concat();
+            let packet = packet(0x10, &body);
+            let Ok(Packet::Connect(connect)) = decode(V5, &packet) else { panic!("{level:02X} is refused") };
+            assert_eq!((connect.version, connect.bridge), (version, bridge));
+            assert_eq!(answer_version(&packet), Some(version));
+        }
+    }
+    for (level, answer) in [(0x85, V311), (0xFF, V311), (0x80, V311), (6, V5), (0x7F, V5), (0, V311)] {
+        let packet = packet(0x10, &[&text(b"MQTT")[..], &[level, 2, 0, 60, 0], &text(b"id")].concat());
+        assert!(matches!(decode(V5, &packet), Err(DecodeError::UnsupportedVersion { .. })), "{level:02X}");
+        assert_eq!(answer_version(&packet), Some(answer), "{level:02X}");
+    }
 }
 
 /// MQTT 3.1 §2.1: DUP also marks PUBREL, SUBSCRIBE and UNSUBSCRIBE that are sent again.
