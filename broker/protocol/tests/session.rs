@@ -9,11 +9,12 @@ use wasmqtt_protocol::codec::{
     Ack, Auth, Connect, Disconnect, Limits, Packet, PacketId, Publish, PublishProperties, Qos, ReasonCode,
     UserProperties, Version, decode, encode, frame,
 };
-use wasmqtt_protocol::router::{Message, MessageId, SessionId, SessionKey};
+use wasmqtt_protocol::router::{Message, MessageId, SessionId, SessionKey, Subscription};
 use wasmqtt_protocol::session::{
     Delivered, Event, Fault, FrameCache, Incoming, Kept, Link, Outbox, Parked, QueuePolicy, ServerLimits, Session,
     Step, Wish,
 };
+use wasmqtt_protocol::topic::Filter;
 
 const VERSIONS: [Version; 3] = [Version::V31, Version::V311, Version::V5];
 
@@ -38,6 +39,7 @@ fn limits() -> ServerLimits {
 fn connect(version: Version) -> Connect<'static> {
     Connect {
         version,
+        bridge: false,
         clean_start: false,
         keep_alive: 10,
         client_id: "c",
@@ -576,4 +578,42 @@ fn sealed_messages_make_room_for_new_ones() {
     assert_eq!(pair.session.drop_expired(5000, &mut 10), 1);
     assert_eq!(pair.session.take_steps(), [done(id(2))]);
     assert_eq!(pair.session.queued(), 1);
+}
+
+/// Nothing leaves before permissions are known; then what was sent before is completed, and of what waits only what a
+/// subscription that is left matches. MQTT 5.0 §3.10.4 [MQTT-3.10.4-3], [MQTT-4.4.0-1]
+#[test]
+fn a_held_session_sends_what_its_subscriptions_still_match() {
+    for extra in [0, 100] {
+        let mut pair = Pair::new(&connect(Version::V5));
+        let (key, name) = (pair.session.key, SessionId::new(1).expect("not zero"));
+        pair.session = Session::restored("c".into(), key, name, 500, Vec::new(), Vec::new(), Vec::new());
+        let subscribe = |session: &mut Session, filter: &str| {
+            session.subscribe(Filter::parse(filter).expect("valid"), Subscription::default());
+        };
+        subscribe(&mut pair.session, "a/+");
+        // More than are compared one by one.
+        (0..extra).for_each(|n| subscribe(&mut pair.session, &format!("x/{n}")));
+        pair.connect(&connect(Version::V5));
+        assert_eq!(pair.deliver("b/sent", b"0", Qos::AtLeastOnce), Delivered::Sent);
+        pair.seen();
+        pair.session.disconnected();
+        for (topic, payload) in [("b/1", b"1"), ("a/2", b"2"), ("b/3", b"3"), ("x/7", b"4")] {
+            pair.deliver(topic, payload, Qos::AtLeastOnce);
+        }
+        let link = Link::negotiate(&connect(Version::V5), &pair.limits);
+        pair.session.connected_held(link);
+        assert_eq!(pair.deliver("a/5", b"5", Qos::AtLeastOnce), Delivered::Queued);
+        assert_eq!(pair.deliver("a/6", b"6", Qos::AtMostOnce), Delivered::Dropped);
+        assert!(pair.seen().is_empty() && !pair.session.wants_pump());
+        pair.session.release(0, true, &pair.limits, &mut pair.out);
+        let all = pair.seen();
+        let mut wanted = vec!["PUBLISH 1 b/sent dup 0", "PUBLISH 2 a/2 2"];
+        wanted.extend((extra > 0).then_some("PUBLISH 3 x/7 4"));
+        let last = format!("PUBLISH {} a/5 5", wanted.len() + 1);
+        wanted.push(&last);
+        assert_eq!(all, wanted, "{extra}");
+        // From now on it is as ever.
+        assert_eq!(pair.deliver("b/7", b"7", Qos::AtLeastOnce), Delivered::Sent);
+    }
 }

@@ -10,6 +10,7 @@ mod outbound;
 mod outbox;
 mod queue;
 mod replay;
+mod reading;
 mod state;
 mod steps;
 

@@ -56,7 +56,9 @@ impl Session {
         out: Option<&mut Outbox>,
     ) -> Delivered {
         let online = match (&mut self.link, out) {
-            (Some(link), Some(out)) if out.len() < server.outbound_bytes_max => Some((link, out)),
+            (Some(link), Some(out)) if out.len() < server.outbound_bytes_max && !self.reading.is_held() => {
+                Some((link, out))
+            }
             _ => None,
         };
         if wish.qos == Qos::AtMostOnce {
@@ -131,11 +133,14 @@ impl Session {
 
     /// More can go out if the outbox gets room.
     pub fn wants_pump(&self) -> bool {
-        self.queue.has_next() || self.inflight.has_unsent()
+        !self.reading.is_held() && (self.queue.has_next() || self.inflight.has_unsent())
     }
 
     /// Sends what waits, as far as the client's Receive Maximum and the outbox allow.
     pub fn pump(&mut self, now_ms: u64, server: &ServerLimits, out: &mut Outbox) {
+        if self.reading.is_held() {
+            return;
+        }
         let Some(mut link) = self.link.take() else { return };
         self.send_again(&mut link, now_ms, server, out);
         self.send_queued(&mut link, now_ms, server, out);
@@ -187,12 +192,18 @@ impl Session {
     fn send_queued(&mut self, link: &mut Link, now_ms: u64, server: &ServerLimits, out: &mut Outbox) {
         let mut frames = FrameCache::default();
         while self.takes_more(link, server, out) {
-            let Some(delivery) = self.queue.pop() else { return };
+            let Some(delivery) = self.queue.pop() else {
+                if self.queue.len() == 0 {
+                    self.queue_compared();
+                }
+                return;
+            };
             let message = Arc::clone(&delivery.message);
             let ids = delivery.ids.clone();
             let incoming = Incoming::from_message(&message);
             let wish = Wish { qos: delivery.qos, retain: delivery.retain, ids: &ids, id: delivery.id };
-            if incoming.is_expired(now_ms) || !link.fits(now_ms, &incoming, wish) {
+            let may_leave = self.may_send_queued(incoming.topic);
+            if !may_leave || incoming.is_expired(now_ms) || !link.fits(now_ms, &incoming, wish) {
                 self.steps.done(None, wish.id);
                 continue;
             }
@@ -211,7 +222,8 @@ impl Session {
             return;
         }
         let Some(link) = &self.link else { return };
-        let ready = !self.queue.has_next()
+        let ready = !self.reading.is_held()
+            && !self.queue.has_next()
             && outbound < server.outbound_bytes_max
             && self.inflight.takes_more(&link.limits, server);
         self.availability.set(if ready { Available::Ready } else { Available::Busy });

@@ -8,6 +8,7 @@ use hashbrown::{HashMap, HashSet};
 use super::inflight::{Inflight, Phase};
 use super::queue::Queue;
 use super::replay::Replays;
+use super::reading::Reading;
 use super::steps::Steps;
 use super::{Link, Outbox, ServerLimits, Step};
 use crate::codec::{
@@ -118,6 +119,7 @@ pub struct Session {
     pub(super) expiry: u32,
     pub(super) availability: Arc<Availability>,
     pub(super) shares: usize,
+    pub(super) reading: Reading,
 }
 
 impl Session {
@@ -140,6 +142,7 @@ impl Session {
             expiry: 0,
             availability: Arc::default(),
             shares: 0,
+            reading: Reading::default(),
         }
     }
 
@@ -199,6 +202,7 @@ impl Session {
 
     /// Keeps a subscription; gives back the one it replaces. [MQTT-3.8.4-3]
     pub fn subscribe(&mut self, filter: Filter, subscription: Subscription) -> Option<Subscription> {
+        self.reading.forget();
         match self.place_of(&filter) {
             Ok(at) => Some(std::mem::replace(&mut self.subscriptions[at].1, subscription)),
             Err(at) => {
@@ -216,6 +220,7 @@ impl Session {
     /// Ends a subscription; `false` if there was none.
     pub fn unsubscribe(&mut self, filter: &Filter) -> bool {
         let Ok(at) = self.place_of(filter) else { return false };
+        self.reading.forget();
         self.subscriptions.remove(at);
         self.advance_replay(filter, None);
         self.subscription_bytes -= subscription_bytes(filter);
@@ -226,15 +231,23 @@ impl Session {
     /// A Network Connection begins, after its CONNACK was written: sends again what was not acknowledged, then what
     /// was queued. [MQTT-4.4.0-1]
     pub fn connected(&mut self, now_ms: u64, link: Link, server: &ServerLimits, out: &mut Outbox) {
+        self.connected_held(link);
+        self.release(now_ms, false, server, out);
+    }
+
+    /// The same, where permissions have to be looked at first: nothing is sent before [`Session::release`].
+    pub fn connected_held(&mut self, link: Link) {
         self.expiry = link.limits.session_expiry;
         self.link = Some(Box::new(link));
         self.inflight.rewind();
-        self.pump(now_ms, server, out);
+        self.reading.hold();
+        self.availability.set(Available::Busy);
     }
 
     /// The Network Connection is gone.
     pub fn disconnected(&mut self) {
         self.link = None;
+        self.reading.reset();
         self.steps.loading = false;
         if self.steps.is_on() {
             self.inflight.park();
