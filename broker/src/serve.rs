@@ -51,6 +51,7 @@ pub(crate) fn run(origin: Origin) -> anyhow::Result<()> {
     let config = wasmqtt_server::Config {
         listeners: settings.listeners.clone(),
         anonymous: settings.anonymous,
+        identity: settings.identity,
         limits: settings.limits.clone(),
         shards: settings.shards,
         sys_interval: SYS_INTERVAL,
@@ -146,15 +147,18 @@ pub(crate) fn check_exposure(settings: &Settings, has_auth: bool) -> anyhow::Res
             warn!("auth.anonymous = false and no plugin authenticates: every client will be refused");
             Ok(())
         }
-        Anonymous::Loopback => match settings.listeners.iter().find(|listener| is_exposed(&listener.bind)) {
-            None => Ok(()),
-            Some(listener) => bail!(
-                "refusing to listen on {}: other machines could reach it, and nothing says who may connect\n  load a \
+        Anonymous::Loopback => {
+            match settings.listeners.iter().find(|listener| listener.proxied || is_exposed(&listener.bind)) {
+                None => Ok(()),
+                Some(listener) => bail!(
+                    "refusing to listen on {}: other machines could reach it{}, and nothing says who may connect\n  load a \
                  plugin that authenticates, such as auth-file ([plugins] and [[plugin]] in the configuration), or\n  let \
                  everybody in with `anonymous = true` under [auth], or\n  listen on 127.0.0.1 only",
-                listener.name
-            ),
-        },
+                    listener.name,
+                    if listener.proxied { " through the proxy in front of it" } else { "" }
+                ),
+            }
+        }
     }
 }
 
@@ -179,6 +183,16 @@ mod tests {
         settings.listeners = parse_listen(listen).expect("address").0;
         settings.anonymous = anonymous;
         assert_eq!(check_exposure(&settings, has_auth).is_err(), refused, "{listen} {anonymous:?} {has_auth}");
+    }
+
+    /// Behind a proxy, this machine is everybody.
+    #[test]
+    fn a_listener_behind_a_proxy_is_an_open_door() {
+        let mut settings = defaults().expect("defaults");
+        settings.listeners[0].proxied = true;
+        let error = check_exposure(&settings, false).expect_err("refused");
+        assert!(error.to_string().contains("the proxy in front of it"), "{error}");
+        assert!(check_exposure(&settings, true).is_ok());
     }
 
     #[test]

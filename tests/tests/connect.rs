@@ -72,7 +72,9 @@ fn other_protocol_names_are_refused() {
 #[test]
 fn other_protocol_levels_are_told_so() {
     let broker = Broker::start("");
-    for (level, answer, code) in [(6, V5, 0x84), (255, V5, 0x84), (0, V311, 1), (2, V311, 1)] {
+    for (level, answer, code) in
+        [(6, V5, 0x84), (127, V5, 0x84), (0, V311, 1), (2, V311, 1), (0x85, V311, 1), (255, V311, 1)]
+    {
         let mut client = Client::open(broker.address(), answer);
         client.send_raw(&raw::connect_as("MQTT", level, 2, &[0], &[raw::text("c")]));
         let got = client.recv();
@@ -205,7 +207,7 @@ fn client_identifiers_tell_sessions_apart() {
     let broker = Broker::start("");
     let long = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ".repeat(20);
     for version in BOTH {
-        for id in ["a", "A", "0123456789ABCDEFGHIJKLM", "nopqrstuvwxyzNOPQRSTUVW", "müller/€ #+", &long] {
+        for id in ["a", "A", "0123456789ABCDEFGHIJKLM", "nopqrstuvwxyzNOPQRSTUVW", "müller/€ $", &long] {
             let options = Options::new(version, id).resume();
             let client = broker.connect(&options);
             assert!(!client.connack.session_present, "{id}");
@@ -568,7 +570,7 @@ fn reason_strings_are_withheld_from_clients_that_do_not_want_them() {
     let broker = Broker::start("");
     let options = Options { request_problem_information: Some(false), ..Options::new(V5, "c") };
     let mut client = broker.connect(&options);
-    client.subscribe("a/#/b", 0);
+    client.subscribe("$share", 0);
     // PUBACK, PUBREC and PUBCOMP for identifiers nobody knows: nothing but the code.
     client.ack(Packet::Pubrel, 7, 0);
     assert_eq!(client.recv(), Got::Pubcomp(7, 0x92));

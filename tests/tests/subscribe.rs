@@ -17,25 +17,21 @@ fn invalid(version: Version) -> u8 {
 }
 
 /// [MQTT-3.8.4-1], [MQTT-3.8.4-2], [MQTT-2.2.1-6], [MQTT-3.8.4-5], [MQTT-3.8.4-6], [MQTT-3.8.4-7], [MQTT-3.9.3-1],
-/// [MQTT-3.9.3-2], [MQTT-4.7.1-1], [MQTT-4.7.1-2], [MQTT-4.7.3-1] (5.0); [MQTT-3.8.4-1], [MQTT-3.8.4-2],
-/// [MQTT-2.3.1-7], [MQTT-3.8.4-4], [MQTT-3.8.4-5], [MQTT-3.9.3-1], [MQTT-3.9.3-2], [MQTT-4.7.1-2], [MQTT-4.7.1-3],
-/// [MQTT-4.7.3-1] (3.1.1).
+/// [MQTT-3.9.3-2] (5.0); [MQTT-3.8.4-1], [MQTT-3.8.4-2], [MQTT-2.3.1-7], [MQTT-3.8.4-4], [MQTT-3.8.4-5],
+/// [MQTT-3.9.3-1], [MQTT-3.9.3-2] (3.1.1). What is well formed and not taken has a code of its own.
 #[test]
 fn suback_has_a_code_for_each_filter_in_order() {
     let broker = Broker::start("");
     for version in BOTH {
         let mut client = broker.connect(&Options::new(version, "c"));
         let bad = invalid(version);
+        let deep = &vec!["t"; 201].join("/")[..];
         let cases = [
             ("a", 2, 2),
-            ("a/#/b", 1, bad),
+            ("$share", 1, bad),
             ("#", 0, 0),
-            ("a#", 0, bad),
-            ("", 0, bad),
             ("+/+/#", 1, 1),
-            ("a+/b", 2, bad),
-            ("a/b+", 2, bad),
-            ("##", 2, bad),
+            (deep, 2, bad),
             ("/", 2, 2),
             ("+", 1, 1),
             ("/+/", 0, 0),
@@ -220,11 +216,8 @@ fn shared_subscription_has_a_share_name_and_a_filter() {
     let broker = Broker::start("");
     for version in BOTH {
         let mut client = broker.connect(&Options::new(version, "c"));
-        for filter in
-            ["$share", "$share/", "$share/g", "$share/g/", "$share//t", "$share/+/t", "$share/g#/t", "$share/g/a#"]
-        {
-            assert_eq!(client.subscribe(filter, 1), invalid(version), "{filter}");
-        }
+        // Those that are ill-formed end the connection.
+        assert_eq!(client.subscribe("$share", 1), invalid(version));
         for filter in ["$share/g/t", "$share/g/#", "$share/g//", "$share/g/$other/x"] {
             assert_eq!(client.subscribe(filter, 1), 1, "{filter}");
         }

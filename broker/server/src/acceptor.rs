@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -165,8 +165,15 @@ fn accept_all(listening: &Listening, shared: &Shared) -> bool {
     while shared.memory.look(shared.now_ms()) == Pressure::None {
         match listening.accept() {
             Ok((stream, address)) => {
-                let number = shared.arrivals.fetch_add(1, Ordering::Relaxed);
-                place(shared, Arrival { stream, address, listener: Arc::clone(name), number });
+                let most = shared.tunables.current().limits.connecting_max;
+                match Connecting::begin(&shared.connecting, most) {
+                    Some(connecting) => {
+                        let (listener, proxied) = (Arc::clone(name), listening.listener.proxied);
+                        let number = shared.arrivals.fetch_add(1, Ordering::Relaxed);
+                        place(shared, Arrival { stream, address, listener, number, proxied, connecting });
+                    }
+                    None => debug!(listener = %name, "connection refused: limits.connecting_max reached"),
+                }
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
             Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
@@ -180,6 +187,23 @@ fn accept_all(listening: &Listening, shared: &Shared) -> bool {
         }
     }
     false
+}
+
+/// Counts a connection from accept until its client is let in, or gone.
+pub(crate) struct Connecting(Arc<AtomicUsize>);
+
+impl Connecting {
+    /// `None`: there are too many.
+    fn begin(all: &Arc<AtomicUsize>, most: usize) -> Option<Self> {
+        let counted = Self(Arc::clone(all));
+        (all.fetch_add(1, Ordering::Relaxed) < most).then_some(counted)
+    }
+}
+
+impl Drop for Connecting {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 fn place(shared: &Shared, arrival: Arrival) {

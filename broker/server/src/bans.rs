@@ -1,13 +1,21 @@
 //! Who is kept out.
+//!
+//! Looking costs one look-up for each name and for each prefix length in use, however many bans there are. Rows of the
+//! store follow: [`Bans::take_changed`] gives what one shard has to write, however often it changed meanwhile.
 
-use std::net::IpAddr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 
-use hashbrown::HashMap;
+use hashbrown::{HashMap, HashSet};
 use wasmqtt_protocol::ports::BanPattern;
 
 /// Bans the broker keeps; a plugin that asks for more is refused.
 const BANS_MAX: usize = 100_000;
+/// Bytes of their names and notes; beyond that a plugin is refused.
+const BANS_BYTES_MAX: usize = 32 << 20;
+/// Bytes of one note that are kept.
+const NOTE_BYTES_MAX: usize = 1024;
 
 #[derive(Debug)]
 struct Ban {
@@ -15,61 +23,146 @@ struct Ban {
     note: Box<str>,
 }
 
+type Hasher = foldhash::fast::RandomState;
+
 /// All bans, each until it ends.
 #[derive(Debug, Default)]
 pub(crate) struct Bans {
-    bans: HashMap<BanPattern, Ban, foldhash::fast::RandomState>,
-    /// Prefix lengths that are in use, so that an address needs few look-ups.
-    prefixes: Vec<u8>,
+    bans: HashMap<BanPattern, Ban, Hasher>,
+    /// The same, those that end first in front.
+    ends: BTreeSet<(u64, BanPattern)>,
+    /// Prefix lengths that are in use, of IPv6 (`true`) and IPv4, and by how many bans.
+    prefixes: BTreeMap<(bool, u8), usize>,
+    bytes: usize,
+    /// Whose rows in the store are not as they should be.
+    changed: HashSet<BanPattern, Hasher>,
+}
+
+/// The one spelling of a pattern: an address is the first of its network, and IPv4 inside IPv6 is IPv4.
+pub(crate) fn canonical(pattern: BanPattern) -> BanPattern {
+    let BanPattern::Address { network, prefix } = pattern else { return pattern };
+    let (network, prefix) = match network {
+        IpAddr::V6(address) if prefix >= 96 && address.to_ipv4_mapped().is_some() => {
+            (IpAddr::V6(address).to_canonical(), prefix - 96)
+        }
+        other => (other, prefix),
+    };
+    BanPattern::Address { network: masked(network, prefix), prefix }
+}
+
+fn name_bytes(pattern: &BanPattern) -> usize {
+    match pattern {
+        BanPattern::ClientId(name) | BanPattern::Username(name) => name.len(),
+        BanPattern::Address { .. } => size_of::<Ipv6Addr>(),
+    }
 }
 
 impl Bans {
-    /// `false`: there are too many. A ban that ends in the past is lifted.
+    /// Bans until then, or (a time in the past) lifts the ban; `false`: there are too many. `pattern` is canonical.
     pub(crate) fn set(&mut self, now_ms: u64, pattern: BanPattern, until_ms: u64, note: &str) -> bool {
-        if until_ms <= now_ms {
-            self.bans.remove(&pattern);
-            return true;
-        }
-        if self.bans.len() >= BANS_MAX {
-            self.bans.retain(|_, ban| ban.until_ms > now_ms);
-        }
-        if self.bans.len() >= BANS_MAX && !self.bans.contains_key(&pattern) {
-            return false;
-        }
-        let pattern = match pattern {
-            BanPattern::Address { network, prefix } => {
-                if !self.prefixes.contains(&prefix) {
-                    self.prefixes.push(prefix);
-                }
-                BanPattern::Address { network: masked(network, prefix), prefix }
+        let note = &note[..note.floor_char_boundary(NOTE_BYTES_MAX)];
+        let before = self.remove(&pattern);
+        if until_ms > now_ms {
+            if self.bans.len() >= BANS_MAX {
+                self.end(now_ms, usize::MAX);
             }
-            other => other,
-        };
-        self.bans.insert(pattern, Ban { until_ms, note: note.into() });
+            let has_room =
+                self.bans.len() < BANS_MAX && self.bytes + name_bytes(&pattern) + note.len() <= BANS_BYTES_MAX;
+            if !has_room {
+                if let Some(ban) = before {
+                    self.insert(pattern, ban.until_ms, &ban.note);
+                }
+                return false;
+            }
+            self.insert(pattern.clone(), until_ms, note);
+        }
+        self.changed.insert(pattern);
         true
+    }
+
+    /// As the store has it, perhaps in another spelling, and perhaps ended meanwhile.
+    pub(crate) fn restore(&mut self, pattern: BanPattern, until_ms: u64, note: &str) {
+        let known = canonical(pattern.clone());
+        if known != pattern {
+            self.changed.extend([pattern, known.clone()]);
+        }
+        if self.bans.get(&known).is_none_or(|ban| ban.until_ms < until_ms) {
+            self.remove(&known);
+            self.insert(known, until_ms, note);
+        }
+    }
+
+    fn insert(&mut self, pattern: BanPattern, until_ms: u64, note: &str) {
+        if let BanPattern::Address { network, prefix } = &pattern {
+            *self.prefixes.entry((network.is_ipv6(), *prefix)).or_default() += 1;
+        }
+        self.bytes += name_bytes(&pattern) + note.len();
+        self.ends.insert((until_ms, pattern.clone()));
+        self.bans.insert(pattern, Ban { until_ms, note: note.into() });
+    }
+
+    fn remove(&mut self, pattern: &BanPattern) -> Option<Ban> {
+        let (pattern, ban) = self.bans.remove_entry(pattern)?;
+        self.bytes -= name_bytes(&pattern) + ban.note.len();
+        if let BanPattern::Address { network, prefix } = &pattern
+            && let Some(count) = self.prefixes.get_mut(&(network.is_ipv6(), *prefix))
+        {
+            *count -= 1;
+            if *count == 0 {
+                self.prefixes.remove(&(network.is_ipv6(), *prefix));
+            }
+        }
+        self.ends.remove(&(ban.until_ms, pattern));
+        Some(ban)
+    }
+
+    /// Forgets those that have ended, at most so many.
+    pub(crate) fn end(&mut self, now_ms: u64, most: usize) {
+        for _ in 0..most {
+            let Some((_, pattern)) = self.ends.first().filter(|(until_ms, _)| *until_ms <= now_ms).cloned() else {
+                return;
+            };
+            self.remove(&pattern);
+            self.changed.insert(pattern);
+        }
+    }
+
+    /// Rows to write since the last time: until when, and the note; `None`: the row goes.
+    pub(crate) fn take_changed(&mut self) -> Vec<(BanPattern, Option<(u64, Box<str>)>)> {
+        let changed = std::mem::take(&mut self.changed);
+        let row = |pattern: BanPattern| {
+            let ban = self.bans.get(&pattern).map(|ban| (ban.until_ms, ban.note.clone()));
+            (pattern, ban)
+        };
+        changed.into_iter().map(row).collect()
+    }
+
+    pub(crate) fn has_changed(&self) -> bool {
+        !self.changed.is_empty()
     }
 
     pub(crate) fn is_empty(&self) -> bool {
         self.bans.is_empty()
     }
 
-    /// Why this client is kept out, if it is.
-    pub(crate) fn find(
+    /// Why this client is kept out, if it is. `names`: the User Name, and what authentication made of it.
+    pub(crate) fn find<'n>(
         &self,
         now_ms: u64,
         client_id: &Arc<str>,
-        username: Option<&Arc<str>>,
+        names: impl IntoIterator<Item = &'n Arc<str>>,
         address: Option<IpAddr>,
     ) -> Option<&str> {
-        let name = username.map(|username| BanPattern::Username(Arc::clone(username)));
+        let names = names.into_iter().map(|name| BanPattern::Username(Arc::clone(name)));
         let networks = address.into_iter().flat_map(|address| {
             let address = address.to_canonical();
             self.prefixes
-                .iter()
-                .map(move |prefix| BanPattern::Address { network: masked(address, *prefix), prefix: *prefix })
+                .keys()
+                .filter(move |(is_v6, _)| *is_v6 == address.is_ipv6())
+                .map(move |(_, prefix)| BanPattern::Address { network: masked(address, *prefix), prefix: *prefix })
         });
         std::iter::once(BanPattern::ClientId(Arc::clone(client_id)))
-            .chain(name)
+            .chain(names)
             .chain(networks)
             .find_map(|pattern| self.bans.get(&pattern).filter(|ban| ban.until_ms > now_ms))
             .map(|ban| &*ban.note)
@@ -95,7 +188,7 @@ mod tests {
     use super::*;
 
     fn network(text: &str, prefix: u8) -> BanPattern {
-        BanPattern::Address { network: text.parse().unwrap(), prefix }
+        canonical(BanPattern::Address { network: text.parse().unwrap(), prefix })
     }
 
     fn is_banned(bans: &Bans, now_ms: u64, id: &str, name: Option<&str>, address: &str) -> bool {
@@ -140,5 +233,76 @@ mod tests {
         assert!(!bans.set(0, BanPattern::ClientId("more".into()), 10, ""));
         assert!(bans.set(0, BanPattern::ClientId("0".into()), 20, ""), "a ban that exists can be changed");
         assert!(bans.set(10, BanPattern::ClientId("more".into()), 20, ""), "those that ended make room");
+        assert_eq!(bans.bans.len(), 2);
+    }
+
+    /// A ban of a network is lifted by the words it was made with, or any others that mean the same.
+    #[test]
+    fn a_network_is_lifted_however_it_is_written() {
+        for (made, lifted) in [(("10.1.2.3", 8), ("10.9.9.9", 8)), (("::ffff:10.1.2.3", 104), ("10.0.0.0", 8))] {
+            let mut bans = Bans::default();
+            assert!(bans.set(0, network(made.0, made.1), 10, ""));
+            assert!(is_banned(&bans, 1, "x", None, "10.200.0.1"));
+            assert!(bans.set(1, network(lifted.0, lifted.1), 0, ""));
+            assert!(!is_banned(&bans, 1, "x", None, "10.200.0.1"));
+            assert_eq!(bans.take_changed(), [(network("10.0.0.0", 8), None)], "its row goes");
+            assert!(bans.prefixes.is_empty() && bans.ends.is_empty() && bans.bytes == 0);
+        }
+    }
+
+    /// What has ended leaves memory and store, also what ended while the broker did not run or was written otherwise.
+    #[test]
+    fn rows_of_bans_go_when_they_end() {
+        let mut bans = Bans::default();
+        bans.restore(BanPattern::ClientId("old".into()), 5, "");
+        let unmasked = BanPattern::Address { network: "10.1.2.3".parse().unwrap(), prefix: 8 };
+        bans.restore(unmasked.clone(), 20, "note");
+        bans.end(10, 100);
+        let mut rows = bans.take_changed();
+        rows.sort();
+        let row = Some((20, "note".into()));
+        assert_eq!(rows, [(BanPattern::ClientId("old".into()), None), (network("10.0.0.0", 8), row), (unmasked, None)]);
+        bans.end(20, 100);
+        assert_eq!(bans.take_changed(), [(network("10.0.0.0", 8), None)]);
+        assert!(bans.is_empty() && bans.bytes == 0);
+    }
+
+    /// However often a ban changes, the store writes it once.
+    #[test]
+    fn changes_of_a_ban_are_one_row() {
+        let mut bans = Bans::default();
+        for n in 1..1000 {
+            assert!(bans.set(0, BanPattern::Username("u".into()), n, "again"));
+        }
+        assert_eq!(bans.take_changed().len(), 1);
+        assert!(!bans.has_changed());
+    }
+
+    #[test]
+    fn bans_are_bounded_in_bytes() {
+        let mut bans = Bans::default();
+        let long = |n: usize| BanPattern::ClientId(format!("{n:060000}").into());
+        let fits = BANS_BYTES_MAX / (60_000 + NOTE_BYTES_MAX);
+        for n in 0..fits {
+            assert!(bans.set(0, long(n), 10, &"é".repeat(4000)));
+        }
+        assert!(!bans.set(0, long(fits), 10, &"é".repeat(4000)));
+        assert!(bans.bytes <= BANS_BYTES_MAX);
+        assert!(bans.set(0, long(0), 20, ""), "one that exists can be changed");
+        assert!(bans.set(0, long(0), 0, ""), "and lifted");
+    }
+
+    /// Milliseconds for a hundred thousand looks among a hundred thousand bans; a walk would take minutes.
+    #[test]
+    fn looking_does_not_walk() {
+        let mut bans = Bans::default();
+        for n in 0..BANS_MAX as u32 {
+            let address = IpAddr::from(n.to_be_bytes());
+            assert!(bans.set(0, canonical(BanPattern::Address { network: address, prefix: 32 }), 10, ""));
+        }
+        let begun = std::time::Instant::now();
+        let found = (0..100_000_u32).filter(|n| is_banned(&bans, 1, "x", Some("u"), &format!("9.0.{}.1", n % 200)));
+        assert_eq!(found.count(), 0);
+        assert!(begun.elapsed() < std::time::Duration::from_secs(20), "{:?}", begun.elapsed());
     }
 }

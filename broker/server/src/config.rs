@@ -15,6 +15,8 @@ pub struct Config {
     pub listeners: Vec<Listener>,
     /// Who may come without any plugin having said so.
     pub anonymous: Anonymous,
+    /// Which names clients may have.
+    pub identity: Identity,
     /// Bounds.
     pub limits: Limits,
     /// Shards, each a thread; 0: one per core.
@@ -34,6 +36,27 @@ pub enum Anonymous {
     Deny,
 }
 
+/// Which Client Identifiers and user names are taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Identity {
+    /// What becomes of a CONNECT that names the Client Identifier of somebody else's Session.
+    pub client_id_taken: ClientIdTaken,
+    /// Identifiers and user names with `+` or `#` are taken: rules that build a Topic Filter of them give such a client
+    /// the topics of others.
+    pub allow_wildcards: bool,
+}
+
+/// What becomes of a client that names a Client Identifier whose Session belongs to another identity. Nobody ever gets
+/// another's subscriptions or messages; a Session that began without a user name gives way in both cases.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ClientIdTaken {
+    /// It is refused (0x87) while that Session is there: nobody can end another's Session.
+    #[default]
+    Refuse,
+    /// It gets a new Session, and the other one ends as by Clean Start, with its connection.
+    NewSession,
+}
+
 /// One listening socket.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listener {
@@ -48,6 +71,8 @@ pub struct Listener {
     pub optional: bool,
     /// When the queue of a client that came through it is full.
     pub queue_policy: QueuePolicy,
+    /// A proxy stands in front of it, so that addresses say nothing about clients: being on this machine gives no rights.
+    pub proxied: bool,
     /// TCP: silence after which the system asks whether the peer is still there; `None`: never.
     pub keepalive: Option<Duration>,
     /// Unix: permissions of the socket file; `None`: what the umask leaves.
@@ -79,6 +104,7 @@ impl Listener {
             name,
             optional: false,
             queue_policy: QueuePolicy::default(),
+            proxied: false,
             keepalive,
             socket_mode: None,
             socket_group: None,
@@ -129,6 +155,11 @@ pub struct Limits {
     pub route_cache_bytes_max: usize,
     /// Whole broker; `None`: three quarters of what the machine or its control group has.
     pub memory_max: Option<usize>,
+    pub topic_levels_max: usize,
+    pub topic_bytes_max: usize,
+    pub connect_bytes_max: u32,
+    /// Whole broker.
+    pub connecting_max: usize,
 }
 
 impl Default for Limits {
@@ -157,11 +188,24 @@ impl Default for Limits {
             retained_bytes_max: 4 << 30,
             route_cache_bytes_max: 64 << 20,
             memory_max: None,
+            topic_levels_max: 200,
+            topic_bytes_max: 65_535,
+            connect_bytes_max: 256 << 10,
+            connecting_max: 20_000,
         }
     }
 }
 
 impl Limits {
+    /// Whether a Topic Name or Topic Filter is within the bounds: each level costs memory in the index, and a packet
+    /// could bring 65 535.
+    #[inline]
+    pub(crate) fn takes_topic(&self, topic_or_filter: &str) -> bool {
+        let most = self.topic_levels_max;
+        topic_or_filter.len() <= self.topic_bytes_max
+            && (topic_or_filter.len() < most || topic_or_filter.split('/').count() <= most)
+    }
+
     pub(crate) fn for_sessions(&self) -> ServerLimits {
         ServerLimits {
             packet_bytes_max: self.packet_bytes_max,

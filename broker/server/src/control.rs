@@ -9,8 +9,9 @@ use wasmqtt_protocol::ports::{BanPattern, Broker, Outgoing, Refusal};
 use wasmqtt_protocol::router::MessageId;
 use wasmqtt_protocol::topic::is_valid_topic_name;
 
-use crate::mailbox::{Mail, Wish};
-use crate::shared::{Shared, is_too_deep};
+use crate::bans::canonical;
+use crate::mailbox::{Mail, Mailbox, Wish};
+use crate::shared::Shared;
 
 /// Handed to plugins.
 pub(crate) struct Control(pub(crate) Arc<Shared>);
@@ -18,8 +19,12 @@ pub(crate) struct Control(pub(crate) Arc<Shared>);
 impl Broker for Control {
     fn publish(&self, message: Outgoing) -> Result<(), Refusal> {
         let shared = &self.0;
-        if !is_valid_topic_name(&message.topic) || is_too_deep(&message.topic) {
-            return Err(Refusal::Invalid("not a Topic Name, or with more than 200 levels".into()));
+        if !is_valid_topic_name(&message.topic) {
+            return Err(Refusal::Invalid("not a Topic Name".into()));
+        }
+        if !shared.tunables.current().limits.takes_topic(&message.topic) {
+            let why = "a topic beyond limits.topic_levels_max or limits.topic_bytes_max";
+            return Err(Refusal::Invalid(why.into()));
         }
         if message.payload.len() + message.topic.len() > shared.tunables.current().limits.packet_bytes_max as usize {
             return Err(Refusal::Invalid("larger than limits.packet_bytes_max".into()));
@@ -41,18 +46,32 @@ impl Broker for Control {
     }
 
     fn ban(&self, pattern: BanPattern, seconds: u32, note: &str) -> Result<(), Refusal> {
-        let now_ms = self.0.now_ms();
-        if self.0.mailboxes[0].is_congested() {
-            return Err(Refusal::Busy);
-        }
+        let shared = &self.0;
+        let now_ms = shared.now_ms();
         info!(?pattern, seconds, note, "ban");
+        let pattern = canonical(pattern);
         let until_ms = now_ms + u64::from(seconds) * 1000;
-        if !self.0.bans_mut().set(now_ms, pattern.clone(), until_ms, note) {
-            return Err(Refusal::Busy);
+        {
+            let mut bans = shared.bans_mut();
+            let is_told = bans.has_changed();
+            if !bans.set(now_ms, pattern.clone(), until_ms, note) {
+                return Err(Refusal::Busy);
+            }
+            if !is_told {
+                shared.mailboxes[0].send(Mail::KeepBans);
+            }
         }
-        self.0.mailboxes[0].send(Mail::KeepBan(pattern, until_ms, note.into()));
-        for mailbox in &self.0.mailboxes {
-            mailbox.announce_ban();
+        match pattern {
+            _ if seconds == 0 => {}
+            BanPattern::ClientId(client_id) => {
+                if let Some(key) = shared.directory(&client_id).get(&client_id).copied() {
+                    shared.mailboxes[usize::from(key.shard)].send(Mail::Banned(key));
+                }
+            }
+            // Who is meant is not known without looking at all clients; once for all bans since the last look.
+            BanPattern::Username(_) | BanPattern::Address { .. } => {
+                shared.mailboxes.iter().for_each(Mailbox::announce_ban);
+            }
         }
         Ok(())
     }

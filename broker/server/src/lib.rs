@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 use wasmqtt_protocol::access::Verdict;
 use wasmqtt_protocol::ports::{Access, Client, Plugins, Store, StoreError};
 
-pub use config::{Anonymous, Bind, Config, Limits, Listener};
+pub use config::{Anonymous, Bind, ClientIdTaken, Config, Identity, Limits, Listener};
 pub use reload::{PreparedListeners, Reloader};
 pub use watch::Watch;
 
@@ -205,6 +205,11 @@ impl Server {
     /// The listeners with the ports they really have, such as `mqtt://127.0.0.1:1883`.
     pub fn listeners(&self) -> &[String] {
         &self.listeners
+    }
+
+    /// Timers that are set, on all shards: a few for each connection and each Session, and none for those that are gone.
+    pub fn timers(&self) -> usize {
+        self.shared.stats.timers.load(Ordering::Relaxed)
     }
 
     /// Stops accepting, tells MQTT 5 clients (0x8B), writes what is waiting for at most `grace`, and returns.

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use hashbrown::HashMap;
 use mio::Waker;
 use wasmqtt_protocol::codec::ReasonCode;
-use wasmqtt_protocol::ports::{Access, BanPattern, Outgoing};
-use wasmqtt_protocol::router::{Group, Message, MessageId, Target};
+use wasmqtt_protocol::ports::{Access, Outgoing};
+use wasmqtt_protocol::router::{Group, Message, MessageId, SessionKey, Target};
 
 use crate::Explained;
 use crate::shard::{Adopted, Arrival};
@@ -30,8 +30,10 @@ pub(crate) enum Mail {
     Publish(Box<Outgoing>),
     /// A plugin has messages that the store kept for it. As many as plugins may have waiting.
     Fed(Arc<str>, Vec<MessageId>),
-    /// The store is to know of a ban.
-    KeepBan(BanPattern, u64, Box<str>),
+    /// The store is to know of bans.
+    KeepBans,
+    /// The client of this Session was banned.
+    Banned(SessionKey),
     /// Somebody wants to know what a client may do; they wait for the answer.
     Explain { client_id: Arc<str>, access: Access, reply: SyncSender<Option<Explained>> },
     /// Say goodbye to everybody.
@@ -45,9 +47,8 @@ impl Mail {
                 Self::Deliver(remotes) => remotes.iter().map(Remote::bytes).sum(),
                 Self::Publish(outgoing) => outgoing.payload.len() + outgoing.topic.len() + outgoing.properties.len(),
                 Self::Fed(plugin, ids) => plugin.len() + size_of_val(&ids[..]),
-                Self::KeepBan(_, _, note) => note.len(),
                 Self::Explain { access, .. } => access.topic.len(),
-                Self::Arrived(_) | Self::Adopt(_) | Self::Drain => 0,
+                Self::Arrived(_) | Self::Adopt(_) | Self::KeepBans | Self::Banned(_) | Self::Drain => 0,
             }
     }
 }
@@ -190,8 +191,8 @@ mod tests {
         let half = CONGESTED_BYTES / 2 + 1;
         mailbox.send(Mail::Deliver(vec![remote(half)]));
         assert!(!mailbox.is_congested());
-        mailbox.send(Mail::KeepBan(BanPattern::ClientId("c".into()), 0, "x".repeat(half).into()));
-        assert!(mailbox.is_congested(), "properties and notes count like payloads");
+        mailbox.send(Mail::Deliver(vec![remote(half)]));
+        assert!(mailbox.is_congested(), "properties count like payloads");
         let mut waiting = Waiting::default();
         mailbox.take(&mut waiting);
         assert!(mailbox.is_congested(), "taken is not done");

@@ -170,6 +170,6 @@ impl Restore for Filling<'_> {
     }
 
     fn ban(&mut self, pattern: BanPattern, until_ms: u64, note: &str) {
-        self.shared.bans_mut().set(self.now_ms, pattern, until_ms, note);
+        self.shared.bans_mut().restore(pattern, until_ms, note);
     }
 }

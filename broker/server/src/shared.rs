@@ -9,7 +9,7 @@ use hashbrown::{HashMap, HashSet};
 use wasmqtt_protocol::router::{Index, Retained, SessionId, SessionKey};
 
 use crate::bans::Bans;
-use crate::config::Config;
+use crate::config::{Config, Identity};
 use crate::mailbox::Mailbox;
 use crate::memory::Budget;
 use crate::refusals::Refusals;
@@ -20,20 +20,14 @@ const BUCKETS: usize = 256;
 /// Locks of the directory.
 const DIRECTORY_LOCKS: usize = 64;
 
-/// Levels a Topic Name or Topic Filter may have: each costs memory in the index, and a packet could bring 65 535.
-const LEVELS_MAX: usize = 200;
-
-/// A Topic Name or Topic Filter deeper than this broker takes.
-pub(crate) fn is_too_deep(topic_or_filter: &str) -> bool {
-    topic_or_filter.len() >= LEVELS_MAX && topic_or_filter.split('/').count() > LEVELS_MAX
-}
-
 type Hasher = foldhash::fast::FixedState;
 type Directory = HashMap<Arc<str>, SessionKey, foldhash::fast::RandomState>;
 
 pub(crate) struct Shared {
     /// What a reload of the configuration changes. Shards have a copy, see `Shard::limits`.
     pub(crate) tunables: Tunables,
+    /// Which names clients may have.
+    pub(crate) identity: Identity,
     /// Time between two updates of `$SYS`; zero: none.
     pub(crate) sys_interval: Duration,
     /// Refused logins, as far as they are logged.
@@ -43,7 +37,11 @@ pub(crate) struct Shared {
     pub(crate) connections: AtomicUsize,
     /// Connections accepted so far.
     pub(crate) arrivals: AtomicU64,
+    /// Those of them that have no CONNACK yet.
+    pub(crate) connecting: Arc<AtomicUsize>,
     pub(crate) draining: AtomicBool,
+    /// A proxy spoke its protocol to us, and the log says so.
+    pub(crate) proxy_seen: AtomicBool,
     /// Connections of each shard, for placing new ones.
     pub(crate) load: Vec<AtomicUsize>,
     index: RwLock<Index>,
@@ -107,6 +105,8 @@ pub(crate) struct Stats {
     pub(crate) routes_built: AtomicU64,
     pub(crate) sessions: AtomicUsize,
     pub(crate) subscriptions: AtomicUsize,
+    /// Timers that are set, on all shards.
+    pub(crate) timers: AtomicUsize,
 }
 
 impl Shared {
@@ -114,6 +114,7 @@ impl Shared {
         let retained = Retained::new(config.limits.retained_messages_max, config.limits.retained_bytes_max);
         Self {
             tunables: Tunables::new(&config),
+            identity: config.identity,
             sys_interval: config.sys_interval,
             refusals: Refusals::default(),
             load: mailboxes.iter().map(|_| AtomicUsize::new(0)).collect(),
@@ -121,7 +122,9 @@ impl Shared {
             stats: Stats::default(),
             connections: AtomicUsize::new(0),
             arrivals: AtomicU64::new(0),
+            connecting: Arc::default(),
             draining: AtomicBool::new(false),
+            proxy_seen: AtomicBool::new(false),
             index: RwLock::default(),
             retained: RwLock::new(retained),
             interest: Mutex::default(),

@@ -23,6 +23,10 @@ struct Policy {
     epoch: AtomicU64,
     /// Nothing is allowed any more.
     closed: AtomicBool,
+    /// What begins with it is not allowed; empty: nothing is meant.
+    denied: Mutex<String>,
+    /// The plugin cannot answer.
+    broken: AtomicBool,
     /// Calls wait for [`Policy::answer`].
     slow: AtomicBool,
     waiting: Mutex<Vec<Waker>>,
@@ -42,7 +46,13 @@ impl Policy {
     }
 
     fn decide(&self, access: &Access) -> Decision {
-        let allowed = !access.topic.contains("secret") && !self.closed.load(Ordering::SeqCst);
+        if self.broken.load(Ordering::SeqCst) {
+            let verdict = Some(Verdict::Deny(ReasonCode::NOT_AUTHORIZED));
+            return Decision { verdict, lease: None, failed: true };
+        }
+        let denied = self.denied.lock().unwrap();
+        let denied = !denied.is_empty() && access.topic.starts_with(&**denied);
+        let allowed = !access.topic.contains("secret") && !self.closed.load(Ordering::SeqCst) && !denied;
         let first = access.topic.split('/').next().unwrap();
         let scope = allowed.then(|| Filter::parse(&format!("{first}/#")).unwrap());
         let verdict = if allowed { Verdict::Allow } else { Verdict::Deny(ReasonCode::NOT_AUTHORIZED) };
@@ -225,4 +235,101 @@ fn rules_from_authentication_are_evaluated_without_any_plugin() {
     client.expect(PUBACK);
     client.expect_silence();
     assert_eq!(policy.asked(), 0);
+}
+
+/// A Session that is left while messages wait for it.
+fn leave_with_queue(broker: &Broker, filters: &[&str], topics: &[&str]) {
+    let mut client = broker.connect("keeper", false);
+    client.expect(CONNACK);
+    for filter in filters {
+        client.subscribe(filter, 1);
+        assert_eq!(client.expect(SUBACK)[2], 1, "{filter}");
+    }
+    client.send(0xe0, &[]);
+    assert!(client.is_closed());
+    let mut publisher = connect(broker, "publisher");
+    for topic in topics {
+        publisher.publish(topic, 1, false);
+        publisher.expect(PUBACK);
+    }
+}
+
+fn topic(body: &[u8]) -> String {
+    let length = usize::from(u16::from_be_bytes([body[0], body[1]]));
+    String::from_utf8(body[2..2 + length].to_vec()).unwrap()
+}
+
+/// With a store in which messages wait, and without.
+fn stores() -> Vec<(Arc<dyn wasmqtt_protocol::ports::Store>, Option<tempfile::TempDir>)> {
+    let folder = tempfile::tempdir().unwrap();
+    let kept = wasmqtt_server::store::RocksStore::open(wasmqtt_server::store::StoreConfig::new(folder.path())).unwrap();
+    vec![(Arc::new(Memory), None), (kept, Some(folder))]
+}
+
+/// What waited in the queue is asked about before it leaves: nothing is read that the client may not read by now.
+/// MQTT 5.0 and 3.1.1 §3.10.4: a server may leave out what was buffered for a subscription that has ended.
+#[test]
+fn messages_that_waited_leave_only_if_they_may_still_be_read() {
+    for (store, _folder) in stores() {
+        let policy = Arc::new(Policy::default());
+        let broker = Broker::start(Arc::new(Port(Arc::clone(&policy))), store);
+        leave_with_queue(&broker, &["a/#", "b/#"], &["a/1", "b/1", "a/2", "b/2"]);
+        *policy.denied.lock().unwrap() = "a/".into();
+        let mut client = broker.connect("keeper", false);
+        assert_eq!(client.expect(CONNACK)[0], 1, "the Session is there");
+        assert_eq!([client.expect(PUBLISH), client.expect(PUBLISH)].map(|body| topic(&body)), ["b/1", "b/2"]);
+        client.expect_silence();
+        let mut publisher = connect(&broker, "publisher");
+        publisher.publish("a/3", 1, false);
+        client.expect_silence();
+    }
+}
+
+/// While plugins think about it, nothing leaves, the CONNACK neither; then everything does.
+#[test]
+fn a_resumed_session_waits_for_the_answer_of_plugins() {
+    for (store, _folder) in stores() {
+        let policy = Arc::new(Policy::default());
+        let broker = Broker::start(Arc::new(Port(Arc::clone(&policy))), store);
+        leave_with_queue(&broker, &["a/#"], &["a/1"]);
+        policy.slow.store(true, Ordering::SeqCst);
+        let mut client = broker.connect("keeper", false);
+        client.publish("b/x", 1, false);
+        client.expect_silence();
+        policy.answer();
+        assert_eq!(client.expect(CONNACK)[0], 1);
+        let mut seen = vec![client.next(std::time::Duration::from_secs(10)).expect("an answer").0];
+        seen.push(client.next(std::time::Duration::from_secs(10)).expect("an answer").0);
+        seen.sort_unstable();
+        assert_eq!(seen, [PUBLISH, PUBACK], "what waited, and what the client sent meanwhile");
+    }
+}
+
+/// A plugin that cannot answer costs a client neither its subscriptions nor what waits: it comes when it can.
+#[test]
+fn messages_wait_until_a_plugin_can_answer() {
+    let (broker, policy) = start(Policy::default());
+    leave_with_queue(&broker, &["a/#"], &["a/1"]);
+    policy.broken.store(true, Ordering::SeqCst);
+    let mut client = broker.connect("keeper", false);
+    assert_eq!(client.expect(CONNACK)[0], 1);
+    client.expect_silence();
+    client.ping();
+    policy.broken.store(false, Ordering::SeqCst);
+    assert_eq!(topic(&client.expect(PUBLISH)), "a/1");
+}
+
+/// A client that leaves before its CONNACK has lost nothing.
+#[test]
+fn a_client_that_leaves_while_plugins_think_finds_its_messages_later() {
+    let (broker, policy) = start(Policy::default());
+    leave_with_queue(&broker, &["a/#"], &["a/1"]);
+    policy.slow.store(true, Ordering::SeqCst);
+    let mut client = broker.connect("keeper", false);
+    client.expect_silence();
+    drop(client);
+    policy.answer();
+    let mut client = broker.connect("keeper", false);
+    assert_eq!(client.expect(CONNACK)[0], 1);
+    assert_eq!(topic(&client.expect(PUBLISH)), "a/1");
 }

@@ -48,6 +48,7 @@ pub(super) fn meant_listener(mut listener: Section<'_>, base: &Path, others: &[L
     let bind = listener.required("bind", "an address such as \"127.0.0.1:1883\"");
     let protocol = meant_protocol(&mut listener);
     let queue_policy = listener.choice("queue_full", &QUEUE_FULL).unwrap_or_default();
+    let proxied = listener.flag("proxied").unwrap_or(false);
     let keepalive = listener.has("tcp_keepalive_secs");
     let silence = listener.seconds("tcp_keepalive_secs", Listener::KEEPALIVE_DEFAULT, 0..=7_200);
     let (mode, group) = (listener.text("mode"), listener.text("group"));
@@ -84,7 +85,7 @@ pub(super) fn meant_listener(mut listener: Section<'_>, base: &Path, others: &[L
             return Vec::new();
         };
         let keepalive = (protocol == Protocol::Mqtt && !silence.is_zero()).then_some(silence);
-        meant.push(Listener { name, queue_policy, keepalive, socket_mode, socket_group, ..new });
+        meant.push(Listener { name, queue_policy, proxied, keepalive, socket_mode, socket_group, ..new });
     }
     meant
 }

@@ -19,7 +19,7 @@ use wasmqtt_host::{Mode, OnError, PluginConfig};
 use wasmqtt_protocol::codec::Qos;
 use wasmqtt_protocol::session::QueuePolicy;
 use wasmqtt_server::store::{Durability, StoreConfig};
-use wasmqtt_server::{Anonymous, Limits, Listener};
+use wasmqtt_server::{Anonymous, ClientIdTaken, Identity, Limits, Listener};
 
 pub(crate) use self::listener::{Listen, parse_listen};
 pub(crate) use self::plugin::limits;
@@ -40,6 +40,11 @@ const MODES: [(&str, Mode); 2] = [("read", Mode::Read), ("write", Mode::Write)];
 /// Spellings of [`Durability`]; `None`: no store.
 const DURABILITY: [(&str, Option<Durability>); 3] =
     [("fsync", Some(Durability::Fsync)), ("os", Some(Durability::Os)), ("memory", None)];
+/// Spellings of [`ClientIdTaken`].
+const CLIENT_ID_TAKEN: [(&str, ClientIdTaken); 2] =
+    [("refuse", ClientIdTaken::Refuse), ("new-session", ClientIdTaken::NewSession)];
+/// Spellings of [`Identity::allow_wildcards`].
+const WILDCARD_IDENTIFIERS: [(&str, bool); 2] = [("refuse", false), ("allow", true)];
 /// Spellings of [`QueuePolicy`].
 const QUEUE_FULL: [(&str, QueuePolicy); 3] = [
     ("drop-newest", QueuePolicy::DropNewest),
@@ -56,6 +61,7 @@ pub(crate) struct Settings {
     pub(crate) listeners: Vec<Listener>,
     /// [`Anonymous::Loopback`] if the file does not say.
     pub(crate) anonymous: Anonymous,
+    pub(crate) identity: Identity,
     pub(crate) limits: Limits,
     /// 0: one per core.
     pub(crate) shards: usize,
@@ -189,6 +195,10 @@ fn meaning(mut root: Section<'_>, place: &Place<'_>) -> Settings {
         Some(true) => Anonymous::Allow,
         Some(false) => Anonymous::Deny,
     };
+    let identity = Identity {
+        client_id_taken: auth.choice("client_id_taken", &CLIENT_ID_TAKEN).unwrap_or_default(),
+        allow_wildcards: auth.choice("wildcard_identifiers", &WILDCARD_IDENTIFIERS).unwrap_or_default(),
+    };
     auth.finish();
 
     let limits = meant_limits(root.section("limits"));
@@ -242,7 +252,7 @@ fn meaning(mut root: Section<'_>, place: &Place<'_>) -> Settings {
 
     root.finish();
     let log = Log { level, json };
-    Settings { data_dir, listeners, anonymous, limits, shards, plugin_dir, plugins, store, log }
+    Settings { data_dir, listeners, anonymous, identity, limits, shards, plugin_dir, plugins, store, log }
 }
 
 /// `None`: nothing outlives the broker.
@@ -300,6 +310,10 @@ fn meant_limits(mut limits: Section<'_>) -> Limits {
             0 => None,
             mebibytes => Some(mebibytes << 20),
         },
+        topic_levels_max: limits.number("topic_levels_max", default.topic_levels_max, 1..=65_535),
+        topic_bytes_max: limits.number("topic_bytes_max", default.topic_bytes_max, 1..=65_535),
+        connect_bytes_max: limits.number("connect_bytes_max", default.connect_bytes_max, 128..=268_435_460),
+        connecting_max: limits.number("connecting_max", default.connecting_max, 1..=1_000_000_000),
     };
     limits.finish();
     meant

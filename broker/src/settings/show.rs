@@ -10,7 +10,7 @@ use wasmqtt_protocol::topic::Filter;
 use wasmqtt_server::store::StoreConfig;
 use wasmqtt_server::{Anonymous, Bind};
 
-use super::{DURABILITY, MODES, ON_ERROR, QUEUE_FULL, Settings};
+use super::{CLIENT_ID_TAKEN, DURABILITY, MODES, ON_ERROR, QUEUE_FULL, Settings, WILDCARD_IDENTIFIERS};
 
 #[derive(Serialize)]
 pub(crate) struct Shown<'a> {
@@ -36,6 +36,7 @@ struct Listener {
     mode: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     group: Option<String>,
+    proxied: bool,
 }
 
 /// Absent means loopback clients only, which has no other spelling in the file.
@@ -43,6 +44,8 @@ struct Listener {
 struct Auth {
     #[serde(skip_serializing_if = "Option::is_none")]
     anonymous: Option<bool>,
+    client_id_taken: &'static str,
+    wildcard_identifiers: &'static str,
 }
 
 #[derive(Serialize)]
@@ -70,6 +73,10 @@ struct Limits {
     retained_bytes_max: usize,
     route_cache_bytes_max: usize,
     memory_mib: usize,
+    topic_levels_max: usize,
+    topic_bytes_max: usize,
+    connect_bytes_max: u32,
+    connecting_max: usize,
 }
 
 #[derive(Serialize)]
@@ -170,6 +177,8 @@ impl Settings {
                     Anonymous::Allow => Some(true),
                     Anonymous::Deny => Some(false),
                 },
+                client_id_taken: spelling(&CLIENT_ID_TAKEN, self.identity.client_id_taken),
+                wildcard_identifiers: spelling(&WILDCARD_IDENTIFIERS, self.identity.allow_wildcards),
             },
             limits: Limits {
                 packet_bytes_max: limits.packet_bytes_max,
@@ -199,6 +208,10 @@ impl Settings {
                 retained_bytes_max: limits.retained_bytes_max,
                 route_cache_bytes_max: limits.route_cache_bytes_max,
                 memory_mib: limits.memory_max.map_or(0, |bytes| bytes >> 20),
+                topic_levels_max: limits.topic_levels_max,
+                topic_bytes_max: limits.topic_bytes_max,
+                connect_bytes_max: limits.connect_bytes_max,
+                connecting_max: limits.connecting_max,
             },
             plugins: Folder { dir: self.plugin_dir.as_deref() },
             store: shown_store(self.store.as_ref()),
@@ -228,6 +241,7 @@ fn shown_listeners(listeners: &[wasmqtt_server::Listener]) -> Vec<Listener> {
             bind,
             protocol,
             queue_full: spelling(&QUEUE_FULL, listener.queue_policy),
+            proxied: listener.proxied,
             tcp_keepalive_secs: (protocol == "mqtt").then(|| listener.keepalive.map_or(0, |time| time.as_secs())),
             mode: listener.socket_mode.map(|mode| format!("{mode:04o}")),
             group: listener.socket_group.map(|group| group.to_string()),

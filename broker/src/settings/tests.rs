@@ -47,8 +47,11 @@ protocol = "mqtt"
 [[listener]]
 bind = "run/wasmqtt.sock"
 protocol = "unix"
+proxied = true
 [auth]
 anonymous = false
+client_id_taken = "new-session"
+wildcard_identifiers = "allow"
 [limits]
 packet_bytes_max = 2_000_000
 receive_maximum = 10
@@ -62,7 +65,11 @@ session_expiry_max_secs = 0
 queue_messages_max = 7
 queue_bytes_max = 8192
 outbound_bytes_max = 4096
+topic_levels_max = 20
+topic_bytes_max = 1000
+connect_bytes_max = 5000
 connections_max = 100
+connecting_max = 10
 [plugins]
 dir = "plugins"
 [[plugin]]
@@ -94,6 +101,12 @@ fn each_key_of_a_full_file_arrives() {
     assert_eq!(&*settings.listeners[0].name, "mqtt://127.0.0.1:1884");
     assert!(matches!(&settings.listeners[1].bind, Bind::Unix(path) if *path == folder.path().join("run/wasmqtt.sock")));
     assert_eq!(settings.anonymous, Anonymous::Deny);
+    let identity = Identity { client_id_taken: ClientIdTaken::NewSession, allow_wildcards: true };
+    assert_eq!(settings.identity, identity);
+    assert!(!settings.listeners[0].proxied && settings.listeners[1].proxied);
+    let limits = &settings.limits;
+    assert_eq!((limits.topic_levels_max, limits.topic_bytes_max), (20, 1000));
+    assert_eq!((limits.connect_bytes_max, limits.connecting_max), (5000, 10));
     let limits = &settings.limits;
     assert_eq!(limits.packet_bytes_max, 2_000_000);
     assert_eq!((limits.receive_maximum, limits.inflight_max, limits.topic_alias_maximum), (10, 20, 0));
@@ -125,6 +138,10 @@ fn an_empty_file_means_the_documented_defaults() {
     assert_eq!(settings.listeners.len(), 1);
     assert_eq!(&*settings.listeners[0].name, "mqtt://127.0.0.1:1883");
     assert_eq!(settings.anonymous, Anonymous::Loopback);
+    assert_eq!(settings.identity, Identity { client_id_taken: ClientIdTaken::Refuse, allow_wildcards: false });
+    assert!(!settings.listeners[0].proxied);
+    assert_eq!((settings.limits.topic_levels_max, settings.limits.topic_bytes_max), (200, 65_535));
+    assert_eq!((settings.limits.connect_bytes_max, settings.limits.connecting_max), (262_144, 20_000));
     assert_eq!(settings.limits.packet_bytes_max, 1_048_576);
     assert_eq!(settings.limits.session_expiry_max, Duration::from_hours(7 * 24));
     assert_eq!(settings.limits.queue_bytes_max, 16_777_216);
@@ -170,6 +187,18 @@ fn unknown_keys_come_with_a_suggestion() {
     check_problems(
         "[[plugin]]\nname = \"auth-file\"\nlimits = { zebra = 1 }\n",
         &[(3, &["plugin.limits.zebra", "= 1"])],
+    );
+}
+
+#[test]
+fn names_of_clients_have_two_answers_each() {
+    check_problems(
+        "[auth]\nclient_id_taken = \"share\"\nwildcard_identifiers = true\n[[listener]]\nbind = \"127.0.0.1:0\"\nproxied = 1\n",
+        &[
+            (2, &["auth.client_id_taken = \"share\"", "\"refuse\", \"new-session\""]),
+            (3, &["auth.wildcard_identifiers = true", "\"refuse\", \"allow\""]),
+            (6, &["listener.proxied = 1", "true and false"]),
+        ],
     );
 }
 

@@ -39,11 +39,11 @@ pub enum Refusal {
 }
 
 /// Who is banned.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum BanPattern {
     /// One Client Identifier.
     ClientId(Arc<str>),
-    /// One User Name.
+    /// One User Name, or the identity that authentication made of one.
     Username(Arc<str>),
     /// Addresses that begin with these bits.
     Address {

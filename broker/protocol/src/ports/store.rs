@@ -113,11 +113,11 @@ pub enum Change<'a> {
         /// Of the message.
         id: MessageId,
     },
-    /// Somebody is kept out until then; a time in the past lets them in again.
+    /// Somebody is kept out.
     Ban {
         /// Who.
         pattern: &'a BanPattern,
-        /// Broker clock.
+        /// Until when, by the broker's clock; 0: not any more, and the row is deleted.
         until_ms: u64,
         /// For the log.
         note: &'a str,

@@ -14,6 +14,7 @@ use wasmqtt_protocol::session::Incoming;
 use wasmqtt_protocol::topic::Filter;
 
 use super::calls::Answer;
+use super::connect::principal_of;
 use super::gate::Reason;
 use super::routes::random;
 use super::sessions::Standing;
@@ -32,30 +33,35 @@ impl Shard {
     /// Gives a Session what authentication granted.
     pub(super) fn grant(&mut self, id: usize, key: SessionKey, request: &AuthRequest, grant: &Grant) {
         let permits = Permits::new(grant.rules.clone(), grant.complete);
-        let principal = match (&*grant.principal, &request.username) {
-            ("", Some(username)) => Arc::clone(username),
-            (principal, _) => principal.into(),
+        let client = Client {
+            client_id: Arc::clone(&request.client_id),
+            principal: principal_of(request, grant),
+            listener: Arc::clone(&request.listener),
         };
-        let client =
-            Client { client_id: Arc::clone(&request.client_id), principal, listener: Arc::clone(&request.listener) };
+        self.forget_check(key);
         let standing = Standing::new(Arc::new(client), permits);
         self.sessions.set_standing(key.slot, Some(Box::new(standing)));
         self.conns[id].permitted = (0, 0);
-        self.check_in(key, 0);
         self.expire_grant(id, grant.expires);
     }
 
     /// Sets when the client must have authenticated again; `seconds` 0: never.
     pub(super) fn expire_grant(&mut self, id: usize, seconds: u32) {
         let Some(conn) = self.conns.get_mut(id) else { return };
-        conn.granted_until_ms = (seconds > 0).then(|| self.now_ms + u64::from(seconds) * 1000);
-        if let Some(at) = conn.granted_until_ms {
-            self.timers.set(at, Timer::Grant { id, epoch: conn.epoch });
-        }
+        let epoch = conn.epoch;
+        let until_ms = (seconds > 0).then(|| self.now_ms + u64::from(seconds) * 1000);
+        let old = std::mem::replace(&mut conn.granted_until_ms, until_ms);
+        self.timers.replace(old, until_ms, Timer::Grant { id, epoch });
+    }
+
+    /// The subscriptions of a Session are not looked at at an instant any more.
+    pub(super) fn forget_check(&mut self, key: SessionKey) {
+        let old = self.sessions.standing(key.slot).and_then(|standing| standing.check_ms.take());
+        self.timers.replace(old, None, Timer::Check(key));
     }
 
     pub(super) fn on_grant_end(&mut self, id: usize, epoch: u32) {
-        if self.is_current(id, epoch) && self.conns[id].granted_until_ms.is_some_and(|at| at <= self.now_ms) {
+        if self.is_current(id, epoch) && self.conns[id].granted_until_ms.take().is_some() {
             self.end(id, Ending::Server(ReasonCode::NOT_AUTHORIZED, "what authentication granted has expired"));
         }
     }
@@ -283,33 +289,33 @@ impl Shard {
         if at_ms == u64::MAX || standing.check_ms.is_some_and(|check_ms| check_ms <= at_ms) {
             return;
         }
-        if let Some(old) = standing.check_ms.replace(at_ms) {
-            self.timers.cancel(old, Timer::Check(key));
-        }
-        self.timers.set(at_ms, Timer::Check(key));
+        let old = standing.check_ms.replace(at_ms);
+        self.timers.replace(old, Some(at_ms), Timer::Check(key));
     }
 
-    /// Looks whether the subscriptions of a Session are still allowed.
+    /// Looks whether the subscriptions of a Session are still allowed. A client that has just come gets its CONNACK, and
+    /// what waits for it, when that is known.
     pub(super) fn check_subscriptions(&mut self, key: SessionKey) {
         if self.sessions.resolve(key).is_none() {
             return;
         }
+        self.forget_check(key);
         let Some(standing) = self.sessions.standing(key.slot) else { return };
-        standing.check_ms = None;
         if !self.has_acl && !standing.permits.has_rules() {
-            return;
+            return self.on_permissions_known(key, true);
         }
         let client = Arc::clone(&standing.client);
         let unknown = self.judge_subscriptions(key);
         if unknown.is_empty() {
-            return;
+            return self.on_permissions_known(key, true);
         }
         let accesses: Arc<[Access]> = unknown.into();
         if !self.has_acl {
-            return self.on_subscription_decisions(key, &accesses, Vec::new());
+            return self.on_subscription_decisions(key, &client, &accesses, Vec::new());
         }
-        let call = self.plugins.authorize(client, Arc::clone(&accesses));
-        let call = Box::pin(async move { Answer::Subscriptions { session: key, accesses, decisions: call.await } });
+        let call = self.plugins.authorize(Arc::clone(&client), Arc::clone(&accesses));
+        let call =
+            Box::pin(async move { Answer::Subscriptions { session: key, client, accesses, decisions: call.await } });
         if let Some(answer) = self.calls.begin(None, call) {
             self.on_answer(answer);
         }
@@ -318,13 +324,20 @@ impl Shard {
     pub(super) fn on_subscription_decisions(
         &mut self,
         key: SessionKey,
+        client: &Arc<Client>,
         accesses: &[Access],
         mut decisions: Vec<Decision>,
     ) {
         if self.sessions.resolve(key).is_none() {
             return;
         }
-        // A plugin that could not answer must not cost a client its subscriptions.
+        // Asked for the sake of an earlier connection, or of what authentication granted before.
+        if !self.sessions.standing_of(key.slot).is_some_and(|standing| Arc::ptr_eq(&standing.client, client)) {
+            return;
+        }
+        let is_open = |decision: &Decision| decision.failed && decision.verdict != Some(Verdict::Allow);
+        let is_known = !decisions.iter().any(is_open);
+        // A plugin that could not answer must not cost a client its subscriptions; but what waits in its queue waits on.
         let failed = decisions.iter().any(|decision| decision.failed);
         for decision in decisions.iter_mut().filter(|decision| decision.failed) {
             decision.verdict = Some(Verdict::Allow);
@@ -337,6 +350,40 @@ impl Shard {
         }
         if failed {
             self.check_at(key, self.now_ms + RETRY_MS);
+        }
+        self.on_permissions_known(key, is_known);
+    }
+
+    /// It is known which subscriptions of a Session are allowed, and the others have ended: its client gets its CONNACK
+    /// and what waits for it. `false`: plugins could not say, and what waits goes on waiting.
+    fn on_permissions_known(&mut self, key: SessionKey, is_known: bool) {
+        let compared =
+            self.has_acl || self.sessions.standing_of(key.slot).is_some_and(|standing| standing.permits.has_rules());
+        let Some((session, Some(id))) = self.sessions.resolve(key) else { return };
+        let Some(conn) = self.conns.get_mut(id) else { return };
+        let is_first = std::mem::take(&mut conn.unchecked);
+        let releases = is_known && session.is_held();
+        if releases {
+            conn.outbox.lend(&mut self.pool);
+            session.release(self.now_ms, compared, &self.limits, &mut conn.outbox);
+        }
+        if releases && self.durable.is_on() {
+            self.tell(key.slot, Some(id));
+            self.load_more(key.slot);
+        }
+        if releases {
+            self.schedule_replays(key.slot);
+        }
+        if is_first || releases {
+            self.mark_dirty(id);
+        }
+        if is_first {
+            self.open_gate(id, Reason::Opening);
+            // What follows CONNECT counts when the client is let in for good. [MQTT-3.1.4-6]
+            if self.conns[id].is_unanswered {
+                return self.wait_for_commit(id);
+            }
+            self.on_kept(id);
         }
     }
 
@@ -356,6 +403,9 @@ impl Shard {
                 Some((Verdict::Deny(_), _)) => {
                     debug!(client_id = %standing.client.client_id, %filter, "subscription ended: no longer allowed");
                     self.unsubscribe(key, &filter);
+                    if let Some(session) = self.sessions.get_mut(key.slot) {
+                        session.compare_queue();
+                    }
                 }
             }
         }

@@ -8,6 +8,7 @@ use wasmqtt_protocol::codec::{self, Auth, Packet, ReasonCode, Version, encode};
 use wasmqtt_protocol::ports::{AuthOutcome, AuthRequest, AuthStep, Client, EventKind};
 
 use super::conn::State;
+use super::connect::principal_of;
 use super::gate::Reason;
 use super::{Ending, Shard};
 
@@ -59,9 +60,9 @@ impl Shard {
 
     fn on_connect_outcome(&mut self, id: usize, request: &AuthRequest, outcome: AuthOutcome) {
         match outcome {
-            AuthOutcome::Allow(grant) => self.admit(id, grant),
-            AuthOutcome::Next => match self.native_rule(request) {
-                Ok(grant) => self.admit(id, grant),
+            AuthOutcome::Allow(grant) => self.let_in(id, request, grant),
+            AuthOutcome::Next => match self.native_rule(id, request) {
+                Ok(grant) => self.let_in(id, request, grant),
                 Err(reason) => self.deny(id, request, reason),
             },
             AuthOutcome::Deny(reason) => self.deny(id, request, reason),
@@ -98,7 +99,7 @@ impl Shard {
         }
     }
 
-    fn deny(&mut self, id: usize, request: &AuthRequest, reason: ReasonCode) {
+    pub(super) fn deny(&mut self, id: usize, request: &AuthRequest, reason: ReasonCode) {
         self.note_refusal(request, reason);
         if self.wants(EventKind::ClientRefused) {
             let client = Client {
@@ -188,11 +189,16 @@ impl Shard {
         let request = Arc::clone(&standing.request);
         match outcome {
             AuthOutcome::Allow(grant) => {
-                if let State::Live { slot } = self.conns[id].state
-                    && let Some(key) = self.sessions.get(slot).map(|session| session.key)
-                {
-                    self.grant(id, key, &request, &grant);
+                let State::Live { slot } = self.conns[id].state else { return };
+                let Some(key) = self.sessions.get(slot).map(|session| session.key) else { return };
+                let owner = self.sessions.standing_of(slot).map(|standing| Arc::clone(&standing.client.principal));
+                if owner.is_some_and(|owner| owner != principal_of(&request, &grant)) {
+                    // The Session, with its subscriptions and messages, belongs to the one who began it.
+                    let ending = Ending::Server(ReasonCode::NOT_AUTHORIZED, "re-authentication as somebody else");
+                    return self.end(id, ending);
                 }
+                self.grant(id, key, &request, &grant);
+                self.check_subscriptions(key);
                 self.send_auth(id, &request, ReasonCode::SUCCESS, grant.data.as_deref());
             }
             AuthOutcome::Challenge { data, state, plugin } if state.len() <= STATE_BYTES_MAX => {

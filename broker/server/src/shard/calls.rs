@@ -57,7 +57,7 @@ pub(super) enum Answer {
     /// For a packet that waits for it.
     Packet { conn: usize, epoch: u32, accesses: Arc<[Access]>, decisions: Vec<Decision> },
     /// For subscriptions that were made earlier.
-    Subscriptions { session: SessionKey, accesses: Arc<[Access]>, decisions: Vec<Decision> },
+    Subscriptions { session: SessionKey, client: Arc<Client>, accesses: Arc<[Access]>, decisions: Vec<Decision> },
     /// For the messages that were shown to storage hooks in one batch.
     Stored { batch: u64, answers: Vec<Accepted> },
     /// For messages from the store that were sealed.
@@ -152,8 +152,8 @@ impl Shard {
             Answer::Packet { conn, epoch, accesses, decisions } => {
                 self.on_packet_decisions(conn, epoch, &accesses, decisions);
             }
-            Answer::Subscriptions { session, accesses, decisions } => {
-                self.on_subscription_decisions(session, &accesses, decisions);
+            Answer::Subscriptions { session, client, accesses, decisions } => {
+                self.on_subscription_decisions(session, &client, &accesses, decisions);
             }
             Answer::Stored { batch, answers } => self.on_stored(batch, answers),
             Answer::Opened { opened, loaded } => self.on_loaded(loaded, opened),

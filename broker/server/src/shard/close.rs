@@ -46,9 +46,11 @@ impl Ending {
 impl Shard {
     /// Ends a connection; its Session lives on for its Session Expiry Interval.
     pub(super) fn end(&mut self, id: usize, ending: Ending) {
+        self.expire_grant(id, 0);
         let Some(conn) = self.conns.get_mut(id) else { return };
         let epoch = conn.epoch;
         let state = std::mem::replace(&mut conn.state, State::Lingering);
+        conn.unchecked = false;
         let live = match state {
             State::Live { slot } => Some(slot),
             State::Opening(_) => {
@@ -136,6 +138,7 @@ impl Shard {
         if let Some((at, timer)) = conn.timer {
             self.timers.cancel(at, timer);
         }
+        self.timers.replace(conn.granted_until_ms, None, Timer::Grant { id, epoch: conn.epoch });
         if matches!(conn.state, State::Opening(_)) {
             self.calls.cancel(id, conn.epoch);
         }
@@ -194,6 +197,7 @@ impl Shard {
         if self.ends_after_will(key) {
             return;
         }
+        self.forget_check(key);
         self.event(EventKind::SessionEnded, key.slot, Vec::new);
         let shared = Arc::clone(&self.shared);
         {
@@ -255,27 +259,6 @@ impl Shard {
         let key = self.shared.directory(client_id).get(client_id).copied();
         if let Some(id) = key.filter(|key| key.shard == self.index).and_then(|key| self.sessions.conn(key.slot)) {
             self.end(id, Ending::Server(reason.for_disconnect(), "disconnected by a plugin"));
-        }
-    }
-
-    /// Somebody was banned: those that are meant and connected go, see [`Self::run_sweeps`].
-    pub(super) fn end_banned(&mut self) {
-        self.banned.begin(&self.sessions);
-    }
-
-    pub(super) fn end_if_banned(&mut self, key: SessionKey) {
-        let Some(id) = self.sessions.conn(key.slot) else { return };
-        let Some(client) = self.sessions.standing(key.slot).map(|standing| Arc::clone(&standing.client)) else {
-            return;
-        };
-        let address = self.conns.get(id).and_then(|conn| conn.address);
-        let is_banned = {
-            let bans = self.shared.bans();
-            bans.find(self.now_ms, &client.client_id, Some(&client.principal), address).is_some()
-        };
-        if is_banned {
-            // Banned is for CONNACK alone.
-            self.end(id, Ending::Server(ReasonCode::ADMINISTRATIVE_ACTION, "banned"));
         }
     }
 }

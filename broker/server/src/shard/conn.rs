@@ -18,6 +18,7 @@ use super::promises::Promises;
 use super::read::Inbox;
 use super::timers::Timer;
 use super::{POOL_BUFFER_BYTES_MAX, POOL_BUFFERS_MAX, Shard};
+use crate::acceptor::Connecting;
 use crate::memory::Pressure;
 use crate::stream::Stream;
 
@@ -28,6 +29,9 @@ pub(crate) struct Arrival {
     pub(crate) listener: Arc<str>,
     /// Counts connections in the order in which they were accepted.
     pub(crate) number: u64,
+    /// A proxy stands in front: the address is the proxy's.
+    pub(crate) proxied: bool,
+    pub(crate) connecting: Connecting,
 }
 
 /// Slices of one `writev`.
@@ -55,9 +59,15 @@ pub(crate) struct Conn {
     pub(super) listener: Arc<str>,
     /// Those in force when it connected, which CONNACK told the client: what it sends is measured by them.
     pub(super) limits: Arc<ServerLimits>,
+    /// See [`Arrival::proxied`].
+    pub(super) proxied: bool,
+    /// User Name of CONNECT, where authentication made another identity of it.
+    pub(super) username: Option<Arc<str>>,
     pub(super) state: State,
     /// See [`Arrival::number`].
     pub(super) number: u64,
+    /// Until its client is let in.
+    pub(super) connecting: Option<Connecting>,
     /// Tells this connection from another that had the same place.
     pub(super) epoch: u32,
     /// Version of CONNECT; what DISCONNECT is written in.
@@ -82,6 +92,8 @@ pub(crate) struct Conn {
     is_broken: bool,
     /// Another connection takes its Session over: so many bytes are still read of it. `None`: none does.
     pub(super) last_bytes: Option<u32>,
+    /// It is not known yet which of its subscriptions are still allowed: nothing goes out, the CONNACK neither.
+    pub(super) unchecked: bool,
     /// Messages of its Session that wait for storage hooks.
     pub(super) submitted: u32,
     /// The route it may publish to without another look, and until when; here, where each packet comes by anyway.
@@ -143,8 +155,11 @@ impl Shard {
             address: arrival.address,
             listener: arrival.listener,
             limits: Arc::clone(&self.limits),
+            proxied: arrival.proxied,
+            username: None,
             state: State::New,
             number: arrival.number,
+            connecting: Some(arrival.connecting),
             epoch: 0,
             version: Version::V311,
             gate: Gate::new(self.now_ms),
@@ -158,6 +173,7 @@ impl Shard {
             is_caught_up: false,
             is_broken: false,
             last_bytes: None,
+            unchecked: false,
             submitted: 0,
             permitted: (0, 0),
             granted_until_ms: None,
@@ -274,6 +290,9 @@ impl Shard {
     pub(super) fn flush(&mut self, id: usize) {
         let Some(conn) = self.conns.get_mut(id) else { return };
         conn.dirty = false;
+        if conn.unchecked {
+            return;
+        }
         if self.durable.waits(conn.barrier) {
             return self.wait_for_commit(id);
         }

@@ -1,6 +1,5 @@
 //! From CONNECT to a Session: checks, authentication, takeover, CONNACK. MQTT 5.0 §3.1.4.
 
-use std::hash::BuildHasher;
 use std::num::{NonZeroU16, NonZeroU32};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -16,7 +15,7 @@ use super::Shard;
 use super::conn::{Conn, State};
 use super::gate::Reason;
 use super::timers::Timer;
-use crate::config::Anonymous;
+use crate::config::{Anonymous, ClientIdTaken};
 use crate::mailbox::Mail;
 use crate::memory::Pressure;
 
@@ -82,12 +81,18 @@ impl Shard {
             if will.retain && !limits.retain_available {
                 return self.refuse(id, ReasonCode::RETAIN_NOT_SUPPORTED);
             }
-            if will.topic.starts_with("$SYS/") {
-                return self.refuse(id, ReasonCode::NOT_AUTHORIZED);
+            if !self.tunable.limits.takes_topic(will.topic) {
+                return self.refuse(id, ReasonCode::TOPIC_NAME_INVALID);
             }
         }
+        if let Some(reason) = self.refusal_of_names(connect.client_id, connect.username) {
+            debug!(address = ?self.conns[id].address, ?reason, "Client Identifier or user name with a wildcard");
+            return self.refuse(id, reason);
+        }
+        let conn = &mut self.conns[id];
         let assigned = connect.client_id.is_empty();
-        let client_id: Arc<str> = if assigned { new_client_id() } else { connect.client_id.into() };
+        let client_id = if assigned { new_client_id() } else { Some(connect.client_id.into()) };
+        let Some(client_id) = client_id else { return self.refuse(id, ReasonCode::SERVER_UNAVAILABLE) };
         let request = AuthRequest {
             client_id,
             username: connect.username.map(Into::into),
@@ -102,7 +107,7 @@ impl Shard {
         let opening = Opening {
             request: Arc::new(request),
             link: Link::negotiate(connect, limits),
-            will: connect.will.as_ref().map(|will| Box::new(will_message(will))),
+            will: connect.will.as_ref().filter(|will| is_for_clients(will)).map(|will| Box::new(will_message(will))),
             clean_start: connect.clean_start,
             keep_alive: connect.keep_alive,
             session_expiry: connect.session_expiry,
@@ -111,7 +116,7 @@ impl Shard {
             plugin: "".into(),
         };
         let request = Arc::clone(&opening.request);
-        if self.is_banned(&request) {
+        if self.is_banned(&request, request.username.as_ref()) {
             return self.refuse(id, ReasonCode::BANNED);
         }
         let conn = &mut self.conns[id];
@@ -126,12 +131,23 @@ impl Shard {
         }
     }
 
-    fn is_banned(&self, request: &AuthRequest) -> bool {
+    /// Why a client may not have these names: a rule such as `clients/%c/#` gives a client `+` the topics of all.
+    fn refusal_of_names(&self, client_id: &str, username: Option<&str>) -> Option<ReasonCode> {
+        if self.shared.identity.allow_wildcards {
+            return None;
+        }
+        if has_wildcard(client_id) {
+            return Some(ReasonCode::CLIENT_IDENTIFIER_NOT_VALID);
+        }
+        username.filter(|name| has_wildcard(name)).map(|_| ReasonCode::BAD_USER_NAME_OR_PASSWORD)
+    }
+
+    fn is_banned(&self, request: &AuthRequest, name: Option<&Arc<str>>) -> bool {
         let bans = self.shared.bans();
         if bans.is_empty() {
             return false;
         }
-        let found = bans.find(self.now_ms, &request.client_id, request.username.as_ref(), request.address);
+        let found = bans.find(self.now_ms, &request.client_id, name, request.address);
         if let Some(note) = found {
             debug!(client_id = %request.client_id, note, "banned");
             self.note_refusal(request, ReasonCode::BANNED);
@@ -140,7 +156,7 @@ impl Shard {
     }
 
     /// No plugin decided: the broker's own rule does.
-    pub(super) fn native_rule(&self, request: &AuthRequest) -> Result<Grant, ReasonCode> {
+    pub(super) fn native_rule(&self, id: usize, request: &AuthRequest) -> Result<Grant, ReasonCode> {
         if request.method.is_some() {
             return Err(ReasonCode::BAD_AUTHENTICATION_METHOD);
         }
@@ -151,9 +167,25 @@ impl Shard {
         let allowed = match self.tunable.anonymous {
             Anonymous::Allow => true,
             Anonymous::Deny => false,
-            Anonymous::Loopback => request.address.is_none_or(|address| address.is_loopback()),
+            // Behind a proxy everybody seems to be on this machine.
+            Anonymous::Loopback => {
+                !self.conns[id].proxied && request.address.is_none_or(|address| address.is_loopback())
+            }
         };
         if allowed { Ok(Grant::default()) } else { Err(ReasonCode::NOT_AUTHORIZED) }
+    }
+
+    /// Authentication has said who the client is: lets it in, unless that one is not let in.
+    pub(super) fn let_in(&mut self, id: usize, request: &AuthRequest, grant: Grant) {
+        let principal = principal_of(request, &grant);
+        if has_wildcard(&principal) && !self.shared.identity.allow_wildcards {
+            return self.deny(id, request, ReasonCode::NOT_AUTHORIZED);
+        }
+        // What the plugin calls the client may be banned, and not what it calls itself.
+        if request.username.as_ref() != Some(&principal) && self.is_banned(request, Some(&principal)) {
+            return self.refuse(id, ReasonCode::BANNED);
+        }
+        self.admit(id, grant);
     }
 
     /// The client is let in: finds its Session, here or on another shard.
@@ -238,8 +270,15 @@ impl Shard {
         }
     }
 
-    /// The Session exists: takes it over, or ends it first.
+    /// The Session exists: takes it over, ends it first, or leaves it to its owner.
     fn resume(&mut self, id: usize, opening: Box<Opening>, grant: Grant, key: SessionKey) {
+        let claim = self.claim(key, &principal_of(&opening.request, &grant));
+        if claim == Claim::Refused {
+            let request = Arc::clone(&opening.request);
+            debug!(client_id = %request.client_id, "the Session of this Client Identifier belongs to somebody else");
+            self.conns[id].state = State::Opening(opening);
+            return self.deny(id, &request, ReasonCode::NOT_AUTHORIZED);
+        }
         if let Some(old) = self.sessions.conn(key.slot) {
             return self.take_over(id, old, opening, grant);
         }
@@ -250,7 +289,8 @@ impl Shard {
         }
         let expired = expires_ms.is_some_and(|at| at <= self.now_ms);
         // Ending it also publishes a will that was delayed. MQTT 5.0 §3.1.3.2.2
-        if self.sessions.resolve(key).is_some() && (opening.clean_start || expired) {
+        let begins_anew = opening.clean_start || expired || claim == Claim::Replaces;
+        if self.sessions.resolve(key).is_some() && begins_anew {
             self.end_session(key);
         }
         if self.waits_for_will(key, id, &grant) {
@@ -281,6 +321,25 @@ impl Shard {
         self.open(id, opening, grant, key, false);
     }
 
+    /// What a client may make of a Session that began with its Client Identifier.
+    fn claim(&self, key: SessionKey, principal: &str) -> Claim {
+        let owner = self.sessions.standing_of(key.slot).map(|standing| &*standing.client.principal);
+        let expired = self.sessions.deadlines(key.slot).0.is_some_and(|at| at <= self.now_ms);
+        match owner {
+            Some(owner) if owner == principal => Claim::Owns,
+            None => Claim::Owns,
+            // What belongs to nobody in particular may be replaced, or a broker that begins to ask for names would lock
+            // its clients out of their identifiers.
+            Some("") => Claim::Replaces,
+            Some(_) if expired => Claim::Replaces,
+            Some(_) => match self.shared.identity.client_id_taken {
+                ClientIdTaken::Refuse => Claim::Refused,
+                ClientIdTaken::NewSession => Claim::Replaces,
+            },
+        }
+    }
+
+    /// Nothing leaves before the permissions of its subscriptions are known, the CONNACK neither.
     fn open(&mut self, id: usize, opening: Opening, grant: &Grant, key: SessionKey, present: bool) {
         let conn = &mut self.conns[id];
         let epoch = conn.epoch;
@@ -288,6 +347,9 @@ impl Shard {
         conn.outbox.extend(&connack(&opening, grant, present, &self.limits));
         conn.state = State::Live { slot: key.slot };
         conn.limits = Arc::clone(&self.limits);
+        conn.unchecked = true;
+        conn.connecting = None;
+        conn.username = opening.request.username.clone().filter(|name| *name != principal_of(&opening.request, grant));
         conn.auth = super::auth::Standing::of(&opening.request, conn.version);
         // What an earlier connection sent comes before what this one sends.
         conn.submitted = self.hooks.waiting_of(key);
@@ -298,7 +360,7 @@ impl Shard {
         if let Some((session, _)) = self.sessions.resolve(key) {
             session.will = opening.will;
             session.queue_policy = self.tunable.queue_policy(&opening.request.listener);
-            session.connected(self.now_ms, opening.link, &self.limits, &mut conn.outbox);
+            session.connected_held(opening.link);
         }
         if let Some((at, timer)) = conn.timer.take() {
             self.timers.cancel(at, timer);
@@ -316,15 +378,34 @@ impl Shard {
             let version = conn.version.name().to_owned();
             self.event(EventKind::ClientConnected, key.slot, || vec![("address", address), ("version", version)]);
         }
-        self.mark_dirty(id);
         self.conns[id].gate.open(Reason::Leaving, self.now_ms);
-        self.open_gate(id, Reason::Opening);
-        // What follows CONNECT counts when the client is let in for good. [MQTT-3.1.4-6]
-        if self.conns[id].is_unanswered {
-            return self.wait_for_commit(id);
-        }
-        self.on_kept(id);
+        self.check_subscriptions(key);
     }
+}
+
+/// Whose Session it is, seen from a client that names its Client Identifier.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Claim {
+    /// The client's.
+    Owns,
+    /// Somebody else's; it ends, and the client begins a new one.
+    Replaces,
+    /// Somebody else's, and stays so.
+    Refused,
+}
+
+/// The identity that authentication gave a client; the User Name, where no plugin says more; empty for clients without.
+pub(super) fn principal_of(request: &AuthRequest, grant: &Grant) -> Arc<str> {
+    match (&*grant.principal, &request.username) {
+        ("", Some(username)) => Arc::clone(username),
+        ("", None) => "".into(),
+        (principal, _) if *principal == *request.client_id => Arc::clone(&request.client_id),
+        (principal, _) => principal.into(),
+    }
+}
+
+fn has_wildcard(name: &str) -> bool {
+    name.contains(['+', '#'])
 }
 
 /// 5.0 servers may always choose [MQTT-3.1.3-6]; 3.1.1 only for a Clean Session [MQTT-3.1.3-8]; 3.1 never.
@@ -336,9 +417,21 @@ fn may_be_assigned(connect: &Connect<'_>) -> bool {
     }
 }
 
-fn new_client_id() -> Arc<str> {
-    let random = |salt: u8| foldhash::quality::RandomState::default().hash_one((salt, std::time::SystemTime::now()));
-    format!("auto-{:016x}{:016x}", random(0), random(1)).into()
+/// Nobody can guess it: who names it later may ask for the Session. `None`: the system has no random numbers.
+fn new_client_id() -> Option<Arc<str>> {
+    let mut random = [0; 16];
+    getrandom::fill(&mut random).ok()?;
+    Some(format!("auto-{:032x}", u128::from_ne_bytes(random)).into())
+}
+
+/// Bridges of mosquitto have their wills below `$SYS/`, where only the broker publishes: such a will is left out, as what
+/// clients publish there is.
+fn is_for_clients(will: &codec::Will<'_>) -> bool {
+    let is_for_clients = !will.topic.starts_with("$SYS/");
+    if !is_for_clients {
+        debug!(topic = will.topic, "Will Message below $SYS/ left out");
+    }
+    is_for_clients
 }
 
 fn will_message(will: &codec::Will<'_>) -> WillMessage {

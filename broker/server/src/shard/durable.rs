@@ -6,7 +6,9 @@ use smallvec::SmallVec;
 use tracing::{debug, warn};
 use wasmqtt_protocol::access::{Action, Verdict};
 use wasmqtt_protocol::codec::Qos;
-use wasmqtt_protocol::ports::{Accepted, Change, Client, Load, Loaded, Receiver, ShardStore, Submission, Ticket};
+use wasmqtt_protocol::ports::{
+    Accepted, BanPattern, Change, Client, Load, Loaded, Receiver, ShardStore, Submission, Ticket,
+};
 use wasmqtt_protocol::router::{MessageId, SessionId, SessionKey, Subscription, Target};
 use wasmqtt_protocol::session::{Incoming, Outbox, Step, WillMessage};
 use wasmqtt_protocol::topic::Filter;
@@ -154,6 +156,12 @@ impl Durable {
     /// A plugin has a message that was kept for it.
     pub(super) fn write_fed(&mut self, plugin: &str, id: MessageId) {
         self.write(Change::FedDone { plugin, id });
+    }
+
+    /// Somebody is banned until then, or (`None`) not any more.
+    pub(super) fn write_ban(&mut self, pattern: &BanPattern, ban: Option<(u64, &str)>) {
+        let (until_ms, note) = ban.unwrap_or((0, ""));
+        self.write(Change::Ban { pattern, until_ms, note });
     }
 
     pub(super) fn write_step(&mut self, session: SessionId, step: Step) {

@@ -5,6 +5,7 @@
 
 mod acl;
 mod auth;
+mod banned;
 mod calls;
 mod close;
 mod conn;
@@ -35,7 +36,7 @@ use mio::{Events, Poll, Token, Waker};
 use slab::Slab;
 use tracing::error;
 use wasmqtt_protocol::codec::ReasonCode;
-use wasmqtt_protocol::ports::{Change, ShardPlugins, ShardStore};
+use wasmqtt_protocol::ports::{ShardPlugins, ShardStore};
 use wasmqtt_protocol::router::{Matches, RetainedMessage, SessionKey};
 use wasmqtt_protocol::session::{FrameCache, ServerLimits};
 
@@ -326,10 +327,9 @@ impl Shard {
             Mail::Deliver(remotes) => self.on_remotes(&remotes),
             Mail::Publish(outgoing) => self.on_outgoing(*outgoing),
             Mail::Explain { client_id, access, reply } => drop(reply.try_send(self.explain(&client_id, &access))),
-            Mail::KeepBan(pattern, until_ms, note) => {
-                self.durable.write(Change::Ban { pattern: &pattern, until_ms, note: &note });
-            }
+            Mail::KeepBans => self.store_bans(),
             Mail::Fed(plugin, ids) => ids.iter().for_each(|id| self.durable.write_fed(&plugin, *id)),
+            Mail::Banned(key) => self.on_banned(key),
             Mail::Drain => self.draining = true,
         }
     }
@@ -393,6 +393,7 @@ impl Shard {
         self.durable.hand_over();
         let tally = std::mem::take(&mut self.tally);
         let stats = &self.shared.stats;
+        self.timers.count(&stats.timers);
         for (counter, value) in [
             (&stats.messages_received, tally.received),
             (&stats.messages_sent, tally.sent),

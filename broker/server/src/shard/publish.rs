@@ -17,7 +17,6 @@ use super::routes::{Found, Route, random};
 use super::{Ending, Shard};
 use crate::mailbox::Remote;
 use crate::memory::Pressure;
-use crate::shared::is_too_deep;
 
 impl Shard {
     pub(super) fn on_publish(&mut self, id: usize, slot: u32, publish: &Publish<'_>, aliased: Option<&str>) {
@@ -31,8 +30,8 @@ impl Shard {
             publish.properties.message_expiry.map(|secs| self.now_ms + u64::from(secs) * 1000),
             Some(key),
         );
-        if is_too_deep(incoming.topic) {
-            return self.fault(id, ReasonCode::TOPIC_NAME_INVALID, "Topic Name with too many levels");
+        if !self.tunable.limits.takes_topic(incoming.topic) {
+            return self.fault(id, ReasonCode::TOPIC_NAME_INVALID, "Topic Name with too many levels or bytes");
         }
         let found = self.find_route(incoming.topic);
         let Some(verdict) = self.may_publish(id, key, &incoming, found.route.id) else { return };

@@ -1,9 +1,10 @@
 //! Reading: bytes out of sockets, packets out of bytes, and how much of a turn one client gets.
 
 use std::io;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use tracing::debug;
+use tracing::{debug, warn};
 use wasmqtt_protocol::codec::{self, DecodeError, Packet};
 use wasmqtt_protocol::session::Event;
 
@@ -242,10 +243,9 @@ impl Shard {
 
     /// How many bytes were used up; everything, once the connection ends.
     fn on_packets(&mut self, id: usize, bytes: &[u8], budget: &mut Budget) -> usize {
-        let limits =
-            codec::Limits { packet_bytes_max: self.conns.get(id).map_or(0, |conn| conn.limits.packet_bytes_max) };
         let mut used = 0;
         loop {
+            let limits = self.packet_limits(id);
             let Some(conn) = self.conns.get_mut(id) else { return bytes.len() };
             if matches!(conn.state, State::Lingering) {
                 return bytes.len();
@@ -257,6 +257,10 @@ impl Shard {
             if rest.is_empty() {
                 return used;
             }
+            if matches!(conn.state, State::New) && is_proxy_header(rest) {
+                self.on_proxy_header(id);
+                return bytes.len();
+            }
             let frame = match codec::frame(rest, &limits) {
                 Ok(Some(frame)) if frame.total_len <= rest.len() => frame,
                 Ok(frame) => {
@@ -267,6 +271,12 @@ impl Shard {
                     return used;
                 }
                 Err(error) => {
+                    // What it speaks may be there already.
+                    if matches!(conn.state, State::New)
+                        && let Some(version) = codec::answer_version(rest)
+                    {
+                        conn.version = version;
+                    }
                     self.on_malformed(id, &error);
                     return bytes.len();
                 }
@@ -280,6 +290,24 @@ impl Shard {
             }
             used += frame.total_len;
         }
+    }
+
+    /// Who is not let in yet gets less memory.
+    fn packet_limits(&self, id: usize) -> codec::Limits {
+        let Some(conn) = self.conns.get(id) else { return codec::Limits { packet_bytes_max: 0 } };
+        let is_in = matches!(conn.state, State::Live { .. });
+        let most = if is_in { u32::MAX } else { self.tunable.limits.connect_bytes_max };
+        codec::Limits { packet_bytes_max: conn.limits.packet_bytes_max.min(most) }
+    }
+
+    /// A proxy says who the client is, and nobody here listens to that: the client is not let in as the proxy.
+    fn on_proxy_header(&mut self, id: usize) {
+        let listener = &self.conns[id].listener;
+        if !self.shared.proxy_seen.swap(true, Ordering::Relaxed) {
+            warn!(%listener, "a connection began with a PROXY protocol header, which is not supported: have the proxy leave \
+                   it out, and set `proxied = true` for this listener");
+        }
+        self.remove(id);
     }
 
     fn on_packet(&mut self, id: usize, packet: &[u8]) {
@@ -326,6 +354,11 @@ impl Shard {
             _ => self.refuse(id, error.reason_code()),
         }
     }
+}
+
+/// Version 1 or 2 of the PROXY protocol. Neither can be the beginning of a CONNECT.
+fn is_proxy_header(bytes: &[u8]) -> bool {
+    bytes.starts_with(b"PROXY ") || bytes.starts_with(b"\r\n\r\n\0\r\nQUIT\n")
 }
 
 #[cfg(test)]

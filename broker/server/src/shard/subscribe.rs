@@ -12,18 +12,18 @@ use wasmqtt_protocol::codec::{
 };
 use wasmqtt_protocol::ports::EventKind;
 use wasmqtt_protocol::router::{SessionKey, Subscription};
-use wasmqtt_protocol::session::subscription_bytes;
+use wasmqtt_protocol::session::{Session, subscription_bytes};
 use wasmqtt_protocol::topic::Filter;
 
 use super::Shard;
 use super::promises::Subscribed;
 use crate::memory::Pressure;
-use crate::shared::is_too_deep;
 
 impl Shard {
     pub(super) fn on_subscribe(&mut self, id: usize, slot: u32, subscribe: &Subscribe<'_>) {
         let Some(key) = self.sessions.get(slot).map(|session| session.key) else { return };
         let version = self.conns[id].version;
+        let is_bridge = self.sessions.get(slot).and_then(Session::link).is_some_and(|link| link.bridge);
         let (filters, places) = distinct(&subscribe.filters);
         let (packet_id, subscription_id) = (subscribe.packet_id, subscribe.subscription_id);
         let subscribe = &Subscribe { packet_id, subscription_id, user_properties: UserProperties::default(), filters };
@@ -34,7 +34,8 @@ impl Shard {
         let mut retained = BTreeSet::new();
         let filters_max = self.tunable.limits.filters_per_packet_max;
         for (place, (text, options)) in subscribe.filters.iter().enumerate() {
-            let parsed = Filter::parse(text).ok().filter(|filter| !is_too_deep(filter.as_str()));
+            let parsed =
+                Filter::parse(text).ok().filter(|filter| self.tunable.limits.takes_topic(filter.as_str()));
             let Some(filter) = parsed else {
                 reasons.push(refusal(version, ReasonCode::TOPIC_FILTER_INVALID));
                 continue;
@@ -64,7 +65,12 @@ impl Shard {
                 reasons.push(refusal(version, ReasonCode::QUOTA_EXCEEDED));
                 continue;
             }
-            let options = SubscribeOptions { qos: options.qos.min(self.limits.maximum_qos), ..*options };
+            let mut options = SubscribeOptions { qos: options.qos.min(self.limits.maximum_qos), ..*options };
+            if is_bridge {
+                // What 5.0 has options for. Members of a Shared Subscription get what they published themselves, too.
+                options.no_local = filter.share().is_none();
+                options.retain_as_published = true;
+            }
             let subscription = Subscription { options, id: subscribe.subscription_id };
             let is_new = self.subscribe(key, &filter, subscription);
             if self.is_stored(slot) {

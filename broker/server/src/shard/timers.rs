@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use wasmqtt_protocol::codec::ReasonCode;
 use wasmqtt_protocol::router::SessionKey;
@@ -48,11 +49,14 @@ pub(super) enum Timer {
     Sys,
 }
 
-/// Each connection has one timer and another for its grant, each Session at most three. Keep Alive is not moved by packets: when it fires, it looks
-/// when the last one came, so a packet costs no timer work.
+/// Each connection has one timer and another for its grant, each Session at most three: one of a kind, noted at its
+/// owner, and taken back when the owner goes. Keep Alive is not moved by packets: when it fires, it looks when the last
+/// one came, so a packet costs no timer work.
 #[derive(Default)]
 pub(super) struct Timers {
     set: BTreeSet<(u64, Timer)>,
+    /// How many the broker's counter knows of.
+    counted: usize,
 }
 
 impl Timers {
@@ -62,6 +66,26 @@ impl Timers {
 
     pub(super) fn cancel(&mut self, at_ms: u64, timer: Timer) {
         self.set.remove(&(at_ms, timer));
+    }
+
+    /// Moves the one timer of its kind that an owner has, sets it for the first time, or (`None`) takes it back.
+    pub(super) fn replace(&mut self, old_ms: Option<u64>, at_ms: Option<u64>, timer: Timer) {
+        if let Some(at) = old_ms {
+            self.cancel(at, timer);
+        }
+        if let Some(at) = at_ms {
+            self.set(at, timer);
+        }
+    }
+
+    /// Tells in `all`, which all shards share, how many this shard has.
+    pub(super) fn count(&mut self, all: &AtomicUsize) {
+        let counted = std::mem::replace(&mut self.counted, self.set.len());
+        match self.set.len().checked_sub(counted) {
+            Some(0) => {}
+            Some(more) => drop(all.fetch_add(more, Ordering::Relaxed)),
+            None => drop(all.fetch_sub(counted - self.set.len(), Ordering::Relaxed)),
+        }
     }
 
     pub(super) fn next_ms(&self) -> Option<u64> {
@@ -112,14 +136,8 @@ impl Shard {
     /// Replaces the deadlines of a Session.
     pub(super) fn set_deadlines(&mut self, key: SessionKey, expires_ms: Option<u64>, will_ms: Option<u64>) {
         let old = self.sessions.replace_deadlines(key.slot, expires_ms, will_ms);
-        for (old, new, timer) in [(old.0, expires_ms, Timer::Expiry(key)), (old.1, will_ms, Timer::Will(key))] {
-            if let Some(at) = old {
-                self.timers.cancel(at, timer);
-            }
-            if let Some(at) = new {
-                self.timers.set(at, timer);
-            }
-        }
+        self.timers.replace(old.0, expires_ms, Timer::Expiry(key));
+        self.timers.replace(old.1, will_ms, Timer::Will(key));
     }
 
     pub(super) fn run_timers(&mut self) {
@@ -143,6 +161,7 @@ impl Shard {
             Timer::Grant { id, epoch } => self.on_grant_end(id, epoch),
             Timer::Sweep => {
                 self.sweep_retained();
+                self.sweep_bans();
                 self.timers.set(self.now_ms + 1000, Timer::Sweep);
             }
             Timer::Queues => {

@@ -159,6 +159,9 @@ impl Batch {
             Change::RetainedRemoved { topic } => {
                 self.delete(Family::Retained, |to| to.extend_from_slice(topic.as_bytes()));
             }
+            Change::Ban { pattern, until_ms: 0, .. } => {
+                self.delete(Family::Ban, |to| to.extend_from_slice(rows::ban_key(pattern).as_bytes()));
+            }
             Change::Ban { pattern, until_ms, note } => self.put(
                 Family::Ban,
                 |to| to.extend_from_slice(rows::ban_key(pattern).as_bytes()),

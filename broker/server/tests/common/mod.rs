@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use wasmqtt_protocol::ports::{Plugins, Store};
-use wasmqtt_server::{Anonymous, Config, Limits, Listener, Server};
+use wasmqtt_server::{Anonymous, Config, Identity, Limits, Listener, Server};
 
 pub(crate) const CONNACK: u8 = 0x20;
 pub(crate) const PUBLISH: u8 = 0x30;
@@ -30,18 +30,29 @@ pub(crate) struct Broker {
 
 impl Broker {
     pub(crate) fn start(plugins: Arc<dyn Plugins>, store: Arc<dyn Store>) -> Self {
-        Self::start_with(plugins, store, 1)
+        Self::start_config(plugins, store, |_| {})
     }
 
     pub(crate) fn start_with(plugins: Arc<dyn Plugins>, store: Arc<dyn Store>, shards: usize) -> Self {
+        Self::start_config(plugins, store, |config| config.shards = shards)
+    }
+
+    /// With another configuration.
+    pub(crate) fn start_config(
+        plugins: Arc<dyn Plugins>,
+        store: Arc<dyn Store>,
+        change: impl FnOnce(&mut Config),
+    ) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_time().build().unwrap();
-        let config = Config {
+        let mut config = Config {
             listeners: vec![Listener::tcp("127.0.0.1:0".parse().unwrap())],
             anonymous: Anonymous::Allow,
+            identity: Identity::default(),
             limits: Limits::default(),
-            shards,
+            shards: 1,
             sys_interval: Duration::ZERO,
         };
+        change(&mut config);
         let server = Server::start(config, plugins, store, runtime.handle().clone()).unwrap();
         let address = server.listeners()[0].trim_start_matches("mqtt://").to_owned();
         Self { server: Some(server), address, _runtime: runtime }
@@ -65,6 +76,21 @@ impl Broker {
 
     pub(crate) fn watch(&self) -> wasmqtt_server::Watch {
         self.server.as_ref().unwrap().watch()
+    }
+
+    /// Timers that are set.
+    pub(crate) fn timers(&self) -> usize {
+        self.server.as_ref().map_or(0, Server::timers)
+    }
+
+    /// As [`Broker::connect`], with a User Name.
+    pub(crate) fn connect_as(&self, client_id: &str, username: &str, clean: bool) -> Client {
+        let mut client = Client(TcpStream::connect(&self.address).unwrap());
+        let mut body = vec![0, 4, b'M', b'Q', b'T', b'T', 4, if clean { 0x82 } else { 0x80 }, 0, 0];
+        string(client_id, &mut body);
+        string(username, &mut body);
+        client.send(0x10, &body);
+        client
     }
 
     /// MQTT 3.1.1; the Session outlives the connection unless `clean`.
@@ -201,6 +227,13 @@ impl Client {
         let (got, body) = self.next(Duration::from_secs(10)).expect("an answer");
         assert_eq!(got, kind, "{body:?}");
         body
+    }
+
+    /// There is a CONNACK without error; `false`: it is refused, or the connection is closed.
+    pub(crate) fn is_let_in(&mut self) -> bool {
+        self.0.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let mut connack = [0; 4];
+        self.0.read_exact(&mut connack).is_ok() && connack[0] == CONNACK && connack[3] == 0
     }
 
     /// The broker ends the connection, without a word in MQTT 3.1.1.
