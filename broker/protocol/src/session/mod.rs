@@ -9,8 +9,8 @@ mod link;
 mod outbound;
 mod outbox;
 mod queue;
-mod replay;
 mod reading;
+mod replay;
 mod state;
 mod steps;
 

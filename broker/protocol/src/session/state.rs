@@ -7,8 +7,8 @@ use hashbrown::{HashMap, HashSet};
 
 use super::inflight::{Inflight, Phase};
 use super::queue::Queue;
-use super::replay::Replays;
 use super::reading::Reading;
+use super::replay::Replays;
 use super::steps::Steps;
 use super::{Link, Outbox, ServerLimits, Step};
 use crate::codec::{

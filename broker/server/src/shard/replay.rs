@@ -193,5 +193,6 @@ fn is_stored(subscription: &Subscription) -> bool {
 
 fn has_room(session: &Session, limits: &wasmqtt_protocol::session::ServerLimits) -> bool {
     !session.is_held()
-        && session.queued() < QUEUED_MAX.min(limits.queue_messages_max.div_ceil(2)) && !session.is_half_full(limits)
+        && session.queued() < QUEUED_MAX.min(limits.queue_messages_max.div_ceil(2))
+        && !session.is_half_full(limits)
 }
