@@ -121,6 +121,7 @@ impl Shard {
             self.calls.cancel(id, epoch);
         }
         self.conns[id].state = State::Lingering;
+        self.conns[id].unchecked = false;
         self.linger(id);
     }
 
