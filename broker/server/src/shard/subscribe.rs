@@ -34,8 +34,7 @@ impl Shard {
         let mut retained = BTreeSet::new();
         let filters_max = self.tunable.limits.filters_per_packet_max;
         for (place, (text, options)) in subscribe.filters.iter().enumerate() {
-            let parsed =
-                Filter::parse(text).ok().filter(|filter| self.tunable.limits.takes_topic(filter.as_str()));
+            let parsed = Filter::parse(text).ok().filter(|filter| self.tunable.limits.takes_topic(filter.as_str()));
             let Some(filter) = parsed else {
                 reasons.push(refusal(version, ReasonCode::TOPIC_FILTER_INVALID));
                 continue;
