@@ -188,7 +188,7 @@ mod tests {
     /// Behind a proxy, this machine is everybody.
     #[test]
     fn a_listener_behind_a_proxy_is_an_open_door() {
-        let mut settings = defaults().expect("defaults");
+        let mut settings = defaults(&[]).expect("defaults");
         settings.listeners[0].proxied = true;
         let error = check_exposure(&settings, false).expect_err("refused");
         assert!(error.to_string().contains("the proxy in front of it"), "{error}");
