@@ -106,7 +106,7 @@ pub(crate) fn start(data_dir: &Path, reach: Reach) {
 fn try_start(data_dir: &Path, reach: Reach) -> anyhow::Result<()> {
     let path = data_dir.join(SOCKET);
     let failed = || format!("listen on {} for commands", path.display());
-    std::fs::create_dir_all(data_dir).with_context(failed)?;
+    wasmqtt_files::make_private_folder(data_dir).with_context(failed)?;
     if UnixStream::connect(&path).is_ok() {
         bail!("another broker has {} as its data folder, commands reach that one", data_dir.display());
     }

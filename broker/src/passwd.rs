@@ -7,9 +7,9 @@
 
 mod import;
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufRead, IsTerminal, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, fchown};
+use std::fs::{self, File};
+use std::io::{self, BufRead, IsTerminal};
+use std::os::unix::fs::{MetadataExt, fchown};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
@@ -131,33 +131,23 @@ fn rewrite(file: &Path, may_be_new: bool, change: impl FnOnce(&str) -> Option<St
         Err(error) => return Err(error).with_context(|| format!("read {}", file.display())),
     };
     match change(&old) {
-        Some(new) => replace(&file, &folder, new.as_bytes()).with_context(|| format!("write {}", file.display())),
+        Some(new) => replace(&file, new.as_bytes()).with_context(|| format!("write {}", file.display())),
         None => Ok(()),
     }
 }
 
 /// Writes beside the file and renames, with mode 0600 and the owner the file had.
-fn replace(file: &Path, folder: &Path, bytes: &[u8]) -> io::Result<()> {
-    let name = file.file_name().ok_or(io::ErrorKind::IsADirectory)?.to_string_lossy();
-    let draft = folder.join(format!(".{name}.{}.new", std::process::id()));
-    let mut options = OpenOptions::new();
-    let written = options.write(true).create_new(true).mode(0o600).open(&draft).and_then(|mut out| {
+fn replace(file: &Path, bytes: &[u8]) -> io::Result<()> {
+    wasmqtt_files::write_whole_with(file, bytes, 0o600, |out| {
         if let Ok(old) = fs::metadata(file) {
             // An administrator may edit what belongs to the broker's own user.
             let new = out.metadata()?;
             if (old.uid(), old.gid()) != (new.uid(), new.gid()) {
-                fchown(&out, Some(old.uid()), Some(old.gid()))?;
+                fchown(out, Some(old.uid()), Some(old.gid()))?;
             }
         }
-        out.write_all(bytes)?;
-        out.sync_all()?;
-        fs::rename(&draft, file)?;
-        File::open(folder)?.sync_all()
-    });
-    if written.is_err() {
-        let _ = fs::remove_file(&draft);
-    }
-    written
+        Ok(())
+    })
 }
 
 #[cfg(test)]

@@ -1,8 +1,9 @@
 //! Commands for the store: `store stats`, `check`, `compact`, `export`, `import`, `backup`.
 
 use std::fmt::Write as _;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, IsTerminal, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
@@ -165,9 +166,13 @@ fn export(store: &Offline, file: Option<&Path>) -> anyhow::Result<String> {
         store.export(&mut BufWriter::new(io::stdout().lock()))?;
         return Ok(String::new());
     };
-    let mut to = BufWriter::new(File::create_new(file).with_context(|| format!("write {}", file.display()))?);
+    let wrote = || format!("write {}", file.display());
+    // Payloads are in it.
+    let new = OpenOptions::new().write(true).create_new(true).mode(0o600).open(file).with_context(wrote)?;
+    let mut to = BufWriter::new(new);
     let rows = store.export(&mut to)?;
-    to.flush().with_context(|| format!("write {}", file.display()))?;
+    to.flush().with_context(wrote)?;
+    to.get_ref().sync_all().and_then(|()| wasmqtt_files::sync_parent(file)).with_context(wrote)?;
     Ok(format!("{rows} rows\n"))
 }
 

@@ -161,6 +161,14 @@ impl Broker {
         std::mem::replace(&mut self.folder, tempfile::tempdir().expect("a temporary folder"))
     }
 
+    /// The same; gives back the folder, for another one.
+    pub fn stop_and_keep(mut self) -> TempDir {
+        self.signal(Signal::TERM);
+        let status = self.wait();
+        assert!(status.success(), "{status} after SIGTERM");
+        std::mem::replace(&mut self.folder, tempfile::tempdir().expect("a temporary folder"))
+    }
+
     /// SIGKILL; gives back the folder, for another one.
     pub fn crash(mut self) -> TempDir {
         self.signal(Signal::KILL);

@@ -6,6 +6,7 @@
 
 mod broker; // the process
 mod client; // one Network Connection
+pub mod clock; // one that jumps
 pub mod disk; // one that forgets, one that is full
 pub mod lasting; // clients that outlive the broker
 mod packet; // packets that own their data

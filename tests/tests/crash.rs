@@ -65,6 +65,7 @@ impl World {
         let folder = self.broker.take().expect("it runs").crash();
         if let Some((_, notes)) = &self.notes {
             disk::forget_unsynced(&folder.path().join("data/store"), notes);
+            disk::forget_names(notes);
         }
         self.begin(folder);
     }
@@ -232,7 +233,7 @@ fn what_was_acknowledged_survives_the_end_of_the_broker() {
     check_crashes("os", false, false, crashes(CRASHES));
 }
 
-/// Also when everything that was not synced is gone.
+/// Also when everything that was not synced is gone, names of files and folders included.
 #[test]
 fn what_was_acknowledged_survives_a_power_loss() {
     check_crashes("fsync", true, false, crashes(CRASHES));

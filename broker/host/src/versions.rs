@@ -25,11 +25,8 @@ impl Versions {
     /// A build of it begins to serve. That it cannot be kept is no reason not to serve it.
     pub(crate) fn keep(&self, name: &str, digest: &str, bytes: &[u8]) {
         let folder = self.dir.join(name);
-        let kept = std::fs::create_dir_all(&folder).and_then(|()| {
-            let new = folder.join(".new");
-            std::fs::write(&new, bytes)?;
-            std::fs::rename(new, folder.join(format!("{digest}.wasm")))
-        });
+        let kept = wasmqtt_files::make_private_folder(&folder)
+            .and_then(|()| wasmqtt_files::write_whole(&folder.join(format!("{digest}.wasm")), bytes, 0o600));
         if let Err(error) = kept {
             debug!(plugin = name, %error, "version not kept");
         }
