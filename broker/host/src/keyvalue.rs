@@ -11,6 +11,7 @@ use std::time::Duration;
 use wasmqtt_protocol::ports::Buckets as Store;
 use wasmtime::component::Resource;
 
+use crate::HostError;
 use crate::guest::Guest;
 use crate::share::Pace;
 use bindings::wasi::keyvalue::{atomics, batch, store};
@@ -67,20 +68,20 @@ fn other<T>(text: impl Into<String>) -> Result<T, store::Error> {
 
 impl Buckets {
     /// With what the store has of this plugin.
-    pub(crate) fn new(plugin: &Arc<str>, store: Option<&Arc<dyn Store>>) -> Self {
-        let Some(store) = store else { return Self::default() };
+    ///
+    /// # Errors
+    /// It cannot be read. To begin empty would overwrite what is there.
+    pub(crate) fn new(plugin: &Arc<str>, store: Option<&Arc<dyn Store>>) -> Result<Self, HostError> {
+        let Some(store) = store else { return Ok(Self::default()) };
         let mut kept = Kept::default();
-        match store.load(plugin) {
-            Ok(values) => {
-                for (bucket, key, value) in values {
-                    // It was within the bounds when it was set.
-                    let _ = kept.set(&bucket, &key, value, usize::MAX);
-                }
-            }
-            Err(error) => tracing::error!(%plugin, %error, "buckets cannot be read"),
+        let values =
+            store.load(plugin).map_err(|error| HostError::new(format!("its buckets cannot be read: {error}")))?;
+        for (bucket, key, value) in values {
+            // It was within the bounds when it was set.
+            let _ = kept.set(&bucket, &key, value, usize::MAX);
         }
         kept.store = Some((Arc::clone(store), Arc::clone(plugin)));
-        Self(Mutex::new(kept))
+        Ok(Self(Mutex::new(kept)))
     }
 
     fn kept(&self) -> MutexGuard<'_, Kept> {
@@ -329,6 +330,24 @@ mod tests {
             (0..20_000).any(|n| kept.set("b", &n.to_string(), Vec::new(), MIB).is_err()),
             "empty ones cost as well"
         );
+    }
+
+    struct Unreadable;
+
+    impl Store for Unreadable {
+        fn load(&self, _: &str) -> Result<Vec<wasmqtt_protocol::ports::Value>, wasmqtt_protocol::ports::StoreError> {
+            Err(wasmqtt_protocol::ports::StoreError("damaged".into()))
+        }
+        fn keep(&self, _: &str, _: &str, _: &str, _: Option<&[u8]>) -> bool {
+            panic!("what could not be read is overwritten")
+        }
+    }
+
+    #[test]
+    fn buckets_that_cannot_be_read_do_not_begin_empty() {
+        let store: Arc<dyn Store> = Arc::new(Unreadable);
+        let error = Buckets::new(&"counter".into(), Some(&store)).err().expect("is refused").to_string();
+        assert!(error.contains("buckets cannot be read: damaged"), "{error}");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Loads plugins and replaces what changed, on one thread of its own at low priority. Shards only see a finished chain.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -364,11 +365,14 @@ impl Loader {
     ) -> Result<Option<Link>, HostError> {
         let bit = self.free_bit();
         let shards = self.config.shards;
-        let known = self.known.entry(config.name.clone()).or_insert_with(|| Known {
-            builds: 0,
-            plugin: Plugin::new(&config.name, bit, shards, &config.limits, self.config.buckets.as_ref()),
-            refused: None,
-        });
+        let known = match self.known.entry(config.name.clone()) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(place) => {
+                let buckets = self.config.buckets.as_ref();
+                let plugin = Plugin::new(&config.name, bit, shards, &config.limits, buckets)?;
+                place.insert(Known { builds: 0, plugin, refused: None })
+            }
+        };
         if let Some(link) = running {
             if link.serving.made_from == source.made_from {
                 known.refused = None;
@@ -514,9 +518,7 @@ fn is_young(path: &Path) -> bool {
 
 /// Under its name it is there as a whole or not at all.
 fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), HostError> {
-    let new = path.with_extension("new");
-    std::fs::write(&new, bytes)
-        .and_then(|()| std::fs::rename(&new, path))
+    wasmqtt_files::write_whole(path, bytes, 0o644)
         .map_err(|error| HostError::new(format!("cannot write {}: {error}", path.display())))
 }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwapOption;
 use wasmqtt_protocol::ports::{Buckets as Store, Event};
 
+use crate::HostError;
 use crate::config::PluginLimits;
 use crate::counters::Counters;
 use crate::feed::Feed;
@@ -55,19 +56,21 @@ pub(crate) struct Plugin {
 }
 
 impl Plugin {
+    /// # Errors
+    /// What it has kept cannot be read.
     pub(crate) fn new(
         name: &str,
         bit: u64,
         shards: usize,
         limits: &PluginLimits,
         store: Option<&Arc<dyn Store>>,
-    ) -> Arc<Self> {
+    ) -> Result<Arc<Self>, HostError> {
         let name: Arc<str> = name.into();
-        Arc::new(Self {
+        Ok(Arc::new(Self {
             bit,
             counters: Counters::new(shards),
             metrics: Metrics::default(),
-            buckets: Buckets::new(&name, store),
+            buckets: Buckets::new(&name, store)?,
             open: Open::default(),
             feed: Feed::new(&name, limits, store),
             events: Queue::new(EVENTS_MAX, EVENTS_BYTES_MAX),
@@ -79,7 +82,7 @@ impl Plugin {
             gone: AtomicBool::new(false),
             complained: Mutex::default(),
             name,
-        })
+        }))
     }
 
     pub(crate) fn share(&self, shard: usize) -> &Share {
