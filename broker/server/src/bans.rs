@@ -80,6 +80,18 @@ impl Bans {
         true
     }
 
+    /// Those that still end then end earlier. The store knows that of its rows.
+    pub(crate) fn age(&mut self, bans: &[(BanPattern, u64)], by_ms: u64) {
+        for (pattern, until_ms) in bans {
+            let known = canonical(pattern.clone());
+            if self.bans.get(&known).is_some_and(|ban| ban.until_ms == *until_ms)
+                && let Some(ban) = self.remove(&known)
+            {
+                self.insert(known, until_ms.saturating_sub(by_ms), &ban.note);
+            }
+        }
+    }
+
     /// As the store has it, perhaps in another spelling, and perhaps ended meanwhile.
     pub(crate) fn restore(&mut self, pattern: BanPattern, until_ms: u64, note: &str) {
         let known = canonical(pattern.clone());

@@ -5,6 +5,7 @@
 
 mod acceptor;
 mod bans;
+mod clock;
 pub mod config;
 mod control;
 mod listening;
@@ -27,13 +28,14 @@ use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
 use wasmqtt_protocol::access::Verdict;
-use wasmqtt_protocol::ports::{Access, Client, Plugins, Store, StoreError};
+use wasmqtt_protocol::ports::{Access, Client, Clock, Plugins, Store, StoreError};
 
 pub use config::{Anonymous, Bind, ClientIdTaken, Config, Identity, Limits, Listener};
 pub use reload::{PreparedListeners, Reloader};
 pub use watch::Watch;
 
 use crate::acceptor::{Acceptor, AcceptorHandle};
+use crate::clock::BrokerClock;
 use crate::control::Control;
 use crate::mailbox::{Mail, Mailbox};
 use crate::shard::Shard;
@@ -159,7 +161,11 @@ impl Server {
         };
         let polls: Vec<_> = (0..count).map(|_| shard::poll()).collect::<io::Result<_>>().map_err(StartError::Shard)?;
         let mailboxes = polls.iter().map(|(_, waker)| Mailbox::new(Arc::clone(waker))).collect();
-        let shared = Arc::new(Shared::new(config, mailboxes));
+        let clock = Arc::new(BrokerClock::start(store.clock_row()?.as_deref()));
+        store.set_clock(Arc::clone(&clock) as Arc<dyn Clock>);
+        let to_store = Arc::clone(&store);
+        clock.on_change(Box::new(move || to_store.clock_changed()));
+        let shared = Arc::new(Shared::new(config, mailboxes, clock));
         plugins.attach(Arc::new(Control(Arc::clone(&shared))));
         let restored = restore::restore(&*store, &shared, &*plugins, &runtime)?;
         plugins.fed_again();

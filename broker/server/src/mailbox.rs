@@ -12,6 +12,7 @@ use wasmqtt_protocol::router::{Group, Message, MessageId, SessionKey, Target};
 
 use crate::Explained;
 use crate::shard::{Adopted, Arrival};
+use crate::store::clock_row::Correction;
 
 /// Bytes waiting in one mailbox beyond which the senders stop reading from their clients, and plugins are refused.
 const CONGESTED_BYTES: usize = 16 << 20;
@@ -36,6 +37,8 @@ pub(crate) enum Mail {
     Banned(SessionKey),
     /// Somebody wants to know what a client may do; they wait for the answer.
     Explain { client_id: Arc<str>, access: Access, reply: SyncSender<Option<Explained>> },
+    /// What was stored before some start of the broker is older than it seemed.
+    Aged(Correction),
     /// Say goodbye to everybody.
     Drain,
 }
@@ -48,7 +51,7 @@ impl Mail {
                 Self::Publish(outgoing) => outgoing.payload.len() + outgoing.topic.len() + outgoing.properties.len(),
                 Self::Fed(plugin, ids) => plugin.len() + size_of_val(&ids[..]),
                 Self::Explain { access, .. } => access.topic.len(),
-                Self::Arrived(_) | Self::Adopt(_) | Self::KeepBans | Self::Banned(_) | Self::Drain => 0,
+                Self::Arrived(_) | Self::Adopt(_) | Self::KeepBans | Self::Banned(_) | Self::Aged(_) | Self::Drain => 0,
             }
     }
 }

@@ -13,7 +13,7 @@ use wasmqtt_protocol::router::{Message, MessageId, RetainedMessage};
 use wasmqtt_protocol::session::Session;
 
 use crate::shard::{Sessions, Standing};
-use crate::shared::Shared;
+use crate::shared::{Restored, Shared};
 
 /// Sealed retained messages that storage hooks open at a time.
 const SEALED_MAX: usize = 1024;
@@ -35,13 +35,15 @@ pub(crate) fn restore(
         next: 0,
         retained: 0,
         sealed: Vec::new(),
+        expiring: Restored::default(),
         plugins: plugins.shard(0),
         all_plugins: plugins,
         runtime,
     };
     store.restore(&mut filling)?;
     filling.open_sealed();
-    let Filling { shards, next: sessions, retained, .. } = filling;
+    let Filling { shards, next: sessions, retained, expiring, .. } = filling;
+    shared.set_restored(expiring);
     if sessions + retained > 0 {
         info!(sessions, retained, took_ms = begun.elapsed().as_millis() as u64, "store read");
     }
@@ -58,6 +60,7 @@ struct Filling<'a> {
     retained: usize,
     /// With their stamps.
     sealed: Vec<(Message, u64)>,
+    expiring: Restored,
     plugins: Box<dyn ShardPlugins>,
     all_plugins: &'a dyn Plugins,
     runtime: &'a tokio::runtime::Handle,
@@ -71,8 +74,11 @@ impl Filling<'_> {
     fn keep_retained(&mut self, message: Arc<Message>, kept_as: Option<Arc<Message>>, stamp: u64) {
         self.retained += 1;
         let topic = message.topic.clone();
+        let expiring = message.expires_at_ms.map(|_| Arc::downgrade(&message));
         if self.shared.retained_mut().restore(RetainedMessage { message, kept_as, stamp }).is_err() {
             warn!(%topic, "retained message left out: there are too many");
+        } else {
+            self.expiring.retained.extend(expiring);
         }
     }
 
@@ -170,6 +176,7 @@ impl Restore for Filling<'_> {
     }
 
     fn ban(&mut self, pattern: BanPattern, until_ms: u64, note: &str) {
-        self.shared.bans_mut().restore(pattern, until_ms, note);
+        self.shared.bans_mut().restore(pattern.clone(), until_ms, note);
+        self.expiring.bans.push((pattern, until_ms));
     }
 }

@@ -2,15 +2,17 @@
 
 use std::hash::BuildHasher;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
+use std::time::Duration;
 
 use hashbrown::{HashMap, HashSet};
-use wasmqtt_protocol::router::{Index, Retained, SessionId, SessionKey};
+use wasmqtt_protocol::ports::{BanPattern, Clock as _};
+use wasmqtt_protocol::router::{Index, Message, Retained, RetainedMessage, SessionId, SessionKey};
 
 use crate::bans::Bans;
+use crate::clock::BrokerClock;
 use crate::config::{Config, Identity};
-use crate::mailbox::Mailbox;
+use crate::mailbox::{Mail, Mailbox};
 use crate::memory::Budget;
 use crate::refusals::Refusals;
 use crate::tunable::Tunables;
@@ -59,8 +61,16 @@ pub(crate) struct Shared {
     bans: RwLock<Bans>,
     /// Counts how often what plugins decided was revoked for everybody.
     pub(crate) revocations: AtomicU64,
-    started: Instant,
-    started_ms: u64,
+    pub(crate) clock: Arc<BrokerClock>,
+    /// What came out of the store and expires, while it is not sure how long no broker ran.
+    restored: Mutex<Restored>,
+}
+
+/// Retained messages and bans of the store that expire.
+#[derive(Default)]
+pub(crate) struct Restored {
+    pub(crate) retained: Vec<Weak<Message>>,
+    pub(crate) bans: Vec<(BanPattern, u64)>,
 }
 
 /// Sessions that have no room, where publishers are to be told. Seldom any, so that looking costs one load.
@@ -110,7 +120,7 @@ pub(crate) struct Stats {
 }
 
 impl Shared {
-    pub(crate) fn new(config: Config, mailboxes: Vec<Mailbox>) -> Self {
+    pub(crate) fn new(config: Config, mailboxes: Vec<Mailbox>, clock: Arc<BrokerClock>) -> Self {
         let retained = Retained::new(config.limits.retained_messages_max, config.limits.retained_bytes_max);
         Self {
             tunables: Tunables::new(&config),
@@ -136,19 +146,55 @@ impl Shared {
             memory: Budget::new(config.limits.memory_max),
             bans: RwLock::default(),
             revocations: AtomicU64::new(0),
-            started: Instant::now(),
-            started_ms: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64),
+            clock,
+            restored: Mutex::default(),
         }
     }
 
-    /// The broker's clock: milliseconds since 1970 when the broker started, and since then as they pass, whatever is
-    /// done to the clock of the system. So times in the store mean the same to the next broker.
+    /// Broker time, see [`crate::clock`].
     pub(crate) fn now_ms(&self) -> u64 {
-        self.started_ms + self.uptime_ms()
+        self.clock.now_ms()
     }
 
     pub(crate) fn uptime_ms(&self) -> u64 {
-        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+        self.clock.uptime_ms()
+    }
+
+    /// What the store gave back, for [`Shared::look_at_clock`].
+    pub(crate) fn set_restored(&self, restored: Restored) {
+        *self.restored.lock().unwrap_or_else(PoisonError::into_inner) = restored;
+    }
+
+    /// Compares the broker's clock with that of the system, from time to time. Now and then that tells for how long no
+    /// broker ran: what is older expires so much earlier.
+    pub(crate) fn look_at_clock(&self) {
+        let Some(correction) = self.clock.look() else { return };
+        for mailbox in &self.mailboxes {
+            mailbox.send(Mail::Aged(correction));
+        }
+        let restored = std::mem::take(&mut *self.restored.lock().unwrap_or_else(PoisonError::into_inner));
+        // Of several starts with a wrong clock it is not known here what is older than which: the store tells the next.
+        if correction.before_ms < self.clock.started_ms() {
+            return;
+        }
+        {
+            let mut retained = self.retained_mut();
+            for old in restored.retained.iter().filter_map(Weak::upgrade) {
+                let Some(now) = retained.get(&old.topic).filter(|now| Arc::ptr_eq(&now.message, &old)) else {
+                    continue;
+                };
+                let aged = |message: &Arc<Message>| {
+                    let mut message = (**message).clone();
+                    message.expires_at_ms = message.expires_at_ms.map(|at| at.saturating_sub(correction.by_ms));
+                    Arc::new(message)
+                };
+                let (message, kept_as) = (aged(&now.message), now.kept_as.as_ref().map(aged));
+                let stamp = now.stamp;
+                // It takes no more room than before.
+                let _ = retained.restore(RetainedMessage { message, kept_as, stamp });
+            }
+        }
+        self.bans_mut().age(&restored.bans, correction.by_ms);
     }
 
     pub(crate) fn index(&self) -> RwLockReadGuard<'_, Index> {

@@ -223,6 +223,14 @@ impl Queue {
         expired
     }
 
+    /// See [`super::Session::age`].
+    pub(super) fn age(&mut self, is_old: impl Fn(MessageId) -> bool, by_ms: u64) {
+        for parked in self.parked.iter_mut().filter(|parked| parked.expires_s != NEVER && is_old(parked.id)) {
+            let at_ms = (u64::from(parked.expires_s) * 1000).saturating_sub(by_ms);
+            parked.expires_s = u32::try_from(at_ms.div_ceil(1000)).unwrap_or(NEVER);
+        }
+    }
+
     /// Empties it; gives back what the store knew.
     pub(super) fn clear(&mut self) -> Vec<MessageId> {
         let queue = std::mem::take(self);

@@ -206,6 +206,12 @@ impl Session {
         true
     }
 
+    /// Messages that the store had when the broker began are older than it seemed: those that `is_old` expire so much
+    /// earlier. Those that are in memory are about to be sent, and stay as they are.
+    pub fn age(&mut self, is_old: impl Fn(MessageId) -> bool, by_ms: u64) {
+        self.queue.age(is_old, by_ms);
+    }
+
     /// Drops messages that waited too long; looks at `budget` of them, and takes that off it.
     pub fn drop_expired(&mut self, now_ms: u64, budget: &mut usize) -> usize {
         let expired = self.queue.take_expired(now_ms, budget);

@@ -330,6 +330,7 @@ impl Shard {
             Mail::KeepBans => self.store_bans(),
             Mail::Fed(plugin, ids) => ids.iter().for_each(|id| self.durable.write_fed(&plugin, *id)),
             Mail::Banned(key) => self.on_banned(key),
+            Mail::Aged(correction) => self.age(correction),
             Mail::Drain => self.draining = true,
         }
     }

@@ -10,6 +10,8 @@ use wasmqtt_protocol::session::{Link, Session};
 
 use super::conn::State;
 use super::{Ending, Shard};
+use crate::store::clock_row::Correction;
+use crate::store::rows::time_of;
 
 /// Expired retained messages removed per second.
 const SWEEP_BUDGET: usize = 10_000;
@@ -124,6 +126,23 @@ impl Shard {
         }
     }
 
+    /// Sessions and messages that were stored before some start of the broker are older than it seemed.
+    pub(super) fn age(&mut self, correction: Correction) {
+        let Correction { before_ms, by_ms } = correction;
+        for slot in self.sessions.slots_from(0) {
+            let Some(session) = self.sessions.get_mut(slot) else { continue };
+            let key = session.key;
+            session.age(|id| time_of(id.get()) < before_ms, by_ms);
+            let expiry_ms = u64::from(session.session_expiry()) * 1000;
+            let (expires_ms, will_ms) = self.sessions.deadlines(key.slot);
+            // Left before that start.
+            if expires_ms.is_some_and(|at| at.saturating_sub(expiry_ms) < before_ms) {
+                let aged = |at: u64| at.saturating_sub(by_ms);
+                self.set_deadlines(key, expires_ms.map(aged), will_ms.map(aged));
+            }
+        }
+    }
+
     /// Replaces the one timer of a connection.
     pub(super) fn set_conn_timer(&mut self, id: usize, at_ms: u64, timer: Timer) {
         let Some(conn) = self.conns.get_mut(id) else { return };
@@ -160,6 +179,7 @@ impl Shard {
             Timer::Check(key) => self.check_subscriptions(key),
             Timer::Grant { id, epoch } => self.on_grant_end(id, epoch),
             Timer::Sweep => {
+                self.shared.look_at_clock();
                 self.sweep_retained();
                 self.sweep_bans();
                 self.timers.set(self.now_ms + 1000, Timer::Sweep);
