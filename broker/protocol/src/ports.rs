@@ -23,8 +23,8 @@ pub use broker::{BanPattern, Broker, Outgoing, Refusal};
 pub use events::{Event, EventKind};
 pub use hook::{Accepted, Interest, Submission};
 pub use store::{
-    Buckets, Change, Load, Loaded, Memory, Receiver, Restore, RestoredSession, ShardStore, Store, StoreError, Ticket,
-    Value,
+    Buckets, Change, Clock, Load, Loaded, Memory, Receiver, Restore, RestoredSession, ShardStore, Store, StoreError,
+    Ticket, Value,
 };
 
 /// A call into a plugin; polled on the shard that made it. Dropping it cancels the call.

@@ -165,9 +165,9 @@ pub struct Loaded {
 pub trait ShardStore {
     /// False: nothing survives, so the shard need not tell of changes, nor wait.
     fn is_durable(&self) -> bool;
-    /// Nothing can be written at present: what would have to be kept must be refused.
+    /// Nothing can be written at present: what would have to be kept must be refused. One load of an atomic.
     fn is_failing(&self) -> bool;
-    /// So much waits to be written that no more should be read from clients.
+    /// So much waits to be written that what needs the store should wait, and nothing else. Two loads of atomics.
     fn is_congested(&self) -> bool;
     /// A name that no Session had before.
     fn new_session(&mut self) -> SessionId;
@@ -187,7 +187,7 @@ pub trait ShardStore {
     fn take_failed(&mut self) -> Vec<Ticket> {
         Vec::new()
     }
-    /// Begins to read, with all that was committed or began to be until now.
+    /// Begins to read, with all that any shard has handed over until now, whether it could be written or not.
     fn load(&mut self, load: Load);
     /// Takes what was read since the last time.
     fn loaded(&mut self) -> Vec<Loaded>;
@@ -236,8 +236,30 @@ pub trait Restore {
 #[error("{0}")]
 pub struct StoreError(pub String);
 
+/// The broker's time, in which all instants are that the store is told of: it passes evenly and is never set, across
+/// restarts as well.
+pub trait Clock: Send + Sync {
+    /// Milliseconds. Not those since 1970, though seldom far from them.
+    fn now_ms(&self) -> u64;
+    /// What an instant means that was stored at `written_ms`, by what was learned of the system's clock since.
+    fn corrected(&self, written_ms: u64, at_ms: u64) -> u64;
+    /// What the next broker needs to go on with this clock.
+    fn row(&self) -> Vec<u8>;
+}
+
 /// Keeps what must survive.
 pub trait Store: Send + Sync {
+    /// What [`Clock::row`] of the last broker was; `None`: there was none.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    fn clock_row(&self) -> Result<Option<Vec<u8>>, StoreError> {
+        Ok(None)
+    }
+    /// Called once, before [`Store::restore`]. The store keeps the row from now on, refreshed with what it writes.
+    fn set_clock(&self, _clock: Arc<dyn Clock>) {}
+    /// The row is to be written without waiting for something else to be.
+    fn clock_changed(&self) {}
     /// Gives back everything that was kept. Called once, before the first shard begins.
     ///
     /// # Errors

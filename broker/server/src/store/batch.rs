@@ -51,8 +51,9 @@ impl Batch {
         self.ops.is_empty()
     }
 
+    /// What it holds of memory, roughly.
     pub(super) fn len_bytes(&self) -> usize {
-        self.bytes.len()
+        self.bytes.len() + self.ops.len() * size_of::<Op>()
     }
 
     pub(super) fn len_rows(&self) -> usize {
@@ -113,12 +114,12 @@ impl Batch {
         self.row(family, Kind::Done, key, |_| {});
     }
 
-    pub(super) fn add(&mut self, change: Change<'_>) {
+    pub(super) fn add(&mut self, change: Change<'_>, now_ms: &dyn Fn() -> u64) {
         match change {
             Change::Session { session, client, expiry, closed_at_ms, will } => self.put(
                 Family::Session,
                 |to| to.put_u64(session.get()),
-                |to| rows::put_session(to, client, expiry, closed_at_ms, will),
+                |to| rows::put_session(to, client, expiry, closed_at_ms, will, now_ms()),
             ),
             Change::SessionEnded { session } => self.delete(Family::Session, |to| to.put_u64(session.get())),
             Change::Subscribed { session, filter, subscription } => self.put(
@@ -154,7 +155,7 @@ impl Batch {
             Change::Retained { message, sealed, stamp } => self.put(
                 Family::Retained,
                 |to| to.extend_from_slice(message.topic.as_bytes()),
-                |to| rows::put_retained(to, message, sealed, stamp),
+                |to| rows::put_retained(to, message, sealed, stamp, now_ms()),
             ),
             Change::RetainedRemoved { topic } => {
                 self.delete(Family::Retained, |to| to.extend_from_slice(topic.as_bytes()));
@@ -165,12 +166,14 @@ impl Batch {
             Change::Ban { pattern, until_ms, note } => self.put(
                 Family::Ban,
                 |to| to.extend_from_slice(rows::ban_key(pattern).as_bytes()),
-                |to| {
-                    to.put_u64(until_ms);
-                    to.put_blob(note.as_bytes());
-                },
+                |to| rows::put_ban(to, until_ms, note, now_ms()),
             ),
         }
+    }
+
+    /// A row that is known by its whole key goes.
+    pub(super) fn delete_row(&mut self, family: Family, key: &[u8]) {
+        self.delete(family, |to| to.extend_from_slice(key));
     }
 
     /// A value of a plugin, or (`None`) its end.

@@ -1,11 +1,15 @@
 //! RocksDB: how it is opened, and opened again after it failed.
 
-use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+use std::fs::{self, File, Permissions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
+use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use rocksdb::{
     BlockBasedOptions, BoundColumnFamily, Cache, ColumnFamilyDescriptor, DBCompressionType, DBRecoveryMode,
-    DBWithThreadMode, LogLevel, MultiThreaded, Options,
+    DBWithThreadMode, ErrorKind, LogLevel, MultiThreaded, Options,
 };
+use tracing::warn;
 use wasmqtt_protocol::ports::StoreError;
 
 use super::rows::{Family, Take};
@@ -15,6 +19,12 @@ pub(super) type Db = DBWithThreadMode<MultiThreaded>;
 pub(super) type Column<'a> = std::sync::Arc<BoundColumnFamily<'a>>;
 
 const SCHEMA_KEY: &[u8] = b"schema";
+/// Row with the broker's clock.
+pub(super) const CLOCK_KEY: &[u8] = b"clock";
+/// File with which the disk is tried before RocksDB is, and its bytes: more than RocksDB writes to open an empty store.
+const PROBE: &str = "PROBE";
+const PROBE_BYTES: usize = 256 << 10;
+const PROBE_BYTES_MAX: usize = 16 << 20;
 /// Files held open.
 const OPEN_FILES_MAX: i32 = 512;
 /// Files of RocksDB's own log that are kept.
@@ -26,6 +36,8 @@ pub(super) struct Database {
     config: StoreConfig,
     cache: Cache,
     db: RwLock<Option<Db>>,
+    /// Why it is open for reading only: the disk is full or broken.
+    read_only: Mutex<Option<String>>,
 }
 
 /// The database, as long as this is held.
@@ -43,41 +55,119 @@ pub(super) fn column(db: &Db, family: Family) -> Result<Column<'_>, StoreError> 
 }
 
 impl Database {
-    /// Opens it, makes it, or brings an older one up to date.
+    /// Opens it, makes it, or brings an older one up to date. If the disk takes nothing, what is there can still be read.
     pub(super) fn open(config: &StoreConfig) -> Result<Self, StoreError> {
         let cache = Cache::new_lru_cache(config.cache_mib as usize * MIB);
-        let database = Self { config: config.clone(), cache, db: RwLock::new(None) };
-        std::fs::create_dir_all(&config.path).map_err(|error| database.wrong(&error.to_string()))?;
-        let db = database.open_db()?;
+        let (db, read_only) = (RwLock::new(None), Mutex::default());
+        let database = Self { config: config.clone(), cache, db, read_only };
+        let is_there = config.path.join("CURRENT").exists();
+        if !is_there {
+            wasmqtt_files::make_private_folder(&config.path).map_err(|error| database.wrong(&error.to_string()))?;
+        }
+        let db = match database.open_db() {
+            Ok(db) => db,
+            Err(why) if is_there && why.kind() == ErrorKind::IOError && !is_lock(why.as_ref()) => {
+                let db = database.open_read_only().map_err(|error| database.wrong(error.as_ref()))?;
+                database.set_read_only(Some(why.to_string()));
+                db
+            }
+            Err(why) => return Err(database.wrong(why.as_ref())),
+        };
         database.check_schema(&db)?;
+        if let Err(error) = database.keep_private() {
+            warn!(path = %config.path.display(), %error, "cannot keep others from reading the store");
+        }
         *database.db.write().unwrap_or_else(PoisonError::into_inner) = Some(db);
         Ok(database)
+    }
+
+    /// For the owner alone: payloads are in there. RocksDB makes files as the umask has it, but nobody else gets into the
+    /// folder.
+    fn keep_private(&self) -> io::Result<()> {
+        fs::set_permissions(&self.config.path, Permissions::from_mode(0o700))?;
+        private_files(&self.config.path)
     }
 
     pub(super) fn held(&self) -> Held<'_> {
         Held(self.db.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// RocksDB refuses everything after a failed write: it is closed and opened.
-    pub(super) fn reopen(&self) -> Result<(), StoreError> {
+    /// `None`: it can be written.
+    pub(super) fn read_only_because(&self) -> Option<StoreError> {
+        let why = self.read_only.lock().unwrap_or_else(PoisonError::into_inner);
+        why.as_ref().map(|why| self.wrong(why))
+    }
+
+    fn set_read_only(&self, why: Option<String>) {
+        *self.read_only.lock().unwrap_or_else(PoisonError::into_inner) = why;
+    }
+
+    /// RocksDB refuses everything after a failed write: it is closed and opened. If that fails, it is opened for reading.
+    /// `bytes`: what is to be written then.
+    pub(super) fn reopen(&self, bytes: usize) -> Result<(), StoreError> {
+        self.probe(bytes).map_err(|error| self.wrong(&error.to_string()))?;
         let mut db = self.db.write().unwrap_or_else(PoisonError::into_inner);
         *db = None;
-        *db = Some(self.open_db()?);
-        Ok(())
+        let opened = self.open_db().and_then(|opened| Self::bring_up_to_date(&opened).map(|()| opened));
+        match opened {
+            Ok(opened) => {
+                *db = Some(opened);
+                self.set_read_only(None);
+                Ok(())
+            }
+            Err(why) => {
+                *db = self.open_read_only().ok();
+                self.set_read_only(Some(why.to_string()));
+                Err(self.wrong(why.as_ref()))
+            }
+        }
+    }
+
+    /// Whether the disk takes anything: to open RocksDB in vain costs much, and nothing can be read meanwhile.
+    fn probe(&self, bytes: usize) -> io::Result<()> {
+        let path = self.config.path.join(PROBE);
+        let zeros = vec![0; (PROBE_BYTES + bytes).min(PROBE_BYTES_MAX)];
+        let written = File::create(&path).and_then(|mut file| {
+            file.write_all(&zeros)?;
+            file.sync_data()
+        });
+        fs::remove_file(&path).or_else(|error| if written.is_err() { Ok(()) } else { Err(error) })?;
+        written
+    }
+
+    /// See [`wasmqtt_protocol::ports::Store::clock_row`].
+    pub(super) fn clock_row(&self) -> Result<Option<Vec<u8>>, StoreError> {
+        let held = self.held();
+        let Some(db) = held.db() else { return Err(self.wrong("it is not open")) };
+        self.clock_row_of(db)
+    }
+
+    pub(super) fn clock_row_of(&self, db: &Db) -> Result<Option<Vec<u8>>, StoreError> {
+        db.get_cf(&column(db, Family::Meta)?, CLOCK_KEY).map_err(|error| self.wrong(error.as_ref()))
     }
 
     pub(super) fn wrong(&self, why: &str) -> StoreError {
         let path = self.config.path.display();
-        if why.contains("lock") || why.contains("LOCK") {
+        if is_lock(why) {
             return StoreError(format!("store {path}: another broker uses it ({why})"));
         }
         StoreError(format!("store {path}: {why}"))
     }
 
-    fn open_db(&self) -> Result<Db, StoreError> {
-        let families = Family::ALL.map(|family| ColumnFamilyDescriptor::new(family.name(), self.family(family)));
-        Db::open_cf_descriptors(&self.options(), &self.config.path, families)
-            .map_err(|error| self.wrong(error.as_ref()))
+    fn families(&self) -> [ColumnFamilyDescriptor; Family::ALL.len()] {
+        Family::ALL.map(|family| ColumnFamilyDescriptor::new(family.name(), self.family(family)))
+    }
+
+    fn open_db(&self) -> Result<Db, rocksdb::Error> {
+        Db::open_cf_descriptors(&self.options(), &self.config.path, self.families())
+    }
+
+    /// Writes nothing.
+    fn open_read_only(&self) -> Result<Db, rocksdb::Error> {
+        let mut options = self.options();
+        options.create_if_missing(false);
+        options.create_missing_column_families(false);
+        Db::open_cf_descriptors_read_only(&options, &self.config.path, self.families(), false)
     }
 
     fn options(&self) -> Options {
@@ -117,18 +207,44 @@ impl Database {
         let found = db.get_cf(&meta, SCHEMA_KEY).map_err(|error| self.wrong(error.as_ref()))?;
         match found.map(|row| Take(&row).u32()) {
             Some(Some(SCHEMA)) => Ok(()),
-            // Rows of the first schema are read as they are; families that it had not are made when it is opened.
-            Some(Some(1)) => {
-                db.put_cf(&meta, SCHEMA_KEY, SCHEMA.to_be_bytes()).map_err(|error| self.wrong(error.as_ref()))
-            }
             Some(Some(newer)) if newer > SCHEMA => Err(self.wrong(&format!(
                 "it has schema {newer}, and this broker knows up to {SCHEMA}: it was written by a newer one; start that, \
                  or set [store] path to another folder"
             ))),
+            // That comes when it is opened again for writing.
+            Some(Some(1)) | None if self.read_only_because().is_some() => Ok(()),
+            Some(Some(1)) | None => Self::bring_up_to_date(db).map_err(|error| self.wrong(error.as_ref())),
             Some(_) => Err(self.wrong("its schema number is damaged")),
-            None => {
-                db.put_cf(&meta, SCHEMA_KEY, SCHEMA.to_be_bytes()).map_err(|error| self.wrong(error.as_ref()))
+        }
+    }
+
+    /// Rows of the first schema are read as they are; families that it had not are made when it is opened.
+    fn bring_up_to_date(db: &Db) -> Result<(), rocksdb::Error> {
+        let Some(meta) = db.cf_handle(Family::Meta.name()) else { return Ok(()) };
+        let number = SCHEMA.to_be_bytes();
+        match db.get_cf(&meta, SCHEMA_KEY)? {
+            Some(found) if found == number => Ok(()),
+            _ => db.put_cf(&meta, SCHEMA_KEY, number),
+        }
+    }
+}
+
+/// RocksDB names the file with which it keeps others out.
+fn is_lock(why: &str) -> bool {
+    why.contains("/LOCK:")
+}
+
+/// Takes the files of a folder from everybody but their owner.
+pub(super) fn private_files(folder: &std::path::Path) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_type()?.is_file() {
+            match fs::set_permissions(entry.path(), Permissions::from_mode(0o600)) {
+                // RocksDB deletes files at any time.
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
             }
         }
     }
+    Ok(())
 }

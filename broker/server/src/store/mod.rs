@@ -8,36 +8,58 @@
 //! Session is not written anywhere else: the broker knows that from these rows.
 
 mod batch;
+pub(crate) mod clock_row;
 mod database;
+mod held;
+mod plan;
 mod reader;
 mod restore;
-mod rows;
+#[cfg(test)]
+mod row_tests;
+#[doc(hidden)]
+pub mod rows;
+#[cfg(test)]
+mod tests;
 mod tools;
 mod writer;
 
+use std::cell::Cell;
 use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use rocksdb::{Direction, IteratorMode};
-use wasmqtt_protocol::ports::{Buckets, Change, Load, Loaded, Restore, ShardStore, Store, StoreError, Ticket, Value};
+use tracing::error;
+use wasmqtt_protocol::ports::{
+    Buckets, Change, Clock, Load, Loaded, Restore, ShardStore, Store, StoreError, Ticket, Value,
+};
 use wasmqtt_protocol::router::{MessageId, SessionId};
 
 use self::batch::Batch;
 use self::database::Database;
+use self::held::Held;
+use self::plan::Counts;
+use self::reader::Wanted;
 use self::rows::Family;
-use self::writer::{Job, Writer};
+use self::writer::{Job, Trouble, Writer};
 
 pub use self::tools::{Damage, FamilyStats, Offline};
 
 /// Form of all rows. An older store is brought up to it, a newer one refused.
 const SCHEMA: u32 = 2;
-/// Bytes waiting to be written beyond which shards stop reading from clients.
+/// Bytes waiting to be written beyond which clients that need the store wait.
 const CONGESTED_BYTES: usize = 64 << 20;
+/// Bytes waiting to be written beyond which a shard waits with all its clients. Nothing that is known must be lost, and
+/// shards make changes (Sessions that expire, say) that no client can be made to wait for.
+const WAITING_BYTES_MAX: usize = 256 << 20;
+/// Bytes of messages that a shard has not taken from the reader yet, beyond which the reader waits for it.
+const LOADED_BYTES_MAX: usize = 32 << 20;
+/// How often whoever waits in here looks whether the store ends.
+const LOOK_PAUSE: Duration = Duration::from_millis(20);
 /// Shards there can be.
 const SHARDS_MAX: usize = 1024;
 
@@ -81,20 +103,34 @@ const SPARE_BYTES_MAX: usize = 256 << 10;
 /// What a shard and the threads of the store share.
 #[derive(Default)]
 struct Line {
+    /// The last batch that is written or refused, and those that are refused.
     committed: AtomicU64,
+    failed: Mutex<Vec<Ticket>>,
     loaded: Mutex<Vec<Loaded>>,
+    loaded_bytes: AtomicUsize,
     wake: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
 struct Lines {
     shards: Box<[Line]>,
+    /// Of batches on their way to the writer.
     waiting_bytes: AtomicUsize,
+    /// What the disk refused, and its bytes.
+    held: Mutex<Held>,
+    held_bytes: AtomicUsize,
     failing: AtomicBool,
     stopping: AtomicBool,
+    /// A thread that ended although it should not.
+    dead: OnceLock<&'static str>,
+    /// Batches that shards have handed over, and how many of these are written or refused.
+    handed: AtomicU64,
+    settled: Mutex<u64>,
+    settled_more: Condvar,
     next_session: AtomicU64,
     next_message: AtomicU64,
     /// Batches that were written, for their memory.
     spare: Mutex<Vec<Batch>>,
+    clock: OnceLock<Arc<dyn Clock>>,
 }
 
 impl Lines {
@@ -102,12 +138,71 @@ impl Lines {
         Self {
             shards: (0..SHARDS_MAX).map(|_| Line::default()).collect(),
             waiting_bytes: AtomicUsize::new(0),
+            held: Mutex::default(),
+            held_bytes: AtomicUsize::new(0),
             failing: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
+            dead: OnceLock::new(),
+            handed: AtomicU64::new(0),
+            settled: Mutex::new(0),
+            settled_more: Condvar::new(),
             next_session: AtomicU64::new(1),
             next_message: AtomicU64::new(1),
             spare: Mutex::default(),
+            clock: OnceLock::new(),
         }
+    }
+
+    /// Bytes that are not on the disk yet.
+    fn unwritten_bytes(&self) -> usize {
+        self.waiting_bytes.load(Ordering::Relaxed) + self.held_bytes.load(Ordering::Relaxed)
+    }
+
+    /// The store ends, or one of its threads did.
+    fn is_over(&self) -> bool {
+        self.stopping.load(Ordering::Acquire) || self.dead.get().is_some()
+    }
+
+    /// So many more batches are written or refused.
+    fn settled(&self, count: u64) {
+        *self.settled.lock().unwrap_or_else(PoisonError::into_inner) += count;
+        self.settled_more.notify_all();
+    }
+
+    /// Waits until so many batches are; `false`: the store ends.
+    fn await_settled(&self, handed: u64) -> bool {
+        let mut settled = self.settled.lock().unwrap_or_else(PoisonError::into_inner);
+        while *settled < handed {
+            if self.is_over() {
+                return false;
+            }
+            let waited = self.settled_more.wait_timeout(settled, LOOK_PAUSE);
+            settled = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    /// Gives a shard what it wanted, when it has taken most of what it got before.
+    fn put_loaded(&self, shard: usize, loaded: Loaded) {
+        let line = self.line(shard);
+        while line.loaded_bytes.load(Ordering::Acquire) > LOADED_BYTES_MAX && !self.is_over() {
+            std::thread::sleep(LOOK_PAUSE);
+        }
+        let bytes = |kept: &wasmqtt_protocol::session::Kept| kept.message.payload.len() + kept.message.properties.len();
+        let bytes = loaded.messages.iter().filter_map(|(_, kept)| kept.as_ref()).map(bytes).sum();
+        line.loaded_bytes.fetch_add(bytes, Ordering::AcqRel);
+        line.loaded.lock().unwrap_or_else(PoisonError::into_inner).push(loaded);
+        self.wake(shard);
+    }
+
+    /// The broker's time; before it has a clock, that of the system.
+    fn now_ms(&self) -> u64 {
+        self.clock.get().map_or_else(crate::clock::wall_ms, |clock| clock.now_ms())
+    }
+
+    /// A time in a row that was written then, by what was learned of the clock since.
+    fn corrected(&self, written_ms: u64, at_ms: u64) -> u64 {
+        self.clock.get().map_or(at_ms, |clock| clock.corrected(written_ms, at_ms))
     }
 
     /// Takes back what was written, as far as it is worth keeping.
@@ -141,12 +236,31 @@ impl Lines {
     }
 }
 
+/// Says that a thread ended, unless it was to.
+struct Watch {
+    lines: Arc<Lines>,
+    name: &'static str,
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        if !self.lines.stopping.load(Ordering::Acquire) {
+            error!(thread = self.name, "a thread of the store ended: nothing is kept any more");
+            let _ = self.lines.dead.set(self.name);
+            self.lines.failing.store(true, Ordering::Release);
+            self.lines.wake_all();
+        }
+    }
+}
+
 /// The store.
 pub struct RocksStore {
     config: StoreConfig,
     database: Arc<Database>,
     lines: Arc<Lines>,
     jobs: OnceLock<Sender<Job>>,
+    /// `None`: the reader ends.
+    loads: OnceLock<Sender<Option<Wanted>>>,
     /// Changes from before there was a thread to write them.
     early: Mutex<Vec<Job>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -159,8 +273,8 @@ impl RocksStore {
     /// It cannot be used: in use by another broker, written by a newer one, damaged, not writable.
     pub fn open(config: StoreConfig) -> Result<Arc<Self>, StoreError> {
         let database = Arc::new(Database::open(&config)?);
-        let (lines, jobs, threads) = (Arc::new(Lines::new()), OnceLock::new(), Mutex::default());
-        Ok(Arc::new(Self { config, database, lines, jobs, early: Mutex::default(), threads }))
+        let (lines, early, threads) = (Arc::new(Lines::new()), Mutex::default(), Mutex::default());
+        Ok(Arc::new(Self { config, database, lines, jobs: OnceLock::new(), loads: OnceLock::new(), early, threads }))
     }
 
     /// Writes and syncs what shards have handed over, unless it cannot be written, and ends the threads.
@@ -169,7 +283,12 @@ impl RocksStore {
         if let Some(jobs) = self.jobs.get() {
             let _ = jobs.send(Job::Stop);
         }
-        for thread in self.threads.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+        if let Some(loads) = self.loads.get() {
+            let _ = loads.send(None);
+        }
+        let threads: Vec<JoinHandle<()>> =
+            self.threads.lock().unwrap_or_else(PoisonError::into_inner).drain(..).collect();
+        for thread in threads {
             let _ = thread.join();
         }
     }
@@ -183,21 +302,27 @@ impl RocksStore {
         (!is_stopping).then(|| ended.thread().name().unwrap_or("a thread of the store").to_owned())
     }
 
-    fn start(&self, counts: hashbrown::HashMap<u64, u32>) -> Result<(), StoreError> {
+    fn start(&self, counts: Counts) -> Result<(), StoreError> {
         let (jobs, for_writer) = channel();
         let (loads, for_reader) = channel();
+        let trouble = self.database.read_only_because().map(|why| Trouble::new(&self.lines, &why));
         let writer = Writer {
             database: Arc::clone(&self.database),
             lines: Arc::clone(&self.lines),
             jobs: for_writer,
-            reader: loads,
             counts,
             durability: self.config.durability,
             sync_interval: self.config.sync_interval,
+            trouble,
+            clock_written: None,
         };
         let (database, lines) = (Arc::clone(&self.database), Arc::clone(&self.lines));
-        let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
-            let thread = std::thread::Builder::new().name(name.into()).spawn(run);
+        let spawn = |name: &'static str, run: Box<dyn FnOnce() + Send>| {
+            let watch = Watch { lines: Arc::clone(&self.lines), name };
+            let thread = std::thread::Builder::new().name(name.into()).spawn(move || {
+                let _watch = watch;
+                run();
+            });
             thread.map_err(|error| self.database.wrong(&format!("cannot start a thread: {error}")))
         };
         let threads = [
@@ -207,11 +332,18 @@ impl RocksStore {
         self.threads.lock().unwrap_or_else(PoisonError::into_inner).extend(threads);
         let mut early = self.early.lock().unwrap_or_else(PoisonError::into_inner);
         for job in early.drain(..) {
-            let _ = jobs.send(job);
+            send(&self.lines, &jobs, job);
         }
         let _ = self.jobs.set(jobs);
+        let _ = self.loads.set(loads);
         Ok(())
     }
+}
+
+/// A writer that is gone has said so itself, see [`Watch`].
+fn send(lines: &Lines, jobs: &Sender<Job>, job: Job) {
+    lines.handed.fetch_add(u64::from(matches!(job, Job::Batch { .. })), Ordering::AcqRel);
+    let _ = jobs.send(job);
 }
 
 impl Drop for RocksStore {
@@ -241,7 +373,7 @@ impl Buckets for RocksStore {
     }
 
     fn keep(&self, plugin: &str, bucket: &str, key: &str, value: Option<&[u8]>) -> bool {
-        if self.lines.waiting_bytes.load(Ordering::Relaxed) > CONGESTED_BYTES {
+        if self.lines.unwritten_bytes() > CONGESTED_BYTES || self.lines.dead.get().is_some() {
             return false;
         }
         let mut batch = Batch::default();
@@ -250,7 +382,7 @@ impl Buckets for RocksStore {
         let mut early = self.early.lock().unwrap_or_else(PoisonError::into_inner);
         let job = Job::Batch { shard: NO_SHARD, ticket: 0, batch };
         match self.jobs.get() {
-            Some(jobs) => drop(jobs.send(job)),
+            Some(jobs) => send(&self.lines, jobs, job),
             // Plugins begin before the broker does.
             None => early.push(job),
         }
@@ -260,18 +392,38 @@ impl Buckets for RocksStore {
 
 impl Store for RocksStore {
     fn restore(&self, to: &mut dyn Restore) -> Result<(), StoreError> {
-        let found = restore::restore(&self.database, to)?;
+        let found = restore::restore(&self.database, &self.lines, to)?;
         // Names begin with the time, so that one that was given up does not come again.
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64) << 20;
+        let since = rows::first_id(self.lines.now_ms());
         self.lines.next_session.store(since.max(found.last_session + 1), Ordering::Release);
         self.lines.next_message.store(since.max(found.last_message + 1), Ordering::Release);
-        self.start(found.counts)
+        if !found.orphans.is_empty() {
+            self.lines.waiting_bytes.fetch_add(found.orphans.len_bytes(), Ordering::Relaxed);
+            let mut early = self.early.lock().unwrap_or_else(PoisonError::into_inner);
+            early.insert(0, Job::Batch { shard: NO_SHARD, ticket: 0, batch: found.orphans });
+        }
+        self.start(Counts::new(found.counts, found.gone))
+    }
+
+    fn clock_row(&self) -> Result<Option<Vec<u8>>, StoreError> {
+        self.database.clock_row()
+    }
+
+    fn set_clock(&self, clock: Arc<dyn Clock>) {
+        let _ = self.lines.clock.set(clock);
+    }
+
+    fn clock_changed(&self) {
+        if let Some(jobs) = self.jobs.get() {
+            send(&self.lines, jobs, Job::Clock);
+        }
     }
 
     fn shard(&self, index: usize, wake: Box<dyn Fn() + Send + Sync>) -> Box<dyn ShardStore> {
         let _ = self.lines.line(index).wake.set(wake);
-        let jobs = self.jobs.get().cloned();
-        Box::new(RocksShard { index, lines: Arc::clone(&self.lines), jobs, batch: Batch::default(), ticket: 0 })
+        let (jobs, loads) = (self.jobs.get().cloned(), self.loads.get().cloned());
+        let (lines, batch, seen) = (Arc::clone(&self.lines), Batch::default(), Cell::new(0));
+        Box::new(RocksShard { index, lines, jobs, loads, batch, ticket: 0, seen })
     }
 }
 
@@ -280,17 +432,12 @@ struct RocksShard {
     index: usize,
     lines: Arc<Lines>,
     jobs: Option<Sender<Job>>,
+    loads: Option<Sender<Option<Wanted>>>,
     batch: Batch,
     /// The last batch that was handed over.
     ticket: Ticket,
-}
-
-impl RocksShard {
-    fn send(&self, job: Job) {
-        if let Some(jobs) = &self.jobs {
-            let _ = jobs.send(job);
-        }
-    }
+    /// What the shard was told is settled.
+    seen: Cell<Ticket>,
 }
 
 impl ShardStore for RocksShard {
@@ -303,7 +450,7 @@ impl ShardStore for RocksShard {
     }
 
     fn is_congested(&self) -> bool {
-        self.lines.waiting_bytes.load(Ordering::Relaxed) > CONGESTED_BYTES
+        self.lines.unwritten_bytes() > CONGESTED_BYTES
     }
 
     fn new_session(&mut self) -> SessionId {
@@ -315,17 +462,23 @@ impl ShardStore for RocksShard {
     }
 
     fn write(&mut self, change: Change<'_>) {
-        self.batch.add(change);
+        self.batch.add(change, &|| self.lines.now_ms());
     }
 
     fn commit(&mut self) {
         if self.batch.is_empty() {
             return;
         }
+        // While this waits, the writer takes what is on its way; only a disk that refuses for long keeps it waiting.
+        while self.lines.unwritten_bytes() > WAITING_BYTES_MAX && !self.lines.is_over() {
+            std::thread::sleep(LOOK_PAUSE);
+        }
         self.ticket += 1;
         let batch = std::mem::replace(&mut self.batch, self.lines.empty_batch());
         self.lines.waiting_bytes.fetch_add(batch.len_bytes(), Ordering::Relaxed);
-        self.send(Job::Batch { shard: self.index, ticket: self.ticket, batch });
+        if let Some(jobs) = &self.jobs {
+            send(&self.lines, jobs, Job::Batch { shard: self.index, ticket: self.ticket, batch });
+        }
     }
 
     fn ticket(&self) -> Ticket {
@@ -333,257 +486,32 @@ impl ShardStore for RocksShard {
     }
 
     fn committed(&self) -> Ticket {
-        self.lines.line(self.index).committed.load(Ordering::Acquire)
+        let committed = self.lines.line(self.index).committed.load(Ordering::Acquire);
+        self.seen.set(committed);
+        committed
+    }
+
+    fn take_failed(&mut self) -> Vec<Ticket> {
+        let seen = self.seen.get();
+        let mut failed = self.lines.line(self.index).failed.lock().unwrap_or_else(PoisonError::into_inner);
+        // The writer may be further by now; of those the shard hears when it knows that they are settled.
+        failed.extract_if(.., |ticket| *ticket <= seen).collect()
     }
 
     fn load(&mut self, load: Load) {
         // Behind what this turn has changed.
         self.commit();
-        self.send(Job::Load { shard: self.index, load });
+        let handed = self.lines.handed.load(Ordering::Acquire);
+        if let Some(loads) = &self.loads {
+            // A reader that is gone has said so itself.
+            let _ = loads.send(Some(Wanted { shard: self.index, handed, load }));
+        }
     }
 
     fn loaded(&mut self) -> Vec<Loaded> {
-        let mut loaded = self.lines.line(self.index).loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        let line = self.lines.line(self.index);
+        let mut loaded = line.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        line.loaded_bytes.store(0, Ordering::Release);
         std::mem::take(&mut *loaded)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::num::NonZeroU32;
-    use std::time::Instant;
-
-    use bytes::Bytes;
-    use wasmqtt_protocol::codec::{PacketId, Qos, SubscribeOptions};
-    use wasmqtt_protocol::ports::{BanPattern, Client, Receiver, RestoredSession};
-    use wasmqtt_protocol::router::{Message, SessionKey, Subscription};
-    use wasmqtt_protocol::session::{Step, WillMessage, Wish};
-    use wasmqtt_protocol::topic::Filter;
-
-    use super::*;
-
-    #[derive(Default)]
-    struct All {
-        sessions: Vec<RestoredSession>,
-        retained: Vec<(Message, bool, u64)>,
-        bans: Vec<(BanPattern, u64, String)>,
-        fed: Vec<String>,
-    }
-
-    impl Restore for All {
-        fn session(&mut self, session: RestoredSession) {
-            self.sessions.push(session);
-        }
-        fn retained(&mut self, message: Message, sealed: bool, stamp: u64) {
-            self.retained.push((message, sealed, stamp));
-        }
-        fn fed(&mut self, plugin: &str, _: MessageId, client: Option<Client>, message: Message, _: bool) -> bool {
-            let client_id = client.map_or("-".into(), |client| client.client_id.to_string());
-            self.fed.push(format!("{plugin} {client_id} {}", message.topic));
-            plugin != "gone"
-        }
-        fn ban(&mut self, pattern: BanPattern, until_ms: u64, note: &str) {
-            self.bans.push((pattern, until_ms, note.to_owned()));
-        }
-    }
-
-    fn open(path: &std::path::Path) -> (Arc<RocksStore>, All) {
-        let store = RocksStore::open(StoreConfig::new(path)).expect("opens");
-        let mut all = All::default();
-        store.restore(&mut all).expect("is read");
-        (store, all)
-    }
-
-    fn settle(shard: &mut dyn ShardStore) {
-        shard.commit();
-        let begun = Instant::now();
-        while shard.committed() < shard.ticket() {
-            assert!(begun.elapsed() < Duration::from_secs(20), "not committed");
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-
-    fn client(client_id: &str) -> Client {
-        Client { client_id: client_id.into(), principal: "p".into(), listener: "l".into() }
-    }
-
-    fn message(topic: &str, expires_at_ms: Option<u64>) -> Message {
-        Message {
-            topic: topic.into(),
-            payload: Bytes::from_static(b"payload"),
-            properties: Bytes::from_static(&[1, 1]),
-            qos: Qos::ExactlyOnce,
-            retain: true,
-            expires_at_ms,
-            publisher: None,
-        }
-    }
-
-    fn wish(ids: &[NonZeroU32]) -> Wish<'_> {
-        Wish { qos: Qos::AtLeastOnce, retain: true, ids, id: None }
-    }
-
-    fn packet_id(id: u16) -> PacketId {
-        PacketId::new(id).expect("not zero")
-    }
-
-    /// All that can be told, and what is left of it after another start.
-    #[test]
-    fn what_is_written_comes_back() {
-        let folder = tempfile::tempdir().expect("a temporary folder");
-        let (store, _) = open(folder.path());
-        let mut shard = store.shard(0, Box::new(|| {}));
-        let (one, two) = (shard.new_session(), shard.new_session());
-        let will = WillMessage { message: message("will", None), expiry: Some(9), delay: 5 };
-        for (session, name, closed_at_ms) in [(one, "one", None), (two, "two", Some(77))] {
-            let (client, will) = (client(name), (session == one).then_some(&will));
-            shard.write(Change::Session { session, client: &client, expiry: 60, closed_at_ms, will });
-        }
-        let options = SubscribeOptions { qos: Qos::ExactlyOnce, no_local: true, ..SubscribeOptions::default() };
-        let subscription = Subscription { options, id: NonZeroU32::new(3) };
-        let filters = ["a/#", "$share/g/b", "gone"].map(|filter| Filter::parse(filter).expect("a filter"));
-        for filter in &filters {
-            shard.write(Change::Subscribed { session: one, filter, subscription: &subscription });
-        }
-        shard.write(Change::Unsubscribed { session: one, filter: &filters[2] });
-        let ids = [NonZeroU32::MIN];
-        let both = [one, two].map(|session| Receiver { session, wish: wish(&ids) });
-        let names: Vec<MessageId> = (0..4).map(|_| shard.new_message()).collect();
-        for id in &names {
-            let message = message("a", Some(1_000_000));
-            shard.write(Change::Queued { id: *id, message: (&message).into(), sealed: false, receivers: &both });
-        }
-        let steps = [
-            Step::Sent { packet_id: packet_id(65_535), id: names[0], qos: Qos::AtLeastOnce },
-            Step::Sent { packet_id: packet_id(1), id: names[1], qos: Qos::ExactlyOnce },
-            Step::Releasing { packet_id: packet_id(1), id: Some(names[1]) },
-            Step::Done { packet_id: None, id: names[2] },
-            Step::Received { packet_id: packet_id(7) },
-            Step::Received { packet_id: packet_id(8) },
-            Step::ReceivedDone { packet_id: packet_id(8) },
-        ];
-        for step in steps {
-            shard.write(Change::Step { session: one, step });
-        }
-        for (topic, sealed) in [("r/1", true), ("r/2", false)] {
-            shard.write(Change::Retained { message: (&message(topic, None)).into(), sealed, stamp: 41 });
-        }
-        shard.write(Change::RetainedRemoved { topic: "r/2" });
-        let pattern = BanPattern::Address { network: "10.0.0.0".parse().expect("an address"), prefix: 8 };
-        shard.write(Change::Ban { pattern: &pattern, until_ms: 99, note: "why" });
-        settle(&mut *shard);
-        drop((shard, store));
-
-        let (store, all) = open(folder.path());
-        let [first, second] = &all.sessions[..] else { panic!("{:?}", all.sessions) };
-        assert_eq!((&*first.client.client_id, first.expiry, first.closed_at_ms), ("one", 60, None));
-        let will = first.will.as_ref().expect("a will");
-        assert_eq!((&*will.message.topic, will.expiry, will.delay), ("will", Some(9), 5));
-        let mut found: Vec<&str> = first.subscriptions.iter().map(|(filter, _)| filter.as_str()).collect();
-        found.sort_unstable();
-        assert_eq!(found, ["$share/g/b", "a/#"]);
-        assert!(first.subscriptions.iter().all(|(_, found)| *found == subscription));
-        assert_eq!(first.parked.iter().map(|parked| parked.id).collect::<Vec<_>>(), [names[3]]);
-        let inflight = [(1, None), (65_535, Some((names[0], Qos::AtLeastOnce)))];
-        assert_eq!((&first.inflight[..], &first.received[..]), (&inflight[..], &[7][..]));
-        assert_eq!((second.closed_at_ms, second.parked.len(), second.will.is_some()), (Some(77), 4, false));
-        assert_eq!(all.retained.len(), 1);
-        assert!(&*all.retained[0].0.topic == "r/1" && all.retained[0].1 && all.retained[0].2 == 41, "sealed");
-        assert_eq!(all.bans, [(pattern, 99, "why".to_owned())]);
-
-        let mut shard = store.shard(0, Box::new(|| {}));
-        assert!(shard.new_message() > names[3] && shard.new_session() > two);
-        let key = SessionKey { shard: 0, slot: 0, epoch: 0 };
-        let gone = MessageId::new(u64::MAX).expect("not zero");
-        shard.load(Load { key, session: two, turn: 5, ids: vec![names[0], gone] });
-        let begun = Instant::now();
-        let loaded = loop {
-            if let Some(loaded) = shard.loaded().pop() {
-                break loaded;
-            }
-            assert!(begun.elapsed() < Duration::from_secs(20), "not loaded");
-        };
-        let [(_, Some(kept)), (_, None)] = &loaded.messages[..] else { panic!("{loaded:?}") };
-        assert_eq!((&kept.message.payload[..], kept.qos, kept.retain), (&b"payload"[..], Qos::AtLeastOnce, true));
-        assert_eq!((kept.ids.as_slice(), kept.message.expires_at_ms), (&ids[..], Some(1_000_000)));
-    }
-
-    /// The last of several receivers takes the row with it, also when the others had it before another start.
-    #[test]
-    fn a_message_is_gone_when_all_have_it() {
-        let folder = tempfile::tempdir().expect("a temporary folder");
-        let (store, _) = open(folder.path());
-        let mut shard = store.shard(0, Box::new(|| {}));
-        let sessions = [shard.new_session(), shard.new_session()];
-        for session in sessions {
-            let client = client(&session.to_string());
-            shard.write(Change::Session { session, client: &client, expiry: 1, closed_at_ms: None, will: None });
-        }
-        let (id, receivers) = (shard.new_message(), sessions.map(|session| Receiver { session, wish: wish(&[]) }));
-        shard.write(Change::Queued { id, message: (&message("a", None)).into(), sealed: false, receivers: &receivers });
-        settle(&mut *shard);
-        shard.write(Change::Step { session: sessions[0], step: Step::Done { packet_id: None, id } });
-        settle(&mut *shard);
-        drop((shard, store));
-        let (store, all) = open(folder.path());
-        assert_eq!(all.sessions.iter().map(|session| session.parked.len()).collect::<Vec<_>>(), [0, 1]);
-        let mut shard = store.shard(0, Box::new(|| {}));
-        shard.write(Change::Step { session: sessions[1], step: Step::Done { packet_id: None, id } });
-        settle(&mut *shard);
-        drop((shard, store));
-        let stats = Offline::open(folder.path()).and_then(|store| store.stats(|_| {})).expect("is read");
-        let rows = |name: &str| stats.iter().find(|family| family.family == name).map(|family| family.rows);
-        assert_eq!((rows("message"), rows("done"), rows("session")), (Some(0), Some(0), Some(2)));
-    }
-
-    /// Each plugin gets what it has not taken; what is for nobody any more goes.
-    #[test]
-    fn what_plugins_collect_comes_back() {
-        let folder = tempfile::tempdir().expect("a temporary folder");
-        let (store, _) = open(folder.path());
-        let mut shard = store.shard(0, Box::new(|| {}));
-        let publisher = client("c");
-        let plugins: [Arc<str>; 2] = ["tap".into(), "gone".into()];
-        let ids: Vec<MessageId> = (0..3).map(|_| shard.new_message()).collect();
-        for (id, plugins) in [(ids[0], &plugins[..]), (ids[1], &plugins[..1]), (ids[2], &plugins[1..])] {
-            let (client, message) = (Some(&publisher), message("t", None));
-            shard.write(Change::Fed { id, client, message: (&message).into(), sealed: false, plugins });
-        }
-        shard.write(Change::FedDone { plugin: "tap", id: ids[1] });
-        settle(&mut *shard);
-        drop((shard, store));
-        let (store, all) = open(folder.path());
-        assert_eq!(all.fed, ["tap c t", "gone c t", "gone c t"]);
-        drop(store);
-        let (store, all) = open(folder.path());
-        assert_eq!(all.fed, ["tap c t", "gone c t"]);
-        let mut shard = store.shard(0, Box::new(|| {}));
-        shard.write(Change::FedDone { plugin: "tap", id: ids[0] });
-        settle(&mut *shard);
-        drop((shard, store));
-        assert!(open(folder.path()).1.fed.is_empty());
-    }
-
-    #[test]
-    fn a_newer_store_is_refused_and_says_so() {
-        let folder = tempfile::tempdir().expect("a temporary folder");
-        drop(open(folder.path()));
-        {
-            let database = Database::open(&StoreConfig::new(folder.path())).expect("opens");
-            let held = database.held();
-            let db = held.db().expect("is open");
-            let meta = database::column(db, rows::Family::Meta).expect("is there");
-            db.put_cf(&meta, b"schema", (SCHEMA + 1).to_be_bytes()).expect("is written");
-        }
-        let error = RocksStore::open(StoreConfig::new(folder.path())).err().expect("is refused").to_string();
-        assert!(error.contains("schema 3") && error.contains("newer"), "{error}");
-    }
-
-    #[test]
-    fn one_folder_is_for_one_broker() {
-        let folder = tempfile::tempdir().expect("a temporary folder");
-        let _first = open(folder.path());
-        let error = RocksStore::open(StoreConfig::new(folder.path())).err().expect("is refused").to_string();
-        assert!(error.contains("another broker uses it"), "{error}");
     }
 }

@@ -1,15 +1,17 @@
 //! Everything that was kept, read once when the broker starts.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use hashbrown::{HashMap, HashSet};
-use rocksdb::{DBIteratorWithThreadMode, IteratorMode, ReadOptions, WriteBatch};
+use rocksdb::{DBIteratorWithThreadMode, IteratorMode, ReadOptions};
 use tracing::warn;
 use wasmqtt_protocol::ports::{Restore, RestoredSession, StoreError};
 use wasmqtt_protocol::router::{MessageId, SessionId};
 use wasmqtt_protocol::session::Parked;
 use wasmqtt_protocol::topic::Filter;
 
+use super::Lines;
+use super::batch::Batch;
 use super::database::{Database, Db, column};
 use super::rows::{self, Family, MessageRow, Take};
 
@@ -17,7 +19,11 @@ use super::rows::{self, Family, MessageRow, Take};
 #[derive(Default)]
 pub(super) struct Found {
     /// Messages for several Sessions: how many of these still need each.
-    pub(super) counts: HashMap<u64, u32>,
+    pub(super) counts: BTreeMap<u64, u32>,
+    /// Messages that are gone, while rows still say who had them.
+    pub(super) gone: Vec<u64>,
+    /// Deletes rows that belong to nothing.
+    pub(super) orphans: Batch,
     pub(super) last_session: u64,
     pub(super) last_message: u64,
 }
@@ -80,29 +86,34 @@ fn damaged(family: Family, key: &[u8]) {
 }
 
 /// Reads everything.
-pub(super) fn restore(database: &Database, to: &mut dyn Restore) -> Result<Found, StoreError> {
+pub(super) fn restore(database: &Database, lines: &Lines, to: &mut dyn Restore) -> Result<Found, StoreError> {
     let held = database.held();
     let Some(db) = held.db() else { return Err(database.wrong("it is not open")) };
     let mut found = Found::default();
     let sessions = session_ids(database, db, &mut found)?;
-    let mut queues = queues(database, db, &sessions, &mut found)?;
+    let mut queues = queues(database, db, lines, &sessions, &mut found)?;
     drop(sessions);
-    restore_sessions(database, db, &mut queues, to)?;
+    restore_sessions(database, db, lines, &mut queues, to)?;
     for row in rows(database, db, Family::Retained)? {
         let (topic, row) = row?;
-        match rows::take_retained(&topic, &row) {
-            Some((message, sealed, stamp)) => to.retained(message, sealed, stamp),
-            None => damaged(Family::Retained, &topic),
-        }
+        let Some(rows::RetainedRow { mut message, sealed, stamp, written_ms }) = rows::take_retained(&topic, &row)
+        else {
+            damaged(Family::Retained, &topic);
+            continue;
+        };
+        message.expires_at_ms = message.expires_at_ms.map(|at| lines.corrected(written_ms, at));
+        to.retained(message, sealed, stamp);
     }
-    restore_feed(database, db, to, &mut found)?;
+    restore_feed(database, db, lines, to, &mut found)?;
     for row in rows(database, db, Family::Ban)? {
         let (key, row) = row?;
         match rows::take_ban(&key, &row) {
-            Some((pattern, until_ms, note)) => to.ban(pattern, until_ms, &note),
+            Some(row) => to.ban(row.pattern, lines.corrected(row.written_ms, row.until_ms), &row.note),
             None => damaged(Family::Ban, &key),
         }
     }
+    let Found { gone, counts, .. } = &mut found;
+    gone.retain(|id| !counts.contains_key(id));
     Ok(found)
 }
 
@@ -128,12 +139,16 @@ fn session_ids(database: &Database, db: &Db, found: &mut Found) -> Result<HashSe
 }
 
 /// What waits for each Session, oldest first. Messages that nobody waits for are deleted.
-fn queues(database: &Database, db: &Db, sessions: &HashSet<u64>, found: &mut Found) -> Result<Queues, StoreError> {
-    let mut done = rows(database, db, Family::Done)?;
-    let mut next_done = done.next().transpose()?;
+fn queues(
+    database: &Database,
+    db: &Db,
+    lines: &Lines,
+    sessions: &HashSet<u64>,
+    found: &mut Found,
+) -> Result<Queues, StoreError> {
+    let mut done = DoneRows { rest: rows(database, db, Family::Done)?, next: None };
+    done.step(&mut found.gone)?;
     let mut queues = Queues::default();
-    let mut orphans = WriteBatch::default();
-    let messages = column(db, Family::Message)?;
     for row in rows(database, db, Family::Message)? {
         let (key, row) = row?;
         let parsed = Take(&key).id().zip(MessageRow::parse(&row));
@@ -142,24 +157,13 @@ fn queues(database: &Database, db: &Db, sessions: &HashSet<u64>, found: &mut Fou
             continue;
         };
         found.last_message = found.last_message.max(id.get());
-        let expires_at_ms = row.expires_at_ms();
+        let expires_at_ms = row.expires_at_ms().map(|at| lines.corrected(rows::time_of(id.get()), at));
         let total = row.receivers;
-        let Some((receivers, bytes, _)) = row.receivers() else {
+        let Some(rows::Receivers { to: receivers, bytes, .. }) = row.receivers() else {
             damaged(Family::Message, &key);
             continue;
         };
-        let mut have_it = HashSet::new();
-        while let Some((key, _)) = &next_done {
-            let mut key = Take(key);
-            let (message, session) = (key.u64().unwrap_or(0), key.u64().unwrap_or(0));
-            if message > id.get() {
-                break;
-            }
-            if message == id.get() {
-                have_it.insert(session);
-            }
-            next_done = done.next().transpose()?;
-        }
+        let have_it = done.of(id.get(), &mut found.gone)?;
         let waits = |session: u64| sessions.contains(&session) && !have_it.contains(&session);
         let mut left = 0;
         for to in receivers.iter().filter(|to| waits(to.session.get())) {
@@ -167,20 +171,61 @@ fn queues(database: &Database, db: &Db, sessions: &HashSet<u64>, found: &mut Fou
             queues.entry(to.session).or_default().push(Parked::new(id, bytes, expires_at_ms));
         }
         match left {
-            0 => orphans.delete_cf(&messages, &key),
-            // Its rows of those that have it are deleted with it.
+            0 => found.orphans.delete_row(Family::Message, &key),
             left if total > 1 => drop(found.counts.insert(id.get(), left)),
             _ => {}
         }
     }
-    db.write(orphans).map_err(|error| database.wrong(error.as_ref()))?;
+    // The rest is of no message of this family.
+    done.of(u64::MAX, &mut found.gone)?;
     Ok(queues)
 }
 
+/// Who has which message, in their order.
+struct DoneRows<I> {
+    rest: I,
+    next: Option<(u64, u64)>,
+}
+
+impl<I: Iterator<Item = Result<Pair, StoreError>>> DoneRows<I> {
+    fn step(&mut self, seen: &mut Vec<u64>) -> Result<(), StoreError> {
+        self.next = match self.rest.next().transpose()? {
+            Some((key, _)) => {
+                let mut key = Take(&key);
+                Some((key.u64().unwrap_or(0), key.u64().unwrap_or(0)))
+            }
+            None => None,
+        };
+        if let Some((message, _)) = self.next
+            && seen.last() != Some(&message)
+        {
+            seen.push(message);
+        }
+        Ok(())
+    }
+
+    /// Who has this message; rows of messages before it are passed over. `seen`: all messages that there are rows of.
+    fn of(&mut self, id: u64, seen: &mut Vec<u64>) -> Result<HashSet<u64>, StoreError> {
+        let mut have_it = HashSet::new();
+        while let Some((message, receiver)) = self.next.filter(|(message, _)| *message <= id) {
+            if message == id {
+                have_it.insert(receiver);
+            }
+            self.step(seen)?;
+        }
+        Ok(have_it)
+    }
+}
+
 /// Messages that plugins have not taken. Those that nobody wants any more are deleted.
-fn restore_feed(database: &Database, db: &Db, to: &mut dyn Restore, found: &mut Found) -> Result<(), StoreError> {
-    let (feed, done) = (column(db, Family::Feed)?, column(db, Family::Done)?);
-    let mut orphans = WriteBatch::default();
+fn restore_feed(
+    database: &Database,
+    db: &Db,
+    lines: &Lines,
+    to: &mut dyn Restore,
+    found: &mut Found,
+) -> Result<(), StoreError> {
+    let done = column(db, Family::Done)?;
     for row in rows(database, db, Family::Feed)? {
         let (key, row) = row?;
         let Some((id, row)) = Take(&key).id().zip(rows::take_feed(&row)) else {
@@ -188,7 +233,8 @@ fn restore_feed(database: &Database, db: &Db, to: &mut dyn Restore, found: &mut 
             continue;
         };
         found.last_message = found.last_message.max(id.get());
-        let rows::FeedRow { client, message, sealed, plugins } = row;
+        let rows::FeedRow { client, mut message, sealed, plugins } = row;
+        message.expires_at_ms = message.expires_at_ms.map(|at| lines.corrected(rows::time_of(id.get()), at));
         let mut left = 0;
         for plugin in &plugins {
             let done_key = [&key[..], &rows::plugin_number(plugin).to_be_bytes()].concat();
@@ -198,15 +244,21 @@ fn restore_feed(database: &Database, db: &Db, to: &mut dyn Restore, found: &mut 
             }
         }
         match left {
-            0 => orphans.delete_cf(&feed, &key),
+            0 => found.orphans.delete_row(Family::Feed, &key),
             left if plugins.len() > 1 => drop(found.counts.insert(id.get(), left)),
             _ => {}
         }
     }
-    db.write(orphans).map_err(|error| database.wrong(error.as_ref()))
+    Ok(())
 }
 
-fn restore_sessions(database: &Database, db: &Db, queues: &mut Queues, to: &mut dyn Restore) -> Result<(), StoreError> {
+fn restore_sessions(
+    database: &Database,
+    db: &Db,
+    lines: &Lines,
+    queues: &mut Queues,
+    to: &mut dyn Restore,
+) -> Result<(), StoreError> {
     let mut subscription_rows = Rows::new(database, db, Family::Subscription)?;
     let mut replay_rows = Rows::new(database, db, Family::Replay)?;
     let mut inflight_rows = Rows::new(database, db, Family::Inflight)?;
@@ -244,7 +296,8 @@ fn restore_sessions(database: &Database, db: &Db, queues: &mut Queues, to: &mut 
         if !sent.is_empty() {
             parked.retain(|parked| !sent.contains(&parked.id));
         }
-        let rows::SessionRow { client, expiry, closed_at_ms, will } = row;
+        let rows::SessionRow { client, expiry, closed_at_ms, will, written_ms } = row;
+        let closed_at_ms = closed_at_ms.map(|at| lines.corrected(written_ms, at));
         to.session(RestoredSession {
             session,
             client,

@@ -10,6 +10,7 @@ use wasmqtt_protocol::codec::{Qos, RetainHandling, SubscribeOptions};
 use wasmqtt_protocol::ports::{BanPattern, Client, Receiver};
 use wasmqtt_protocol::router::{Message, MessageId, MessageRef, Position, SessionId, Subscription};
 use wasmqtt_protocol::session::{Replay, WillMessage};
+use wasmqtt_protocol::topic::Filter;
 
 /// Column families. A new one, or another form of a row, needs a new [`super::SCHEMA`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -159,14 +160,18 @@ const SEALED: u8 = 0b1000;
 const EXPIRES: u8 = 0b1_0000;
 /// A retained message says when it was retained, behind what all forms begin with.
 const STAMPED: u8 = 0b10_0000;
+/// Behind the expiry stands when the row was written.
+const WRITTEN: u8 = 0b100_0000;
 
 /// What all forms of a message begin with.
-fn put_head(to: &mut Vec<u8>, message: MessageRef<'_>, sealed: bool) {
+fn put_head(to: &mut Vec<u8>, message: MessageRef<'_>, sealed: bool, written_ms: Option<u64>) {
     let retain = if message.retain { RETAIN } else { 0 };
     let is_sealed = if sealed { SEALED } else { 0 };
     let expires = if message.expires_at_ms.is_some() { EXPIRES } else { 0 };
-    to.put_u8(message.qos as u8 | retain | is_sealed | expires);
-    if let Some(at_ms) = message.expires_at_ms {
+    let written_ms = written_ms.filter(|_| message.expires_at_ms.is_some());
+    let written = if written_ms.is_some() { WRITTEN } else { 0 };
+    to.put_u8(message.qos as u8 | retain | is_sealed | expires | written);
+    for at_ms in message.expires_at_ms.into_iter().chain(written_ms) {
         to.put_u64(at_ms);
     }
 }
@@ -176,13 +181,16 @@ struct Head {
     retain: bool,
     sealed: bool,
     expires_at_ms: Option<u64>,
+    /// 0: not known, long ago.
+    written_ms: u64,
 }
 
 fn take_head(row: &mut Take<'_>) -> Option<Head> {
     let bits = row.u8()?;
     let expires_at_ms = if bits & EXPIRES != 0 { Some(row.u64()?) } else { None };
+    let written_ms = if bits & WRITTEN != 0 { row.u64()? } else { 0 };
     let qos = Qos::from_bits(bits & 0b11)?;
-    Some(Head { qos, retain: bits & RETAIN != 0, sealed: bits & SEALED != 0, expires_at_ms })
+    Some(Head { qos, retain: bits & RETAIN != 0, sealed: bits & SEALED != 0, expires_at_ms, written_ms })
 }
 
 fn message(head: &Head, topic: &str, properties: &[u8], payload: &[u8]) -> Message {
@@ -199,7 +207,7 @@ fn message(head: &Head, topic: &str, properties: &[u8], payload: &[u8]) -> Messa
 
 /// Row of [`Family::Message`].
 pub(super) fn put_message(to: &mut Vec<u8>, message: MessageRef<'_>, sealed: bool, receivers: &[Receiver<'_>]) {
-    put_head(to, message, sealed);
+    put_head(to, message, sealed, None);
     to.put_blob(message.topic.as_bytes());
     to.put_blob(message.properties);
     to.put_u32(receivers.len() as u32);
@@ -237,7 +245,7 @@ pub(super) struct MessageRow<'a> {
     topic: &'a str,
     properties: &'a [u8],
     pub(super) receivers: usize,
-    rest: Take<'a>,
+    rest: &'a [u8],
 }
 
 impl<'a> MessageRow<'a> {
@@ -246,7 +254,7 @@ impl<'a> MessageRow<'a> {
         let head = take_head(&mut row)?;
         let (topic, properties) = (row.text()?, row.blob()?);
         let receivers = row.u32()? as usize;
-        Some(Self { head, topic, properties, receivers, rest: row })
+        Some(Self { head, topic, properties, receivers, rest: row.0 })
     }
 
     pub(super) fn sealed(&self) -> bool {
@@ -257,18 +265,35 @@ impl<'a> MessageRow<'a> {
         self.head.expires_at_ms
     }
 
-    /// Receivers, and what is counted for each; the payload is not looked at.
-    pub(super) fn receivers(self) -> Option<(Vec<To>, usize, Message)> {
-        let mut row = self.rest;
+    /// Receivers, and where the payload begins; nothing is copied but the receivers.
+    pub(super) fn receivers(&self) -> Option<Receivers<'a>> {
+        let mut row = Take(self.rest);
         // Each takes eleven bytes at least; a damaged number must not reserve memory.
-        let mut receivers = Vec::with_capacity(self.receivers.min(row.0.len() / 11 + 1));
+        let mut to = Vec::with_capacity(self.receivers.min(row.0.len() / 11 + 1));
         for _ in 0..self.receivers {
-            receivers.push(take_receiver(&mut row)?);
+            to.push(take_receiver(&mut row)?);
         }
         let payload = row.0;
         let bytes = wasmqtt_protocol::session::queued_bytes(self.topic.len(), self.properties.len(), payload.len());
-        Some((receivers, bytes, message(&self.head, self.topic, self.properties, payload)))
+        Some(Receivers { to, bytes, payload })
     }
+
+    pub(super) fn topic(&self) -> &'a str {
+        self.topic
+    }
+
+    /// Copies everything.
+    pub(super) fn message(&self, payload: &[u8]) -> Message {
+        message(&self.head, self.topic, self.properties, payload)
+    }
+}
+
+/// See [`MessageRow::receivers`].
+pub(super) struct Receivers<'a> {
+    pub(super) to: Vec<To>,
+    /// What is counted for each of them.
+    pub(super) bytes: usize,
+    pub(super) payload: &'a [u8],
 }
 
 /// What stands for a plugin beside Sessions in [`Family::Done`]: FNV-1a of its name.
@@ -284,7 +309,7 @@ pub(super) fn put_feed(
     sealed: bool,
     plugins: &[Arc<str>],
 ) {
-    put_head(to, message, sealed);
+    put_head(to, message, sealed, None);
     to.put_blob(message.topic.as_bytes());
     to.put_blob(message.properties);
     to.put_u8(client.is_some().into());
@@ -322,24 +347,37 @@ pub(super) fn take_feed(row: &[u8]) -> Option<FeedRow> {
 }
 
 /// Row of [`Family::Retained`], whose key is the Topic Name.
-pub(super) fn put_retained(to: &mut Vec<u8>, message: MessageRef<'_>, sealed: bool, stamp: u64) {
+pub(super) fn put_retained(to: &mut Vec<u8>, message: MessageRef<'_>, sealed: bool, stamp: u64, now_ms: u64) {
     let begin = to.len();
-    put_head(to, message, sealed);
+    put_head(to, message, sealed, Some(now_ms));
     to[begin] |= STAMPED;
     to.put_u64(stamp);
     to.put_blob(message.properties);
     to.extend_from_slice(message.payload);
 }
 
-/// The message, whether it is sealed, and its stamp; zero in a row of the first schema.
-pub(super) fn take_retained(topic: &[u8], row: &[u8]) -> Option<(Message, bool, u64)> {
+/// What a row of [`Family::Retained`] says.
+pub(super) struct RetainedRow {
+    pub(super) message: Message,
+    pub(super) sealed: bool,
+    /// See [`wasmqtt_protocol::router::RetainedMessage::stamp`]; zero in a row of the first schema.
+    pub(super) stamp: u64,
+    /// When it was written; 0: not known, long ago.
+    pub(super) written_ms: u64,
+}
+
+pub(super) fn take_retained(topic: &[u8], row: &[u8]) -> Option<RetainedRow> {
     let is_stamped = row.first()? & STAMPED != 0;
     let mut row = Take(row);
     let head = take_head(&mut row)?;
     let stamp = if is_stamped { row.u64()? } else { 0 };
     let properties = row.blob()?;
-    Some((message(&head, std::str::from_utf8(topic).ok()?, properties, row.0), head.sealed, stamp))
+    let message = message(&head, std::str::from_utf8(topic).ok()?, properties, row.0);
+    Some(RetainedRow { message, sealed: head.sealed, stamp, written_ms: head.written_ms })
 }
+
+/// In the byte that says whether there is a will: behind it stands when the row was written.
+const SESSION_WRITTEN: u8 = 0b10;
 
 /// Row of [`Family::Session`].
 pub(super) fn put_session(
@@ -348,18 +386,20 @@ pub(super) fn put_session(
     expiry: u32,
     closed_at_ms: Option<u64>,
     will: Option<&WillMessage>,
+    now_ms: u64,
 ) {
     for text in [&client.client_id, &client.principal, &client.listener] {
         to.put_blob(text.as_bytes());
     }
     to.put_u32(expiry);
     to.put_u64(closed_at_ms.unwrap_or(0));
-    to.put_u8(will.is_some().into());
+    to.put_u8(u8::from(will.is_some()) | SESSION_WRITTEN);
+    to.put_u64(now_ms);
     if let Some(will) = will {
         to.put_u32(will.delay);
         to.put_u8(will.expiry.is_some().into());
         to.put_u32(will.expiry.unwrap_or(0));
-        put_head(to, (&will.message).into(), false);
+        put_head(to, (&will.message).into(), false, None);
         to.put_blob(will.message.topic.as_bytes());
         to.put_blob(&will.message.properties);
         to.extend_from_slice(&will.message.payload);
@@ -372,13 +412,17 @@ pub(super) struct SessionRow {
     pub(super) expiry: u32,
     pub(super) closed_at_ms: Option<u64>,
     pub(super) will: Option<WillMessage>,
+    /// When it was written; 0: not known, long ago.
+    pub(super) written_ms: u64,
 }
 
 pub(super) fn take_session(row: &[u8]) -> Option<SessionRow> {
     let mut row = Take(row);
     let client = Client { client_id: row.text()?.into(), principal: row.text()?.into(), listener: row.text()?.into() };
     let (expiry, closed) = (row.u32()?, row.u64()?);
-    let will = if row.u8()? == 0 {
+    let bits = row.u8()?;
+    let written_ms = if bits & SESSION_WRITTEN != 0 { row.u64()? } else { 0 };
+    let will = if bits & !SESSION_WRITTEN == 0 {
         None
     } else {
         let (delay, has_expiry, will_expiry) = (row.u32()?, row.u8()?, row.u32()?);
@@ -387,7 +431,7 @@ pub(super) fn take_session(row: &[u8]) -> Option<SessionRow> {
         let message = message(&head, topic, properties, row.0);
         Some(WillMessage { message, expiry: (has_expiry != 0).then_some(will_expiry), delay })
     };
-    Some(SessionRow { client, expiry, closed_at_ms: (closed != 0).then_some(closed), will })
+    Some(SessionRow { client, expiry, closed_at_ms: (closed != 0).then_some(closed), will, written_ms })
 }
 
 /// Row of [`Family::Subscription`].
@@ -497,7 +541,23 @@ pub(super) fn ban_key(pattern: &BanPattern) -> String {
     }
 }
 
-pub(super) fn take_ban(key: &[u8], row: &[u8]) -> Option<(BanPattern, u64, String)> {
+/// Row of [`Family::Ban`].
+pub(super) fn put_ban(to: &mut Vec<u8>, until_ms: u64, note: &str, now_ms: u64) {
+    to.put_u64(until_ms);
+    to.put_blob(note.as_bytes());
+    to.put_u64(now_ms);
+}
+
+/// What a row of [`Family::Ban`] says.
+pub(super) struct BanRow {
+    pub(super) pattern: BanPattern,
+    pub(super) until_ms: u64,
+    pub(super) note: String,
+    /// When it was written; 0: not known, long ago.
+    pub(super) written_ms: u64,
+}
+
+pub(super) fn take_ban(key: &[u8], row: &[u8]) -> Option<BanRow> {
     let (kind, value) = std::str::from_utf8(key).ok()?.split_once(':')?;
     let pattern = match kind {
         "client" => BanPattern::ClientId(value.into()),
@@ -509,5 +569,45 @@ pub(super) fn take_ban(key: &[u8], row: &[u8]) -> Option<(BanPattern, u64, Strin
         _ => return None,
     };
     let mut row = Take(row);
-    Some((pattern, row.u64()?, row.text()?.to_owned()))
+    let (until_ms, note) = (row.u64()?, row.text()?.to_owned());
+    Some(BanRow { pattern, until_ms, note, written_ms: row.u64().unwrap_or(0) })
+}
+
+/// The first number of a message or Session that is given from then on.
+pub(super) fn first_id(now_ms: u64) -> u64 {
+    now_ms << 20
+}
+
+/// When the number of a message was given, or a moment before.
+pub(crate) fn time_of(id: u64) -> u64 {
+    id >> 20
+}
+
+/// Whether a row of a family says something. Any bytes may be asked about.
+pub(super) fn is_readable(family: Family, key: &[u8], row: &[u8]) -> bool {
+    let filter = || key.get(8..).and_then(|filter| std::str::from_utf8(filter).ok());
+    let has_filter = || filter().is_some_and(|filter| Filter::parse(filter).is_ok());
+    match family {
+        Family::Meta | Family::Done => true,
+        Family::KeyValue => {
+            let mut rest = Take(key);
+            rest.text().is_some() && take_value_key(rest.0).is_some()
+        }
+        Family::Session => Take(key).id().is_some() && take_session(row).is_some(),
+        Family::Subscription => has_filter() && take_subscription(row).is_some(),
+        Family::Replay => has_filter() && take_replay(row).is_some(),
+        Family::Message => MessageRow::parse(row).and_then(|row| row.receivers()).is_some(),
+        Family::Inflight => key.len() == 10 && take_inflight(row).is_some(),
+        Family::Received => key.len() == 10,
+        Family::Retained => take_retained(key, row).is_some(),
+        Family::Feed => take_feed(row).is_some(),
+        Family::Ban => take_ban(key, row).is_some(),
+    }
+}
+
+/// For fuzzing: reads a row as the broker does when it starts, without a database. `family` counts on from the last one
+/// with the first.
+pub fn read_any(family: usize, key: &[u8], row: &[u8]) -> bool {
+    super::clock_row::ClockRow::take(row);
+    is_readable(Family::ALL[family % Family::ALL.len()], key, row)
 }

@@ -1,15 +1,16 @@
 //! What operators do with a store: look at it, check it, copy it, move it.
 
 use std::io::{BufRead, Write};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
-use rocksdb::WriteBatch;
 use rocksdb::checkpoint::Checkpoint;
+use rocksdb::{WriteBatch, WriteOptions};
 use serde::{Deserialize, Serialize};
 use wasmqtt_protocol::ports::StoreError;
-use wasmqtt_protocol::topic::Filter;
 
-use super::database::{Database, Db, column};
+use super::clock_row::ClockRow;
+use super::database::{CLOCK_KEY, Database, Db, column, private_files};
 use super::restore::rows;
 use super::rows::{self, Family, MessageRow, Take};
 use super::{Durability, RocksStore, StoreConfig};
@@ -161,6 +162,7 @@ impl Offline {
     pub fn export(&self, to: &mut impl Write) -> Result<u64, StoreError> {
         self.with(|database, db| {
             let mut count = 0;
+            let clock = database.clock_row_of(db)?.and_then(|row| ClockRow::take(&row));
             for family in Family::ALL {
                 for row in rows(database, db, family)? {
                     let (key, value) = row?;
@@ -168,7 +170,7 @@ impl Offline {
                         family: family.name().into(),
                         key: hex(&key),
                         value: hex(&value),
-                        about: about(family, &key, &value),
+                        about: about(family, &key, &value, clock.as_ref()),
                     };
                     serde_json::to_writer(&mut *to, &line).map_err(|error| StoreError(error.to_string()))?;
                     to.write_all(b"\n").map_err(io)?;
@@ -194,15 +196,19 @@ impl Offline {
                 let family = Family::ALL.into_iter().find(|family| family.name() == line.family);
                 let family = family.ok_or_else(|| wrong(&format!("there is no family {:?}", line.family)))?;
                 let bytes = |text: &str| unhex(text).ok_or_else(|| wrong("not hexadecimal"));
-                if family != Family::Meta {
-                    batch.put_cf(&column(db, family)?, bytes(&line.key)?, bytes(&line.value)?);
+                let (key, value) = (bytes(&line.key)?, bytes(&line.value)?);
+                // Times in the rows mean what the clock says. The schema is that of this broker.
+                if family != Family::Meta || key == CLOCK_KEY {
+                    batch.put_cf(&column(db, family)?, key, value);
                     count += 1;
                 }
                 if batch.len() >= IMPORT_ROWS {
                     db.write(std::mem::take(&mut batch)).map_err(|error| database.wrong(error.as_ref()))?;
                 }
             }
-            db.write(batch).map_err(|error| database.wrong(error.as_ref()))?;
+            let mut synced = WriteOptions::default();
+            synced.set_sync(true);
+            db.write_opt(batch, &synced).map_err(|error| database.wrong(error.as_ref()))?;
             Ok(count)
         })
     }
@@ -230,33 +236,18 @@ fn backup(database: &Database, to: &Path) -> Result<(), StoreError> {
     let held = database.held();
     let db = held.db().ok_or_else(|| database.wrong("it is not open"))?;
     let failed = |error: rocksdb::Error| StoreError(format!("backup to {}: {error}", to.display()));
-    Checkpoint::new(db).and_then(|checkpoint| checkpoint.create_checkpoint(to)).map_err(failed)
+    // What a power loss would take from the store must not be missing from its copy.
+    db.flush_wal(true).map_err(failed)?;
+    Checkpoint::new(db).and_then(|checkpoint| checkpoint.create_checkpoint(to)).map_err(failed)?;
+    let io_failed = |error: std::io::Error| StoreError(format!("backup to {}: {error}", to.display()));
+    std::fs::set_permissions(to, std::fs::Permissions::from_mode(0o700)).map_err(io_failed)?;
+    private_files(to).map_err(io_failed)?;
+    wasmqtt_files::sync_tree(to).map_err(io_failed)
 }
 
 fn fault(family: Family, key: &[u8], value: &[u8], sessions: &hashbrown::HashSet<u64>) -> Option<&'static str> {
     let owner = || Take(key).u64().is_some_and(|session| sessions.contains(&session));
-    let is_good = match family {
-        Family::Meta | Family::Done => true,
-        Family::KeyValue => {
-            let mut rest = Take(key);
-            rest.text().is_some() && rows::take_value_key(rest.0).is_some()
-        }
-        Family::Session => Take(key).id().is_some() && rows::take_session(value).is_some(),
-        Family::Subscription => {
-            let filter = key.get(8..).and_then(|filter| std::str::from_utf8(filter).ok());
-            filter.is_some_and(|filter| Filter::parse(filter).is_ok()) && rows::take_subscription(value).is_some()
-        }
-        Family::Replay => {
-            let filter = key.get(8..).and_then(|filter| std::str::from_utf8(filter).ok());
-            filter.is_some_and(|filter| Filter::parse(filter).is_ok()) && rows::take_replay(value).is_some()
-        }
-        Family::Message => MessageRow::parse(value).and_then(MessageRow::receivers).is_some(),
-        Family::Inflight => key.len() == 10 && rows::take_inflight(value).is_some(),
-        Family::Received => key.len() == 10,
-        Family::Retained => rows::take_retained(key, value).is_some(),
-        Family::Feed => rows::take_feed(value).is_some(),
-        Family::Ban => rows::take_ban(key, value).is_some(),
-    };
+    let is_good = rows::is_readable(family, key, value);
     let of_sessions = [Family::Subscription, Family::Replay, Family::Inflight, Family::Received];
     let belongs = !of_sessions.contains(&family) || owner();
     match (is_good, belongs) {
@@ -267,9 +258,14 @@ fn fault(family: Family, key: &[u8], value: &[u8], sessions: &hashbrown::HashSet
 }
 
 /// What a row is about, in words.
-fn about(family: Family, key: &[u8], value: &[u8]) -> Option<String> {
+fn about(family: Family, key: &[u8], value: &[u8], clock: Option<&ClockRow>) -> Option<String> {
+    // In the store there is broker time.
+    let when = |what: &str, at_ms: Option<u64>| {
+        at_ms.map_or_else(String::new, |at| format!(", {what} {}", utc(clock.map_or(at, |clock| clock.wall_of(at)))))
+    };
     let session = || Take(key).u64().unwrap_or(0);
     Some(match family {
+        Family::Meta if key == CLOCK_KEY => format!("clock{}", when("written", clock.map(|clock| clock.broker_ms))),
         Family::Meta => return None,
         Family::KeyValue => {
             let mut rest = Take(key);
@@ -277,25 +273,50 @@ fn about(family: Family, key: &[u8], value: &[u8]) -> Option<String> {
             let (bucket, key) = rows::take_value_key(rest.0)?;
             format!("plugin {plugin}, bucket {bucket}: {key}")
         }
-        Family::Session => format!("Session of {}", rows::take_session(value)?.client.client_id),
+        Family::Session => {
+            let row = rows::take_session(value)?;
+            format!("Session of {}{}", row.client.client_id, when("left", row.closed_at_ms))
+        }
         Family::Subscription | Family::Replay => {
             format!("Session {}: {}", session(), std::str::from_utf8(key.get(8..)?).ok()?)
         }
         Family::Message => {
-            let (receivers, _, message) = MessageRow::parse(value)?.receivers()?;
-            format!("message to {} for {} Sessions, {} bytes", message.topic, receivers.len(), message.payload.len())
+            let row = MessageRow::parse(value)?;
+            let rows::Receivers { to, payload, .. } = row.receivers()?;
+            let until = when("expires", row.expires_at_ms());
+            format!("message to {} for {} Sessions, {} bytes{until}", row.topic(), to.len(), payload.len())
         }
         Family::Retained => {
-            let (message, ..) = rows::take_retained(key, value)?;
-            format!("retained on {}, {} bytes", message.topic, message.payload.len())
+            let rows::RetainedRow { message, .. } = rows::take_retained(key, value)?;
+            let until = when("expires", message.expires_at_ms);
+            format!("retained on {}, {} bytes{until}", message.topic, message.payload.len())
         }
         Family::Feed => {
             let row = rows::take_feed(value)?;
             format!("message to {} for plugins {}", row.message.topic, row.plugins.join(", "))
         }
-        Family::Ban => std::str::from_utf8(key).ok()?.to_owned(),
+        Family::Ban => {
+            let row = rows::take_ban(key, value)?;
+            format!("{}{}", std::str::from_utf8(key).ok()?, when("until", Some(row.until_ms)))
+        }
         Family::Done | Family::Inflight | Family::Received => format!("Session {}", session()),
     })
+}
+
+/// Milliseconds since 1970, as `2026-11-28T17:00:00Z`.
+fn utc(ms: u64) -> String {
+    let (days, second) = (ms / 86_400_000, ms / 1000 % 86_400);
+    // The calendar repeats itself every 400 years; a year that begins in March has its leap day at the end.
+    let days = days + 719_468;
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month + 2) / 5 + 1;
+    let (year, month) = if month < 10 { (0, month + 3) } else { (1, month - 9) };
+    let year = era * 400 + year_of_era + year;
+    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -310,4 +331,21 @@ fn unhex(text: &str) -> Option<Vec<u8>> {
     let digit = |byte: u8| char::from(byte).to_digit(16).map(|digit| digit as u8);
     let pair = |pair: &[u8]| Some(digit(*pair.first()?)? << 4 | digit(*pair.get(1)?)?);
     text.as_bytes().chunks(2).map(pair).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::utc;
+
+    #[test]
+    fn instants_are_written_as_people_do() {
+        for (seconds, text) in [
+            (0, "1970-01-01T00:00:00Z"),
+            (951_782_400, "2000-02-29T00:00:00Z"),
+            (1_795_873_530, "2026-11-28T13:45:30Z"),
+            (4_102_444_799, "2099-12-31T23:59:59Z"),
+        ] {
+            assert_eq!(utc(seconds * 1000), text);
+        }
+    }
 }
