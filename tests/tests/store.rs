@@ -212,9 +212,8 @@ fn what_plugins_collect_outlives_the_broker() {
     assert_eq!(collected(folder.path()), 0);
 }
 
-/// The store has the sealed form alone, and subscribers the open one. See `plugins/payload-seal`.
-#[test]
-fn what_is_sealed_is_stored_sealed_and_comes_out_open() {
+/// With `plugins/payload-seal`, and its configuration.
+fn start_sealing() -> (Broker, String) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     std::fs::write(folder.path().join("key"), "0f".repeat(32)).expect("write");
     let config = format!(
@@ -222,7 +221,63 @@ fn what_is_sealed_is_stored_sealed_and_comes_out_open() {
          grants = {{ files = [{{ host = \"key\", guest = \"/key\" }}] }}\n",
         wasmqtt_guests::component("payload-seal").display()
     );
-    let broker = Broker::start_in(folder, &config);
+    (Broker::start_in(folder, &config), config)
+}
+
+/// The broker is killed: the store has so many messages to `a`, none of them open. Another broker takes over.
+fn restart_sealing(broker: Broker, config: &str, messages: usize) -> Broker {
+    let folder = broker.crash();
+    let exported = text_of(&run(folder.path(), &["store", "export"]));
+    assert_eq!(exported.matches("message to a").count(), messages, "{exported}");
+    assert!(!exported.contains("706c61696e2074657874"), "{exported}");
+    Broker::start_in(folder, config)
+}
+
+/// On their way to a lasting Session, too, retained messages are in the store, in the form that the hooks gave them.
+#[test]
+fn sealed_retained_messages_are_stored_sealed_on_their_way() {
+    let (mut broker, config) = start_sealing();
+    let mut publisher = broker.connect(&Options::new(V5, "publisher"));
+    publisher.publish(&Message::new("a", "plain text").qos(1).retained());
+    // The second time, the retained message itself has come from the store.
+    for name in ["first", "second"] {
+        let mut keeper = broker.connect(&lasting(name));
+        keeper.subscribe("a", 1);
+        assert_eq!(keeper.recv_publish().text(), "plain text");
+        broker = restart_sealing(broker, &config, 1);
+        let mut keeper = broker.connect(&lasting(name));
+        let again = keeper.message();
+        assert_eq!((again.text(), again.dup, again.retain), ("plain text", true, true), "{name}");
+        keeper.check_silent();
+    }
+}
+
+/// A member of a Shared Subscription is gone, and another one's Session gets what it has left. MQTT 5.0 §4.8.2
+#[test]
+fn what_another_member_gets_is_stored_sealed() {
+    let (broker, config) = start_sealing();
+    let mut two = broker.connect(&lasting("two"));
+    two.subscribe("$share/g/a", 1);
+    two.disconnect();
+    let mut one = broker.connect(&lasting("one"));
+    one.subscribe("$share/g/a", 1);
+    let mut publisher = broker.connect(&Options::new(V5, "publisher"));
+    publisher.publish(&Message::new("a", "plain text").qos(1));
+    assert_eq!(one.recv_publish().text(), "plain text");
+    // Ends the Session of the first one, with what it has not acknowledged.
+    let _one = broker.connect(&Options::new(V5, "one"));
+    // Nothing is answered to that: give it time to be kept.
+    std::thread::sleep(A_MOMENT);
+    let broker = restart_sealing(broker, &config, 1);
+    let mut two = broker.connect(&lasting("two"));
+    assert_eq!(two.message().text(), "plain text");
+    two.check_silent();
+}
+
+/// The store has the sealed form alone, and subscribers the open one. See `plugins/payload-seal`.
+#[test]
+fn what_is_sealed_is_stored_sealed_and_comes_out_open() {
+    let (broker, config) = start_sealing();
     let mut keeper = broker.connect(&lasting("keeper"));
     keeper.subscribe("a", 1);
     keeper.disconnect();

@@ -26,7 +26,7 @@ impl Probe {
     /// One of so many calls, if the setting says how many.
     fn is_turn(&self, name: &str) -> Result<bool, String> {
         let every: u32 = self.settings.parse(name, 0)?;
-        Ok(every > 0 && self.shown.get() % every == 0)
+        Ok(every > 0 && self.shown.get().is_multiple_of(every))
     }
 
     /// Where nobody waits for an answer.
