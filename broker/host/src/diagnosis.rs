@@ -172,16 +172,11 @@ macro_rules! functions {
 
         /// Functions of an interface that have other types than those of this broker.
         fn misfits(store: &mut Store<Guest>, instance: &Instance, interface: &str) -> Vec<&'static str> {
-            let mut found = Vec::new();
-            match interface {
-                $($interface => {
-                    $(if !fits::<$params, $results>(store, instance, interface, $function) {
-                        found.push($function);
-                    })+
-                })+
-                _ => {}
-            }
-            found
+            $(if interface == $interface {
+                let functions = [$((fits::<$params, $results>(store, instance, interface, $function), $function)),+];
+                return functions.into_iter().filter(|(fits, _)| !fits).map(|(_, function)| function).collect();
+            })+
+            Vec::new()
         }
     };
 }

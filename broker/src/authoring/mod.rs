@@ -30,7 +30,7 @@ use crate::settings;
 pub(crate) struct Subject {
     /// The component.
     pub(crate) file: PathBuf,
-    /// A limit, as under `limits` of a `[[plugin]]` entry, such as memory_mib=32; may be repeated.
+    /// A limit, as under `limits` of a `[[plugin]]` entry, such as `memory_mib=32`; may be repeated.
     #[arg(long, value_name = "KEY=VALUE", value_parser = parse_pair)]
     pub(crate) limit: Vec<(String, String)>,
 }
