@@ -1,0 +1,74 @@
+//! How many instances there may be: of each plugin, and of all together.
+
+use crate::config::{HostConfig, PluginLimits};
+
+/// Plugins of one broker: each has a bit in what a route knows of storage hooks.
+pub(crate) const PLUGINS_MAX: usize = 64;
+/// Plugins that may come into the folder while the broker runs and find room, beside those that are there at the start.
+const NEWCOMERS: usize = 8;
+/// Builds of one plugin that have instances at a time: the one that serves, one on trial or the one before it on
+/// probation, and one that is being prepared.
+const BUILDS: usize = 3;
+/// Instances of one build for calls that no client waits for: `committed`, `events`, `cluster`.
+const BACKGROUND: usize = 3;
+/// Instances of all plugins. Each reserves 4 GiB of address space for each of two memories, and there are 128 TiB.
+const INSTANCES_MAX: usize = 10_000;
+
+/// Rooms of the pool: address space, which costs no memory until it is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Pool {
+    /// Instances at a time; one more is refused.
+    pub(crate) instances: u32,
+    /// Bytes one linear memory may have.
+    pub(crate) memory_bytes: usize,
+}
+
+/// Instances that one plugin may have, all its builds together; others keep theirs whatever it does.
+pub(crate) fn share(limits: &PluginLimits, shards: usize) -> usize {
+    BUILDS * (shards.max(1) * limits.instances.max(1) + BACKGROUND)
+}
+
+/// Room for the share of each plugin; `None`: so many do not fit into the address space, each is to be allocated alone.
+pub(crate) fn pool(config: &HostConfig, in_folder: usize) -> Option<Pool> {
+    let folder = PluginLimits::default();
+    let unnamed = match config.dir {
+        Some(_) => (in_folder + NEWCOMERS).min(PLUGINS_MAX.saturating_sub(config.plugins.len())),
+        None => 0,
+    };
+    let configured = config.plugins.iter().map(|plugin| plugin.limits);
+    let limits = || configured.clone().chain(std::iter::repeat_n(folder, unnamed));
+    let instances: usize = limits().map(|limits| share(&limits, config.shards)).sum();
+    let memory_mib = limits().map(|limits| limits.memory_mib).max().unwrap_or(folder.memory_mib);
+    // The address space that a memory reserves ends there.
+    let memory_bytes = (memory_mib.min(4095) as usize) << 20;
+    (instances <= INSTANCES_MAX).then_some(Pool { instances: instances.max(1) as u32, memory_bytes })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::PluginConfig;
+
+    fn instances(shards: usize, plugins: usize, in_folder: Option<usize>) -> Option<usize> {
+        let dir = in_folder.map(|_| "plugins".into());
+        let plugins = vec![PluginConfig::default(); plugins];
+        let config = HostConfig { dir, plugins, shards, ..HostConfig::default() };
+        pool(&config, in_folder.unwrap_or(0)).map(|pool| pool.instances as usize)
+    }
+
+    #[test]
+    fn each_plugin_has_room_for_a_replacement_on_every_shard() {
+        let one = share(&PluginLimits::default(), 2);
+        assert!(one > 2 * 2 * PluginLimits::default().instances, "{one}");
+        assert_eq!(instances(2, 1, None), Some(one));
+        assert_eq!(instances(2, 40, None), Some(40 * one));
+        assert_eq!(instances(2, 0, Some(40)), Some(48 * one), "and for some that come later");
+        assert_eq!(instances(2, 4, Some(100)), Some(64 * one), "there are no more plugins than that");
+    }
+
+    #[test]
+    fn many_shards_fit_and_beyond_that_there_is_no_pool() {
+        assert_eq!(instances(64, 10, None), Some(10 * share(&PluginLimits::default(), 64)));
+        assert_eq!(instances(1024, 10, None), None);
+    }
+}
