@@ -9,6 +9,8 @@ use rustix::time::{ClockId, clock_gettime};
 use wasmtime::{Config, Engine, InstanceAllocationStrategy, OptLevel, PoolingAllocationConfig};
 
 use crate::HostError;
+use crate::pool::Pool;
+use crate::threads::Watched;
 
 /// A guest that computes gives its thread back once in this time.
 const TICK: Duration = Duration::from_millis(1);
@@ -20,15 +22,6 @@ const FIBER_STACK_BYTES: usize = 2 * 1024 * 1024;
 
 /// Bytes that stay resident in a free slot of the pool, so that the next instance need not fault them in again.
 const KEEP_RESIDENT_BYTES: usize = 64 * 1024;
-
-/// Rooms of the pool: address space, which costs no memory until it is used.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Pool {
-    /// Instances at a time; one more is refused.
-    pub(crate) instances: u32,
-    /// Bytes one linear memory may have.
-    pub(crate) memory_bytes: usize,
-}
 
 /// The engine for all plugins. Without address space for the pool, instances are allocated one by one, which makes
 /// them two to five times slower to make and calls as fast as ever.
@@ -86,7 +79,7 @@ pub(crate) struct Clock {
 }
 
 impl Clock {
-    pub(crate) fn start(engine: Engine) -> Result<Arc<Self>, HostError> {
+    pub(crate) fn start(engine: Engine, watched: Watched) -> Result<Arc<Self>, HostError> {
         let clock = Arc::new(Self {
             used: AtomicBool::new(false),
             asleep: AtomicBool::new(false),
@@ -95,7 +88,10 @@ impl Clock {
             thread: std::sync::OnceLock::new(),
         });
         let ticking = Arc::clone(&clock);
-        let thread = std::thread::Builder::new().name("plugin-clock".into()).spawn(move || ticking.tick(&engine));
+        let thread = std::thread::Builder::new().name("plugin-clock".into()).spawn(move || {
+            let _watched = watched;
+            ticking.tick(&engine);
+        });
         let thread = thread.map_err(|error| HostError::new(format!("cannot start the plugin clock: {error}")))?;
         let _ = clock.thread.set(thread.thread().clone());
         Ok(clock)

@@ -3,7 +3,6 @@
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::SyncSender;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -16,6 +15,7 @@ use crate::exports::Exports;
 use crate::grants::Mounts;
 use crate::guest::Guest;
 use crate::plugin::Plugin;
+use crate::reaper::Grave;
 use crate::share::Share;
 
 /// A store with its instance and the interfaces it exports.
@@ -184,7 +184,7 @@ impl<F: Future> Future for Metered<'_, F> {
 /// An instance in a pool. Goes to the reaper when it is dropped: ending a store takes longer than a shard should wait.
 pub(crate) struct Pooled {
     running: Option<Box<Running>>,
-    reaper: SyncSender<Dead>,
+    reaper: Grave,
     healthy: bool,
 }
 
@@ -196,7 +196,7 @@ pub(crate) struct Dead {
 }
 
 impl Pooled {
-    pub(crate) fn new(running: Running, reaper: SyncSender<Dead>) -> Self {
+    pub(crate) fn new(running: Running, reaper: Grave) -> Self {
         Self { running: Some(Box::new(running)), reaper, healthy: true }
     }
 
