@@ -88,6 +88,11 @@ impl Chain {
             .flat_map(|link| std::iter::once(&link.serving).chain(link.candidate.iter().map(|tried| &tried.generation)))
     }
 
+    /// It serves, or is on trial.
+    pub(crate) fn holds(&self, generation: &Arc<Generation>) -> bool {
+        self.generations().any(|other| Arc::ptr_eq(other, generation))
+    }
+
     pub(crate) fn link(&self, name: &str) -> Option<&Link> {
         self.links.iter().find(|link| *link.serving.name == *name)
     }

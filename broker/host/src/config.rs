@@ -9,8 +9,11 @@ use wasmqtt_protocol::codec::ReasonCode;
 use wasmqtt_protocol::ports::{Access, Buckets};
 use wasmqtt_protocol::topic::{Filter, filters_overlap};
 
+use crate::cancel::Cancel;
 use crate::chain::Trial;
+use crate::compile::{CompileLimits, Compiler};
 use crate::network::{HttpGrant, SocketGrant};
+use crate::threads::ThreadDied;
 
 /// Everything [`crate::PluginHost::start`] needs.
 #[derive(Clone)]
@@ -21,12 +24,25 @@ pub struct HostConfig {
     pub plugins: Vec<PluginConfig>,
     /// Compiled components and copies of granted files. Ours alone: what lies there is trusted code.
     pub cache_dir: PathBuf,
+    /// The key that tells what is in `cache_dir` from what others put there. A file that nobody else can read, in a
+    /// folder that no plugin is granted; made when it is not there. `None`: the cache is of use to this process only.
+    pub cache_key: Option<PathBuf>,
+    /// What compiles components.
+    pub compiler: Compiler,
+    /// What it may use for each.
+    pub compile_limits: CompileLimits,
+    /// How many are compiled at a time; default one per core.
+    pub compile_at_once: usize,
     /// How many shards will ask for a view; that many instances are made before a build serves.
     pub shards: usize,
     /// A changed file is looked at when it has been quiet this long.
     pub debounce: Duration,
     /// Keeps what plugins have in buckets; `None`: it ends with the broker.
     pub buckets: Option<Arc<dyn Buckets>>,
+    /// Gives up what takes long, also the start itself. Stopping the host does so too.
+    pub stop: Cancel,
+    /// Called when a thread of the host has panicked.
+    pub thread_died: Option<ThreadDied>,
 }
 
 impl Default for HostConfig {
@@ -35,9 +51,15 @@ impl Default for HostConfig {
             dir: None,
             plugins: Vec::new(),
             cache_dir: PathBuf::from("plugin-cache"),
+            cache_key: None,
+            compiler: Compiler::default(),
+            compile_limits: CompileLimits::default(),
+            compile_at_once: std::thread::available_parallelism().map_or(1, usize::from),
             shards: 1,
             debounce: Duration::from_millis(20),
             buckets: None,
+            stop: Cancel::default(),
+            thread_died: None,
         }
     }
 }

@@ -1,7 +1,6 @@
 //! A loaded build of a plugin: compiled, checked, ready to be instantiated on any shard.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -21,8 +20,10 @@ use crate::exports::Indices;
 use crate::grants::{self, Mounts};
 use crate::guest::{Guest, Limits};
 use crate::hook::Shown;
-use crate::instance::{Budget, Dead, Pooled, Running, metered, one_line};
+use crate::instance::{Budget, Pooled, Running, metered, one_line};
 use crate::plugin::Plugin;
+use crate::pool;
+use crate::reaper::Grave;
 use crate::registration::Registration;
 use crate::services::{Door, Services};
 use crate::share::Share;
@@ -41,9 +42,32 @@ pub(crate) struct Parts {
     pub(crate) engine: Engine,
     pub(crate) linker: Linker<Guest>,
     pub(crate) clock: Arc<Clock>,
-    pub(crate) reaper: SyncSender<Dead>,
+    pub(crate) reaper: Grave,
     pub(crate) shards: usize,
     pub(crate) door: Door,
+}
+
+/// What becomes of what the serving build knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum HandOver {
+    /// The new build takes it over, or is not prepared.
+    Wanted,
+    /// The serving build is not asked for it.
+    Fresh,
+}
+
+/// Why a build is not prepared.
+#[derive(Debug)]
+pub(crate) enum Unready {
+    /// The serving build does not hand over what it knows: the new one may be without fault.
+    Snapshot(HostError),
+    Failed(HostError),
+}
+
+impl From<HostError> for Unready {
+    fn from(error: HostError) -> Self {
+        Self::Failed(error)
+    }
 }
 
 /// Who a build is.
@@ -82,10 +106,12 @@ pub(crate) struct Generation {
     /// SHA-256 of the component.
     pub(crate) digest: String,
     mounts: Arc<Mounts>,
-    reaper: SyncSender<Dead>,
+    reaper: Grave,
     /// By shard. Only that shard takes from it; the lock is for the loader, which empties it in the end.
     idle: Box<[Mutex<Vec<Idle>>]>,
     retired: AtomicBool,
+    /// Instances that all builds of the plugin may have.
+    instances_max: usize,
 }
 
 /// An instance that has nothing to do.
@@ -124,6 +150,7 @@ impl Generation {
             return Err(diagnosis::no_plug_point(&ty, &parts.engine));
         }
         let plugin = identity.plugin;
+        let instances_max = pool::share(&config.limits, parts.shards);
         let services = Services {
             plugin: Arc::clone(&plugin),
             grants: config.grants.clone(),
@@ -159,6 +186,7 @@ impl Generation {
             reaper: parts.reaper.clone(),
             idle: (0..parts.shards.max(1)).map(|_| Mutex::default()).collect(),
             retired: AtomicBool::new(false),
+            instances_max,
         })
     }
 
@@ -254,15 +282,18 @@ impl Generation {
 
     /// Makes an instance for each shard before this build serves, the first of which must say that it is well. Each
     /// takes over what an instance of the serving build on the same shard knows.
-    pub(crate) async fn prepare(&self, old: Option<&Self>) -> Result<(), HostError> {
-        let old = old.filter(|old| old.exports.handover.is_some() && self.exports.handover.is_some());
+    pub(crate) async fn prepare(&self, old: Option<&Self>, hand_over: HandOver) -> Result<(), Unready> {
+        let hands_over = |old: &&Self| {
+            hand_over == HandOver::Wanted && old.exports.handover.is_some() && self.exports.handover.is_some()
+        };
+        let old = old.filter(hands_over);
         for shard in 0..self.idle.len() {
             let mut pooled = self.in_time("init", self.instantiate(&self.plugin.loading)).await?;
             if shard == 0 {
                 self.in_time("health", self.check_health(&mut pooled)).await?;
             }
             if let Some(old) = old {
-                let state = old.in_time("snapshot", old.snapshot(shard)).await?;
+                let state = old.in_time("snapshot", old.snapshot(shard)).await.map_err(Unready::Snapshot)?;
                 if let Some(state) = state {
                     self.in_time("restore", self.restore(&mut pooled, &state)).await?;
                 }
@@ -374,6 +405,14 @@ impl Generation {
 
     /// `share`: of the thread that it is made on.
     pub(crate) async fn instantiate(&self, share: &Share) -> Result<Pooled, String> {
+        // What one plugin has too many of must not be lacking for another.
+        if self.plugin.counters.instances.load(Ordering::Relaxed) >= self.instances_max {
+            let (instances, most) = (self.config.limits.instances, self.instances_max);
+            return Err(format!(
+                "all {most} instances that limits.instances = {instances} allows this plugin on all shards, for all its \
+                 builds, are in use; those of earlier builds may still be ending"
+            ));
+        }
         let mut wasi = WasiCtxBuilder::new();
         self.mounts.open(&mut wasi)?;
         wasi.envs(&self.config.grants.environment);

@@ -3,6 +3,7 @@
 //! A folder is opened as it is. A single file lies beside others that are nobody's business, so the plugin gets a
 //! folder made for it with a copy in it; the loader renews that by loading the plugin again when the file changes.
 
+use std::io::Read as _;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,6 +14,7 @@ use wasmtime_wasi::{FsPerms, WasiCtxBuilder};
 
 use crate::HostError;
 use crate::config::{FileGrant, Grants, Mode};
+use crate::source;
 
 /// Bytes of a granted single file.
 pub(crate) const FILE_BYTES_MAX: u64 = 64 << 20;
@@ -148,10 +150,8 @@ pub(crate) fn clean(dir: &Path) {
 }
 
 fn copy(from: &Path, to: &Path) -> std::io::Result<()> {
-    let mut from = std::fs::File::open(from)?;
-    if from.metadata()?.len() > FILE_BYTES_MAX {
-        return Err(std::io::Error::other(format!("larger than {FILE_BYTES_MAX} bytes")));
-    }
+    let (from, _) = source::open(from, FILE_BYTES_MAX)?;
     let mut to = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(to)?;
-    std::io::copy(&mut from, &mut to).map(|_| ())
+    // It may have grown since its size was looked at.
+    std::io::copy(&mut from.take(FILE_BYTES_MAX), &mut to).map(drop)
 }

@@ -10,7 +10,7 @@ use wasmparser::{
 use crate::HostError;
 use crate::config::Grants;
 use crate::grants::check_functions;
-use crate::loader::{COMPONENT_BYTES_MAX, read};
+use crate::source::{COMPONENT_BYTES_MAX, read_file};
 
 /// The interface with the functions of the broker.
 const HOST_INTERFACE: &str = "wasmqtt:plugin/host@";
@@ -21,7 +21,7 @@ const HOST_INTERFACE: &str = "wasmqtt:plugin/host@";
 /// # Errors
 /// It is not a component, cannot be read, or needs a grant; the text names which.
 pub fn check_grants(path: &Path, grants: &Grants) -> Result<(), HostError> {
-    let bytes = read(path, COMPONENT_BYTES_MAX)?;
+    let bytes = read_file(path, COMPONENT_BYTES_MAX)?;
     check_functions(&host_functions(&bytes)?, grants)
 }
 

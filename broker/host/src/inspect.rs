@@ -4,13 +4,15 @@ use std::path::Path;
 
 use serde::Serialize;
 use wasmtime::Engine;
-use wasmtime::component::{Component, types};
+use wasmtime::component::types;
 
 use crate::HostError;
-use crate::diagnosis;
+use crate::cache::{self, Cache};
+use crate::cancel::Cancel;
+use crate::compile::{CompileLimits, Compiler};
+use crate::compiling::Compilers;
 use crate::grants;
-use crate::instance::one_line;
-use crate::loader::{COMPONENT_BYTES_MAX, read};
+use crate::source::{COMPONENT_BYTES_MAX, read_file};
 
 /// The outside of a component.
 #[derive(Debug, Clone, Serialize)]
@@ -41,15 +43,17 @@ impl Inspection {
     }
 }
 
-/// Reads and compiles a component, and lists what it exports and imports.
+/// Reads and compiles a component, and lists what it exports and imports. What was compiled lies in `cache_dir`, for a
+/// host of this process that wants to load it.
 ///
 /// # Errors
 /// The file cannot be read, is too large, or is no valid component.
-pub fn inspect(path: &Path) -> Result<Inspection, HostError> {
-    let bytes = read(path, COMPONENT_BYTES_MAX)?;
-    diagnosis::check_header(&bytes)?;
+pub fn inspect(path: &Path, compiler: &Compiler, cache_dir: &Path) -> Result<Inspection, HostError> {
+    let bytes = read_file(path, COMPONENT_BYTES_MAX)?;
     let engine = crate::engine::engine(None)?;
-    let component = Component::new(&engine, &bytes)
-        .map_err(|error| HostError::new(format!("not a component: {}", one_line(&error))))?;
-    Ok(Inspection::of(&component.component_type(), &engine, bytes.len() as u64))
+    let cache = Cache::open(cache_dir, None)?;
+    let limits = CompileLimits::default();
+    let compilers = Compilers::new(cache, engine.clone(), compiler.clone(), limits, 1, Cancel::default());
+    let compiled = compilers.component("plugin", &bytes, &cache::digest(&bytes), &Cancel::default())?;
+    Ok(Inspection::of(&compiled.component.component_type(), &engine, bytes.len() as u64))
 }

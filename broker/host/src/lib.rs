@@ -9,10 +9,14 @@ mod bindings;
 mod breaker;
 mod cache;
 mod call;
+mod cancel;
 mod chain;
 mod cluster;
+mod compile;
+mod compiling;
 mod config;
 mod counters;
+mod deploy;
 mod diagnosis;
 mod engine;
 mod events;
@@ -30,11 +34,13 @@ mod http;
 mod imports;
 mod inspect;
 mod instance;
+mod jobs;
 mod keyvalue;
 mod loader;
 mod metrics;
 mod network;
 mod plugin;
+mod pool;
 mod probation;
 mod queue;
 mod reaper;
@@ -46,16 +52,25 @@ mod shadow;
 mod shard;
 mod share;
 mod sockets;
+mod source;
+mod swap;
+mod threads;
+mod transaction;
+mod trials;
 mod versions;
 mod watch;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use wasmqtt_protocol::ports::{Access, Broker, Client, Plugins, ShardPlugins, Submission};
 
+pub use cancel::Cancel;
+pub use compile::{COMPILE_SUBCOMMAND, CompileLimits, Compiler, compile_child};
+pub use compiling::Compiling;
 pub use config::{FileGrant, Grants, HostConfig, Mode, OnError, PluginConfig, PluginLimits, Rollout};
 pub use explain::{Opinion, Outcome};
 pub use feed::{FedMessage, FeedList};
@@ -64,14 +79,22 @@ pub use inspect::{Inspection, inspect};
 pub use metrics::Value;
 pub use network::{HttpGrant, SocketGrant};
 pub use registration::Registered;
+pub use source::read_file;
+pub use threads::ThreadDied;
 
 use chain::Chain;
+use compiling::Compilers;
+use deploy::Deployed;
+use generation::HandOver;
 use hook::Shown;
 use loader::Loader;
 use reaper::Reaper;
 use services::Door;
 use versions::Versions;
 use watch::{Order, Signal};
+
+/// How long compilers may take to end when the host does: they are killed.
+const COMPILERS_END: Duration = Duration::from_secs(1);
 
 /// A plugin could not be loaded, or something it needs is missing. The text names file and reason.
 #[derive(Debug, thiserror::Error)]
@@ -94,6 +117,7 @@ pub struct PluginHost {
     signal: Signal,
     runtime: tokio::runtime::Handle,
     versions: Versions,
+    compilers: Arc<Compilers>,
     /// Until it is stopped.
     threads: Mutex<Option<(JoinHandle<()>, Reaper)>>,
 }
@@ -212,19 +236,36 @@ impl PluginHost {
     /// runtime with time and I/O enabled, but not by one of its tasks.
     ///
     /// # Errors
-    /// A plugin with an entry in the configuration cannot be loaded. One that merely lies in the folder is logged and
-    /// left out.
+    /// A plugin cannot be loaded, or the folder cannot be read: without one of them, clients might be allowed what it
+    /// would have denied. Or `stop` of the configuration was asked for.
     pub fn start(config: HostConfig) -> Result<Arc<Self>, HostError> {
         let runtime = tokio::runtime::Handle::try_current()
             .map_err(|_| HostError::new("plugins need a tokio runtime, and none was entered"))?;
-        let debounce = config.debounce;
+        let (debounce, stop) = (config.debounce, config.stop.clone());
         let chain = Arc::new(ArcSwap::default());
         let door = Door::default();
-        let (mut loader, reaper) = Loader::new(config, Arc::clone(&chain), Arc::clone(&door), runtime.clone())?;
-        let versions = loader.versions();
-        loader.load_all(true)?;
-        let (signal, thread) = watch::start(loader, debounce)?;
-        Ok(Arc::new(Self { chain, door, signal, runtime, versions, threads: Mutex::new(Some((thread, reaper))) }))
+        let (mut loader, reaper) =
+            Loader::new(config, Arc::clone(&chain), Arc::clone(&door), stop.clone(), runtime.clone())?;
+        let (versions, compilers) = (loader.versions(), loader.compilers());
+        let started = match loader.load_all(true) {
+            Ok(()) => watch::start(loader, debounce, stop.clone()),
+            Err(error) => {
+                drop(loader);
+                Err(error)
+            }
+        };
+        match started {
+            Ok((signal, thread)) => {
+                let threads = Mutex::new(Some((thread, reaper)));
+                Ok(Arc::new(Self { chain, door, signal, runtime, versions, compilers, threads }))
+            }
+            Err(error) => {
+                // Instances that were made keep the store open, and the caller may end the process at once.
+                let_all_go(&chain);
+                reaper.finish();
+                Err(error)
+            }
+        }
     }
 
     /// Some plugin decides who may connect.
@@ -243,21 +284,84 @@ impl PluginHost {
         chain.link(name).map(|link| link.serving.inspection())
     }
 
+    /// What is compiled at the moment.
+    pub fn compiling(&self) -> Vec<Compiling> {
+        self.compilers.jobs()
+    }
+
     /// Builds these components, by the names of their plugins, and lets all serve in one step; or none, and says why.
     /// They are kept in the plugins' files.
     ///
     /// # Errors
     /// One cannot serve.
     pub fn deploy(&self, files: Vec<(String, Vec<u8>)>) -> Result<(), HostError> {
-        self.signal.order(Order::Deploy(files))
+        self.deploy_with(files, false, &Cancel::default())
+    }
+
+    /// Like [`Self::deploy`]. With `fresh`, the running builds are not asked for what they know. It may take as long as
+    /// compiling does, on this thread; others may deploy meanwhile, and it can be cancelled.
+    ///
+    /// # Errors
+    /// One cannot serve; it was cancelled.
+    pub fn deploy_with(&self, files: Vec<(String, Vec<u8>)>, fresh: bool, cancel: &Cancel) -> Result<(), HostError> {
+        let mut names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
+        names.sort_unstable();
+        if let Some([name, _]) = names.array_windows().find(|[a, b]| a == b) {
+            return Err(HostError::new(format!("plugin {name:?} is there twice; nothing was changed")));
+        }
+        let components = self.compile_all(files, cancel)?;
+        let hand_over = if fresh { HandOver::Fresh } else { HandOver::Wanted };
+        self.signal.order(Order::Deploy { components, at_once: false, hand_over, cancel: cancel.clone() })
+    }
+
+    /// All at a time, as far as there are compilers.
+    fn compile_all(&self, files: Vec<(String, Vec<u8>)>, cancel: &Cancel) -> Result<Vec<Deployed>, HostError> {
+        let compile = |(name, bytes): (String, Vec<u8>)| {
+            let compiled = self.compilers.component(&name, &bytes, &cache::digest(&bytes), cancel);
+            match compiled {
+                Ok(compiled) => Ok(Deployed { name, bytes, compiled }),
+                Err(error) => {
+                    let error = diagnosis::memory(&error.to_string(), self.memory_mib(&name)).unwrap_or(error);
+                    Err(HostError::new(format!("plugin {name:?}: {error}; nothing was changed")))
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = files.into_iter().map(|file| scope.spawn(move || compile(file))).collect();
+            let panicked = |_| Err(HostError::new("compiling has panicked"));
+            threads.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect()
+        })
+    }
+
+    /// Of an instance of this plugin.
+    fn memory_mib(&self, name: &str) -> u32 {
+        let serving = self.chain.load().link(name).map(|link| link.serving.config.limits);
+        serving.unwrap_or_default().memory_mib
     }
 
     /// Lets the version before serve again, or the kept one whose SHA-256 begins with `digest`; drops a build on trial.
+    /// The running build is not asked for what it knows: it is the one to get rid of.
     ///
     /// # Errors
     /// There is none, or it cannot serve any more.
     pub fn roll_back(&self, name: &str, digest: Option<&str>) -> Result<(), HostError> {
-        self.signal.order(Order::RollBack(name.to_owned(), digest.map(str::to_owned)))
+        self.roll_back_with(name, digest, &Cancel::default())
+    }
+
+    /// Like [`Self::roll_back`], and can be cancelled: the earlier version may have to be compiled again.
+    ///
+    /// # Errors
+    /// There is none, or it cannot serve any more; it was cancelled.
+    pub fn roll_back_with(&self, name: &str, digest: Option<&str>, cancel: &Cancel) -> Result<(), HostError> {
+        let chain = self.chain.load_full();
+        let link = chain.link(name).ok_or_else(|| HostError::new(format!("there is no plugin {name:?}")))?;
+        if digest.is_none() && link.candidate.is_some() {
+            return self.signal.order(Order::DropCandidate(name.to_owned()));
+        }
+        let version = self.versions.find(name, &link.serving.digest, digest)?;
+        let components = self.compile_all(vec![(name.to_owned(), version)], cancel)?;
+        let hand_over = HandOver::Fresh;
+        self.signal.order(Order::Deploy { components, at_once: true, hand_over, cancel: cancel.clone() })
     }
 
     /// Lets the build on trial serve everybody.
@@ -345,27 +449,31 @@ impl PluginHost {
     /// any more, or do not end.
     pub fn ended(&self) -> Option<String> {
         let threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
-        let (loader, reaper) = threads.as_ref()?;
+        let (loader, reaper) = threads.as_ref().filter(|_| !self.signal.is_stopped())?;
         if loader.is_finished() {
             return Some(loader.thread().name().unwrap_or("the plugin loader").to_owned());
         }
         reaper.has_ended().then(|| "plugin-reaper".to_owned())
     }
 
-    /// Stops watching, unloads, and waits until instances have said goodbye: views of shards should be gone by now, or
-    /// it waits for them in vain, two seconds at most. Calls under way may finish; later ones find no plugins.
+    /// Stops watching, ends compilers, unloads, and waits until instances have said goodbye: views of shards should be
+    /// gone by now, or it waits for them in vain, two seconds at most. Calls under way may finish; later ones find no
+    /// plugins.
     pub fn stop(&self) {
         self.signal.stop();
         let threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some((loader, reaper)) = threads else { return };
         let _ = loader.join();
-        let old = self.chain.swap(Arc::default());
-        for generation in old.generations() {
-            generation.retire();
-            generation.plugin.end();
-        }
-        drop(old);
+        self.compilers.finish(COMPILERS_END);
+        let_all_go(&self.chain);
         reaper.finish();
+    }
+}
+
+fn let_all_go(chain: &ArcSwap<Chain>) {
+    for generation in chain.swap(Arc::default()).generations() {
+        generation.retire();
+        generation.plugin.end();
     }
 }
 

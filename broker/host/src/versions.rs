@@ -7,6 +7,7 @@ use tracing::debug;
 
 use crate::HostError;
 use crate::cache::digest;
+use crate::source::{COMPONENT_BYTES_MAX, read_file};
 
 /// Versions that are kept of each plugin; the oldest go first.
 const VERSIONS_MAX: usize = 5;
@@ -64,8 +65,7 @@ impl Versions {
                 kept.join(", ")
             )));
         };
-        let bytes =
-            std::fs::read(path).map_err(|error| HostError::new(format!("cannot read {}: {error}", path.display())))?;
+        let bytes = read_file(path, COMPONENT_BYTES_MAX)?;
         if digest(&bytes) != *known {
             return Err(HostError::new(format!("{} is damaged", path.display())));
         }

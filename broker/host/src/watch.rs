@@ -12,10 +12,14 @@ use notify::{Event, RecommendedWatcher, RecursiveMode, Watcher};
 use tracing::{debug, warn};
 
 use crate::HostError;
+use crate::cancel::Cancel;
 use crate::config::PluginConfig;
+use crate::deploy::Deployed;
+use crate::generation::HandOver;
 use crate::loader::Loader;
+use crate::threads::Watched;
 
-/// How often files are looked at where the system cannot tell about changes, and folders whether they are still the same.
+/// How often files are looked at without notice of a change, and folders whether they are still the same.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
 /// How often builds on probation or on trial are looked after.
@@ -28,18 +32,22 @@ const UNQUIET_MAX: Duration = Duration::from_millis(500);
 const WAITING_MAX: usize = 16;
 
 enum Wake {
-    /// Nothing but a nudge: see [`Signal::changed`].
-    Changed,
+    /// Nothing but a nudge: see [`Signal::rescan`] and [`Signal::stop`].
+    Nudge,
     Order(Order, SyncSender<Result<(), HostError>>),
-    Stop,
 }
 
 /// What an operator wants done.
 pub(crate) enum Order {
-    /// Components by the names of their plugins.
-    Deploy(Vec<(String, Vec<u8>)>),
-    /// The plugin, and the beginning of the digest that is wanted.
-    RollBack(String, Option<String>),
+    Deploy {
+        components: Vec<Deployed>,
+        /// Whatever rollout the configuration says.
+        at_once: bool,
+        hand_over: HandOver,
+        cancel: Cancel,
+    },
+    /// The build of this plugin that is on trial goes.
+    DropCandidate(String),
     Promote(String),
     /// Other settings for configured plugins.
     Reconfigure(Vec<PluginConfig>),
@@ -51,6 +59,7 @@ pub(crate) struct Signal {
     wake: SyncSender<Wake>,
     /// Files may have changed since the loader last looked.
     changed: Arc<AtomicBool>,
+    stop: Cancel,
 }
 
 impl Signal {
@@ -58,7 +67,7 @@ impl Signal {
     pub(crate) fn rescan(&self) {
         self.changed.store(true, Ordering::Release);
         // Where there is no room, the loader has something to wake up for, and sees the mark then.
-        let _ = self.wake.try_send(Wake::Changed);
+        let _ = self.wake.try_send(Wake::Nudge);
     }
 
     /// Has it done, and waits until it is.
@@ -69,17 +78,30 @@ impl Signal {
         done.recv().map_err(|_| ended())?
     }
 
+    /// It was told to.
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stop.is_cancelled()
+    }
+
+    /// The loader ends; what it is doing is given up.
     pub(crate) fn stop(&self) {
-        let _ = self.wake.send(Wake::Stop);
+        self.stop.cancel();
+        let _ = self.wake.try_send(Wake::Nudge);
     }
 }
 
 /// Starts the loader's thread. A changed file is looked at when it has been quiet for `debounce`.
-pub(crate) fn start(loader: Loader, debounce: Duration) -> Result<(Signal, JoinHandle<()>), HostError> {
+pub(crate) fn start(
+    mut loader: Loader,
+    debounce: Duration,
+    stop: Cancel,
+) -> Result<(Signal, JoinHandle<()>), HostError> {
     let (wake, woken) = sync_channel(WAITING_MAX);
     // What changed between the first load and the watch was not noticed.
-    let signal = Signal { wake, changed: Arc::new(AtomicBool::new(true)) };
-    let mut watched = Watched::new(loader.folders());
+    let signal = Signal { wake, changed: Arc::new(AtomicBool::new(true)), stop: stop.clone() };
+    let nudge = signal.clone();
+    loader.set_nudge(move || nudge.rescan());
+    let mut watched = WatchedFolders::new(loader.folders());
     let watcher = match watch(&mut watched, signal.clone()) {
         Ok(watcher) => Some(watcher),
         Err(error) => {
@@ -88,14 +110,18 @@ pub(crate) fn start(loader: Loader, debounce: Duration) -> Result<(Signal, JoinH
         }
     };
     let changed = Arc::clone(&signal.changed);
-    let watch = Watch { loader, watched, watcher, changed, debounce };
+    let died = Watched::new("plugin-loader", loader.config.thread_died.as_ref());
+    let watch = Watch { loader, watched, watcher, changed, debounce, stop };
     let thread = std::thread::Builder::new().name("plugin-loader".into());
-    let thread = thread.spawn(move || watch.run(&woken));
+    let thread = thread.spawn(move || {
+        let _died = died;
+        watch.run(&woken);
+    });
     let thread = thread.map_err(|error| HostError::new(format!("cannot start the plugin loader: {error}")))?;
     Ok((signal, thread))
 }
 
-fn watch(watched: &mut Watched, signal: Signal) -> notify::Result<RecommendedWatcher> {
+fn watch(watched: &mut WatchedFolders, signal: Signal) -> notify::Result<RecommendedWatcher> {
     let notice = move |result: notify::Result<Event>| {
         // Reading a file is an event too, and it is what the loader does. After an error anything may have changed.
         if result.map_or(true, |event| !event.kind.is_access()) {
@@ -110,37 +136,39 @@ fn watch(watched: &mut Watched, signal: Signal) -> notify::Result<RecommendedWat
 /// What the loader's thread has.
 struct Watch {
     loader: Loader,
-    watched: Watched,
+    watched: WatchedFolders,
     watcher: Option<RecommendedWatcher>,
     changed: Arc<AtomicBool>,
     debounce: Duration,
+    stop: Cancel,
 }
 
 impl Watch {
     fn run(mut self, woken: &Receiver<Wake>) {
         lower_priority();
         let mut looked = Instant::now();
-        loop {
-            if self.are_files_changed() || self.loader.looks_again() {
-                load(&mut self.loader);
-            }
-            self.loader.check_probations();
-            if looked.elapsed() >= LOOK_EVERY {
+        while !self.stop.is_cancelled() {
+            let is_time = looked.elapsed() >= LOOK_EVERY;
+            if is_time {
                 looked = Instant::now();
                 self.look_at_folders();
             }
+            // Also without notice of a change: no file system tells what happens behind a link, or on another machine.
+            if self.are_files_changed() || self.loader.looks_again() || is_time {
+                load(&mut self.loader);
+            }
+            self.loader.check_probations();
             match woken.recv_timeout(if self.loader.is_restless() { LOOK_AFTER_EVERY } else { LOOK_EVERY }) {
-                Ok(Wake::Stop) | Err(RecvTimeoutError::Disconnected) => return,
                 Ok(Wake::Order(order, reply)) => {
                     let moves = matches!(order, Order::Reconfigure(_));
                     drop(reply.send(obey(&mut self.loader, order)));
                     if moves {
-                        // Files of other folders may be granted now; they are watched from the next look on.
-                        self.watched = Watched::new(self.loader.folders());
+                        // Files of other folders may be granted now.
                         self.look_at_folders();
                     }
                 }
-                Ok(Wake::Changed) | Err(RecvTimeoutError::Timeout) => {}
+                Ok(Wake::Nudge) | Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
             }
         }
     }
@@ -161,12 +189,13 @@ impl Watch {
         true
     }
 
-    /// A folder that was moved, made again or is a link to another one now is not watched any more.
+    /// A folder that was moved, made again or is a link to another one now is not watched any more, and one that a link
+    /// leads to now is not watched yet.
     fn look_at_folders(&mut self) {
-        match self.watcher.as_mut().map(|watcher| self.watched.renew(watcher)) {
-            Some(Ok(false)) => {}
-            Some(Ok(true)) | None => load(&mut self.loader),
-            Some(Err(error)) => warn!(%error, "cannot watch the plugin folder again"),
+        let Some(watcher) = &mut self.watcher else { return };
+        self.watched.set(self.loader.folders(), watcher);
+        if let Err(error) = self.watched.renew(watcher) {
+            debug!(%error, "cannot watch a folder of plugins, looking every two seconds");
         }
     }
 }
@@ -179,15 +208,20 @@ fn load(loader: &mut Loader) {
 
 fn obey(loader: &mut Loader, order: Order) -> Result<(), HostError> {
     match order {
-        Order::Deploy(files) => loader.deploy(files),
-        Order::RollBack(name, digest) => loader.roll_back(&name, digest.as_deref()),
+        Order::Deploy { components, at_once, hand_over, cancel } => {
+            loader.deploy(components, at_once, hand_over, &cancel)
+        }
+        Order::DropCandidate(name) => {
+            loader.drop_candidate(&name, "rolled back by an operator");
+            Ok(())
+        }
         Order::Promote(name) => loader.promote(&name),
         Order::Reconfigure(plugins) => loader.reconfigure(plugins),
     }
 }
 
 /// The folders that are watched, as they are called and as they are: a folder may be a link.
-struct Watched(Vec<(PathBuf, Option<Real>)>);
+struct WatchedFolders(Vec<(PathBuf, Option<Real>)>);
 
 /// A folder without links in its path, and what tells it from others that had the same path.
 type Real = (PathBuf, u64, u64, Option<SystemTime>);
@@ -199,21 +233,35 @@ fn real(folder: &Path) -> Option<Real> {
     Some((path, found.dev(), found.ino(), found.created().ok()))
 }
 
-impl Watched {
+impl WatchedFolders {
     /// Nothing is watched so far.
     fn new(folders: Vec<PathBuf>) -> Self {
         Self(folders.into_iter().map(|folder| (folder, None)).collect())
     }
 
-    /// Watches what is another folder by now; `true`: there was such a one.
-    fn renew(&mut self, watcher: &mut RecommendedWatcher) -> notify::Result<bool> {
-        let mut renewed = false;
+    /// Other folders may have to be watched by now.
+    fn set(&mut self, folders: Vec<PathBuf>, watcher: &mut RecommendedWatcher) {
+        self.0.retain(|(folder, known)| {
+            let stays = folders.contains(folder);
+            if let Some((path, ..)) = known.as_ref().filter(|_| !stays) {
+                let _ = watcher.unwatch(path);
+            }
+            stays
+        });
+        for folder in folders {
+            if !self.0.iter().any(|(known, _)| *known == folder) {
+                self.0.push((folder, None));
+            }
+        }
+    }
+
+    /// Watches what is another folder by now.
+    fn renew(&mut self, watcher: &mut RecommendedWatcher) -> notify::Result<()> {
         for (folder, known) in &mut self.0 {
             let now = real(folder);
             if now == *known {
                 continue;
             }
-            renewed = true;
             if let Some((path, ..)) = known.take() {
                 let _ = watcher.unwatch(&path);
             }
@@ -222,11 +270,11 @@ impl Watched {
             }
             *known = now;
         }
-        Ok(renewed)
+        Ok(())
     }
 }
 
-/// Compiling must not take a core from the shards.
+/// Preparing a build must not take a core from the shards.
 fn lower_priority() {
     const NICE: i32 = 10;
     if let Err(error) = rustix::process::setpriority_process(Some(rustix::thread::gettid()), NICE) {
