@@ -3,6 +3,7 @@
 //! One request, one answer, each a line of JSON; the bytes of components follow the request.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -11,8 +12,8 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use serde::{Deserialize, Serialize};
-use tracing::{info, warn};
-use wasmqtt_host::{Opinion, Outcome, PluginHost};
+use tracing::{debug, info, warn};
+use wasmqtt_host::{Cancel, Opinion, Outcome, PluginHost};
 use wasmqtt_protocol::access::Action;
 use wasmqtt_protocol::codec::Qos;
 use wasmqtt_protocol::ports::{Access, Client};
@@ -30,16 +31,27 @@ const REQUEST_BYTES_MAX: u64 = 64 * 1024;
 const COMPONENT_BYTES_MAX: u64 = 64 << 20;
 /// How long a client may take to say something.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long deploying may take: compiling a large component takes a while.
-const ANSWER_PATIENCE: Duration = Duration::from_mins(5);
+/// How long the broker may take for an answer that needs nothing to be compiled or copied.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(30);
+/// Commands that are carried out at a time; who has one more is told so.
+const COMMANDS_MAX: usize = 16;
+/// Components of one command, and their bytes.
+const COMPONENTS_MAX: usize = 64;
+const COMPONENTS_BYTES_MAX: u64 = 256 << 20;
+/// Between two tries to take a connection, when the system has none to give.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What a command wants.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Request {
     List,
-    /// Names, and how many bytes of each follow.
-    Deploy(Vec<(String, u64)>),
+    Deploy {
+        /// Names, and how many bytes of each follow.
+        files: Vec<(String, u64)>,
+        /// The running builds are not asked for what they know.
+        fresh: bool,
+    },
     RollBack {
         name: String,
         digest: Option<String>,
@@ -110,14 +122,14 @@ fn try_start(data_dir: &Path, reach: Reach) -> anyhow::Result<()> {
     if UnixStream::connect(&path).is_ok() {
         bail!("another broker has {} as its data folder, commands reach that one", data_dir.display());
     }
-    let _ = std::fs::remove_file(&path);
-    let listener = UnixListener::bind(&path).with_context(failed)?;
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).with_context(failed)?;
+    let listener = bind(data_dir, &path).with_context(failed)?;
+    let reach = Arc::new(reach);
     let serve = move || {
         for stream in listener.incoming() {
-            let handled = stream.map_err(anyhow::Error::from).and_then(|stream| handle(&stream, &reach));
-            if let Err(error) = handled {
+            let taken = stream.map_err(anyhow::Error::from).and_then(|stream| take(stream, &reach));
+            if let Err(error) = taken {
                 warn!(error = format!("{error:#}"), "command not answered");
+                std::thread::sleep(ACCEPT_PAUSE);
             }
         }
     };
@@ -125,16 +137,61 @@ fn try_start(data_dir: &Path, reach: Reach) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn handle(stream: &UnixStream, reach: &Reach) -> anyhow::Result<()> {
+/// Nobody else can open the socket at any moment: it is made in a folder that is ours alone, and then gets its name.
+fn bind(data_dir: &Path, path: &Path) -> io::Result<UnixListener> {
+    let private = tempfile::Builder::new().prefix(".").rand_bytes(6).tempdir_in(data_dir)?;
+    let unnamed = private.path().join("s");
+    let listener = UnixListener::bind(&unnamed)?;
+    std::fs::set_permissions(&unnamed, std::fs::Permissions::from_mode(0o600))?;
+    std::fs::rename(&unnamed, path)?;
+    Ok(listener)
+}
+
+/// Carries a command out on a thread of its own, as long as there are not too many.
+fn take(stream: UnixStream, reach: &Arc<Reach>) -> anyhow::Result<()> {
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
+    let mine = Arc::clone(reach);
+    // One for this thread.
+    if Arc::strong_count(reach) > COMMANDS_MAX + 1 {
+        return send(&stream, &Answer::Failed(format!("the broker carries out {COMMANDS_MAX} commands already")));
+    }
+    let carry_out = move || {
+        if let Err(error) = handle(&stream, &mine) {
+            debug!(error = format!("{error:#}"), "command not answered");
+        }
+    };
+    std::thread::Builder::new().name("command".into()).spawn(carry_out)?;
+    Ok(())
+}
+
+fn handle(stream: &UnixStream, reach: &Reach) -> anyhow::Result<()> {
     let mut reader = BufReader::new(stream.try_clone()?);
     let mut line = String::new();
     (&mut reader).take(REQUEST_BYTES_MAX).read_line(&mut line)?;
     let request: Request = serde_json::from_str(&line).context("read a request")?;
-    let answer = answer(request, &mut reader, reach);
-    let answer = answer.unwrap_or_else(|error| Answer::Failed(format!("{error:#}")));
-    send(stream, &answer)
+    let files = match &request {
+        Request::Deploy { files, .. } => components(&mut reader, files),
+        _ => Ok(Vec::new()),
+    };
+    let cancel = Cancel::default();
+    std::thread::scope(|scope| {
+        if matches!(request, Request::Deploy { .. } | Request::RollBack { .. }) {
+            scope.spawn(|| await_end(stream, &cancel));
+        }
+        let answer = files.and_then(|files| answer(request, files, reach, &cancel));
+        let sent = send(stream, &answer.unwrap_or_else(|error| Answer::Failed(format!("{error:#}"))));
+        // Ends the thread that waits for that, too.
+        let _ = stream.shutdown(Shutdown::Both);
+        sent
+    })
+}
+
+/// Nobody wants what takes so long, when the command that asked for it has ended.
+fn await_end(mut stream: &UnixStream, cancel: &Cancel) {
+    let _ = stream.set_read_timeout(None);
+    let _ = stream.read(&mut [0]);
+    cancel.cancel();
 }
 
 fn send(mut stream: &UnixStream, message: &impl Serialize) -> anyhow::Result<()> {
@@ -144,7 +201,7 @@ fn send(mut stream: &UnixStream, message: &impl Serialize) -> anyhow::Result<()>
     Ok(())
 }
 
-fn answer(request: Request, reader: &mut impl Read, reach: &Reach) -> anyhow::Result<Answer> {
+fn answer(request: Request, files: Vec<(String, Vec<u8>)>, reach: &Reach, cancel: &Cancel) -> anyhow::Result<Answer> {
     if let Request::Ctl(request) = &request {
         return ctl::answer(request, &reach.running, &reach.server);
     }
@@ -161,16 +218,15 @@ fn answer(request: Request, reader: &mut impl Read, reach: &Reach) -> anyhow::Re
         Request::Backup { .. } | Request::Ctl(_) => Answer::Done,
         Request::List => Answer::Plugins(list(plugins)?),
         Request::Feed { name, request } => Answer::Feed(crate::feed::answer(plugins, &name, &request)?),
-        Request::Deploy(files) => {
+        Request::Deploy { fresh, .. } => {
             let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
-            info!(plugins = names.join(", "), "deploying");
-            let files = files.iter().map(|(name, bytes)| Ok((name.clone(), component(reader, *bytes)?)));
-            plugins.deploy(files.collect::<anyhow::Result<_>>()?)?;
+            info!(plugins = names.join(", "), fresh, "deploying");
+            plugins.deploy_with(files, fresh, cancel)?;
             Answer::Done
         }
         Request::RollBack { name, digest } => {
             info!(plugin = name, "rolling back");
-            plugins.roll_back(&name, digest.as_deref())?;
+            plugins.roll_back_with(&name, digest.as_deref(), cancel)?;
             Answer::Done
         }
         Request::Promote { name } => {
@@ -184,6 +240,18 @@ fn answer(request: Request, reader: &mut impl Read, reach: &Reach) -> anyhow::Re
             Answer::Explanation(serde_json::to_value(explanation)?)
         }
     })
+}
+
+fn components(reader: &mut impl Read, files: &[(String, u64)]) -> anyhow::Result<Vec<(String, Vec<u8>)>> {
+    let bytes = files.iter().fold(0_u64, |sum, (_, bytes)| sum.saturating_add(*bytes));
+    if files.len() > COMPONENTS_MAX || bytes > COMPONENTS_BYTES_MAX {
+        let count = files.len();
+        bail!(
+            "{count} components of {bytes} bytes; at most {COMPONENTS_MAX} of {COMPONENTS_BYTES_MAX} bytes together are \
+             allowed"
+        );
+    }
+    files.iter().map(|(name, bytes)| Ok((name.clone(), component(reader, *bytes)?))).collect()
 }
 
 fn component(reader: &mut impl Read, bytes: u64) -> anyhow::Result<Vec<u8>> {
@@ -200,11 +268,19 @@ fn component(reader: &mut impl Read, bytes: u64) -> anyhow::Result<Vec<u8>> {
 
 fn list(plugins: &PluginHost) -> anyhow::Result<serde_json::Value> {
     let mut list = Vec::new();
+    let mut compiling = plugins.compiling();
     for status in plugins.status() {
         let versions = plugins.versions(&status.name);
+        let job = compiling.iter().position(|job| job.plugin == status.name).map(|at| compiling.remove(at));
         let mut shown = serde_json::to_value(status)?;
         shown["versions"] = serde_json::to_value(versions)?;
+        shown["compiling"] = serde_json::to_value(job)?;
         list.push(shown);
+    }
+    // Those of which no build serves yet.
+    compiling.retain(|job| list.iter().all(|shown| shown["name"] != job.plugin.as_str()));
+    for job in compiling {
+        list.push(serde_json::json!({ "name": job.plugin, "generation": 0, "versions": [], "compiling": job }));
     }
     Ok(serde_json::Value::Array(list))
 }
@@ -263,13 +339,21 @@ pub(crate) fn ask(data_dir: &Path, request: &Request, components: &[Vec<u8>]) ->
         }
         _ => anyhow!("cannot reach the broker at {}: {error}", path.display()),
     })?;
-    stream.set_read_timeout(Some(ANSWER_PATIENCE))?;
-    send(&stream, request)?;
-    for component in components {
-        stream.write_all(component)?;
+    if !matches!(request, Request::Deploy { .. } | Request::RollBack { .. } | Request::Backup { .. } | Request::Ctl(_))
+    {
+        stream.set_read_timeout(Some(ANSWER_PATIENCE))?;
     }
+    let sent = send(&stream, request)
+        .and_then(|()| Ok(components.iter().try_for_each(|component| stream.write_all(component))?));
+    // Compiling takes its time, and a broker that ends closes the connection. One that has said no already reads no more.
     let mut line = String::new();
-    BufReader::new(stream).read_line(&mut line).context("read the broker's answer")?;
+    let read = BufReader::new(stream).read_line(&mut line);
+    match (sent, read) {
+        (Err(error), Ok(0) | Err(_)) => return Err(error.context("send the command to the broker")),
+        (Ok(()), Ok(0)) => bail!("the broker ended before it answered"),
+        (Ok(()), Err(error)) => return Err(error).context("read the broker's answer"),
+        (_, Ok(_)) => {}
+    }
     match serde_json::from_str(&line).context("read the broker's answer")? {
         Answer::Failed(error) => Err(anyhow!(error)),
         answer => Ok(answer),

@@ -21,6 +21,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
+use wasmqtt_host::CompileLimits;
 
 use crate::authoring::{Kind, Language, Subject};
 use crate::ctl::CtlCommand;
@@ -93,6 +94,17 @@ Examples:
     /// Tell a running broker to do something.
     #[command(subcommand)]
     Ctl(CtlCommand),
+    /// What the broker starts itself as to compile one component, from standard input to standard output.
+    #[command(hide = true, name = wasmqtt_host::COMPILE_SUBCOMMAND)]
+    CompileComponent(CompileArgs),
+}
+
+/// In the order in which [`wasmqtt_host::Compiler`] gives them.
+#[derive(Debug, Args)]
+struct CompileArgs {
+    memory_mib: u32,
+    cpu_secs: u32,
+    compiled_mib: u32,
 }
 
 #[derive(Debug, Args)]
@@ -243,13 +255,20 @@ A component is for the plugin whose name is that of its file; `acl_rules.wasm` i
 Examples:
   wasmqtt plugin deploy target/wasm32-wasip2/release/acl.wasm
   wasmqtt plugin deploy --name acl build/new.wasm
-  wasmqtt plugin deploy --config /etc/wasmqtt.toml auth.wasm acl.wasm")]
+  wasmqtt plugin deploy --config /etc/wasmqtt.toml auth.wasm acl.wasm
+
+Compiling a large component takes a while; `wasmqtt plugin list` shows it, and an interrupt (Ctrl-C) gives it up. A
+running build that exports `handover` is asked for what it knows, and if it fails to say, nothing is deployed; with
+--fresh it is not asked.")]
     Deploy {
         #[command(flatten)]
         which: Which,
         /// Name of the plugin, if the file has another one.
         #[arg(long)]
         name: Option<String>,
+        /// Do not ask the running builds for what they know; the new ones begin without it.
+        #[arg(long)]
+        fresh: bool,
         /// Components.
         #[arg(required = true)]
         files: Vec<PathBuf>,
@@ -329,6 +348,9 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Plugin(command) => print(&run_plugin(command)?),
         Command::Store(command) => print(&stores::run(command)?),
         Command::Ctl(command) => print(&ctl::run(command)?),
+        Command::CompileComponent(CompileArgs { memory_mib, cpu_secs, compiled_mib }) => {
+            Ok(wasmqtt_host::compile_child(CompileLimits { memory_mib, cpu_secs, compiled_mib })?)
+        }
     }
 }
 
@@ -354,7 +376,7 @@ fn run_plugin(command: PluginCommand) -> anyhow::Result<String> {
             Ok(text)
         }
         PluginCommand::List { which, json } => operate::list(&which, json),
-        PluginCommand::Deploy { which, name, files } => operate::deploy(&which, name.as_deref(), &files),
+        PluginCommand::Deploy { which, name, fresh, files } => operate::deploy(&which, name.as_deref(), fresh, &files),
         PluginCommand::Rollback { which, name, to } => operate::roll_back(&which, &name, to.as_deref()),
         PluginCommand::Promote { which, name } => operate::promote(&which, &name),
         PluginCommand::Explain { which, access, json } => operate::explain(&which, &access, json),

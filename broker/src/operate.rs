@@ -73,6 +73,12 @@ pub(crate) fn list(which: &Which, json: bool) -> anyhow::Result<String> {
         ]
     });
     let mut shown = table(&std::iter::once(head).chain(rows).collect::<Vec<_>>());
+    for plugin in plugins.iter().filter(|plugin| plugin["compiling"].is_object()) {
+        let (name, job) = (text(plugin, "name"), &plugin["compiling"]);
+        let (bytes, seconds) = (number(job, "bytes"), number(job, "seconds"));
+        let what = if job["waits"] == Value::Bool(true) { "waits to be compiled" } else { "is being compiled" };
+        let _ = writeln!(shown, "{name}: a build of {bytes} bytes {what}, for {seconds} s so far");
+    }
     for plugin in plugins.iter().filter(|plugin| plugin["candidate"].is_object()) {
         let tried = &plugin["candidate"];
         let how = match tried["percent"].as_u64() {
@@ -124,7 +130,7 @@ fn plugin_name(file: &Path) -> anyhow::Result<String> {
 }
 
 /// Replaces plugins of a running broker in one step.
-pub(crate) fn deploy(which: &Which, name: Option<&str>, files: &[PathBuf]) -> anyhow::Result<String> {
+pub(crate) fn deploy(which: &Which, name: Option<&str>, fresh: bool, files: &[PathBuf]) -> anyhow::Result<String> {
     if name.is_some() && files.len() > 1 {
         bail!("--name is for one file; there are {}", files.len());
     }
@@ -137,7 +143,7 @@ pub(crate) fn deploy(which: &Which, name: Option<&str>, files: &[PathBuf]) -> an
         components.push(component);
     }
     let deployed: Vec<String> = names.iter().map(|(name, _)| name.clone()).collect();
-    ask(&which.data_dir()?, &Request::Deploy(names), &components)?;
+    ask(&which.data_dir()?, &Request::Deploy { files: names, fresh }, &components)?;
     Ok(format!("deployed {}\n", deployed.join(", ")))
 }
 

@@ -15,9 +15,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail, ensure};
 use argon2::password_hash::PasswordHasher;
 use argon2::{Algorithm, Argon2, Params, Version};
+use wasmqtt_host::read_file;
 
 pub(crate) use self::import::import;
 
+/// Bytes of a password file: `auth-file` would not be given a larger one.
+const PASSWORDS_BYTES_MAX: u64 = 64 << 20;
 /// What an MQTT packet can carry: User Name and Password have two bytes of length. MQTT 5.0 §1.5.4, §1.5.6.
 const FIELD_BYTES_MAX: usize = 65_535;
 
@@ -125,10 +128,11 @@ fn rewrite(file: &Path, may_be_new: bool, change: impl FnOnce(&str) -> Option<St
     };
     let lock = File::open(&folder).with_context(|| format!("open folder {}", folder.display()))?;
     lock.lock().with_context(|| format!("lock folder {}", folder.display()))?;
-    let old = match fs::read_to_string(&file) {
-        Ok(text) => text,
-        Err(error) if error.kind() == io::ErrorKind::NotFound && may_be_new => String::new(),
-        Err(error) => return Err(error).with_context(|| format!("read {}", file.display())),
+    let old = if file.exists() || !may_be_new {
+        let bytes = read_file(&file, PASSWORDS_BYTES_MAX)?;
+        String::from_utf8(bytes).with_context(|| format!("read {}", file.display()))?
+    } else {
+        String::new()
     };
     match change(&old) {
         Some(new) => replace(&file, new.as_bytes()).with_context(|| format!("write {}", file.display())),

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context;
-use wasmqtt_host::{HostConfig, PluginHost};
+use wasmqtt_host::{Cancel, Compiler, HostConfig, PluginHost};
 use wasmqtt_protocol::ports::{Buckets, NoPlugins, Plugins};
 use wasmqtt_protocol::text::escaped;
 use wasmqtt_server::store::RocksStore;
@@ -14,9 +14,16 @@ use crate::settings::Settings;
 
 /// Compiled components, below `data_dir`.
 pub(crate) const CACHE_FOLDER: &str = "plugin-cache";
+/// What tells them from what others put there. Beside the folder, so that nobody who is given that has the key as well.
+const CACHE_KEY: &str = "plugin-cache.key";
 
 /// Loads every plugin of the settings; `None` if there can be none, and then there is no Wasm runtime either.
-pub(crate) fn start(settings: &Settings, store: Option<&Arc<RocksStore>>) -> anyhow::Result<Option<Arc<PluginHost>>> {
+/// `stop` gives the start up.
+pub(crate) fn start(
+    settings: &Settings,
+    store: Option<&Arc<RocksStore>>,
+    stop: Cancel,
+) -> anyhow::Result<Option<Arc<PluginHost>>> {
     if settings.plugin_dir.is_none() && settings.plugins.is_empty() {
         return Ok(None);
     }
@@ -28,6 +35,13 @@ pub(crate) fn start(settings: &Settings, store: Option<&Arc<RocksStore>>) -> any
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             shards => shards,
         },
+        cache_key: Some(settings.data_dir.join(CACHE_KEY)),
+        compile_limits: settings.compile.limits,
+        compile_at_once: match settings.compile.at_once {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            at_once => at_once,
+        },
+        stop,
         buckets: store.map(|store| Arc::clone(store) as Arc<dyn Buckets>),
         ..HostConfig::default()
     };
@@ -44,7 +58,9 @@ pub(crate) fn port(host: Option<&Arc<PluginHost>>) -> Arc<dyn Plugins> {
 
 /// What `plugin inspect` prints.
 pub(crate) fn inspect(file: &Path, json: bool) -> anyhow::Result<String> {
-    let inspection = wasmqtt_host::inspect(file).with_context(|| format!("inspect {}", file.display()))?;
+    let cache = tempfile::tempdir().context("make a folder for the compiled component")?;
+    let inspection = wasmqtt_host::inspect(file, &Compiler::default(), cache.path());
+    let inspection = inspection.with_context(|| format!("inspect {}", file.display()))?;
     if json {
         return crate::output::json(&inspection);
     }

@@ -9,7 +9,7 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
 use signal_hook::iterator::Signals;
 use tracing::{info, warn};
-use wasmqtt_host::PluginHost;
+use wasmqtt_host::{Cancel, PluginHost};
 use wasmqtt_protocol::ports;
 use wasmqtt_server::store::RocksStore;
 use wasmqtt_server::{Anonymous, Bind, Server};
@@ -40,10 +40,22 @@ pub(crate) fn run(origin: Origin) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("start background threads")?;
+    let starting = Cancel::default();
+    cancel_at_end(starting.clone())?;
     let store = settings.store.clone().map(RocksStore::open).transpose()?;
     let plugins = {
         let _entered = runtime.enter();
-        plugins::start(&settings, store.as_ref())?
+        plugins::start(&settings, store.as_ref(), starting.clone())
+    };
+    let plugins = match plugins {
+        Ok(plugins) => plugins,
+        Err(error) => {
+            // Its threads must not outlive `main`.
+            if let Some(store) = store {
+                store.stop();
+            }
+            return if starting.is_cancelled() { Ok(()) } else { Err(error) };
+        }
     };
     check_exposure(&settings, plugins.as_ref().is_some_and(|plugins| plugins.has_auth()))?;
 
@@ -123,6 +135,19 @@ fn watched(
         looks.push(Box::new(move || plugins.ended()));
     }
     looks
+}
+
+/// A signal gives up what plugins are doing at the moment, such as compiling: a start ends, and a running broker need not
+/// wait for that.
+fn cancel_at_end(starting: Cancel) -> anyhow::Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM]).context("listen for signals")?;
+    let wait = move || {
+        if signals.forever().next().is_some() {
+            starting.cancel();
+        }
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(wait).context("listen for signals")?;
+    Ok(())
 }
 
 /// Each client is an open file; the usual soft limit of 1,024 is for programs that use `select`.

@@ -15,7 +15,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use wasmqtt_host::{Mode, OnError, PluginConfig};
+use wasmqtt_host::{CompileLimits, Mode, OnError, PluginConfig};
 use wasmqtt_protocol::codec::Qos;
 use wasmqtt_protocol::session::QueuePolicy;
 use wasmqtt_server::store::{Durability, StoreConfig};
@@ -67,11 +67,21 @@ pub(crate) struct Settings {
     pub(crate) shards: usize,
     /// Watched folder with `*.wasm`; `None`: no folder was named, and there is no `plugins` beside the file.
     pub(crate) plugin_dir: Option<PathBuf>,
+    pub(crate) compile: Compile,
     /// In the order of the file.
     pub(crate) plugins: Vec<PluginConfig>,
     /// `None`: nothing outlives the broker.
     pub(crate) store: Option<StoreConfig>,
     pub(crate) log: Log,
+}
+
+/// How components are compiled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Compile {
+    /// For each.
+    pub(crate) limits: CompileLimits,
+    /// 0: one per core.
+    pub(crate) at_once: usize,
 }
 
 /// Where log lines go is not a choice: standard error.
@@ -214,6 +224,7 @@ fn meaning(mut root: Section<'_>, place: &Place<'_>) -> Settings {
         }
         None => Some(base.join("plugins")).filter(|path| path.is_dir()),
     };
+    let compile = meant_compile(&mut folder);
     folder.finish();
 
     let mut reading = Plugins {
@@ -252,7 +263,17 @@ fn meaning(mut root: Section<'_>, place: &Place<'_>) -> Settings {
 
     root.finish();
     let log = Log { level, json };
-    Settings { data_dir, listeners, anonymous, identity, limits, shards, plugin_dir, plugins, store, log }
+    Settings { data_dir, listeners, anonymous, identity, limits, shards, plugin_dir, compile, plugins, store, log }
+}
+
+fn meant_compile(folder: &mut Section<'_>) -> Compile {
+    let default = CompileLimits::default();
+    let limits = CompileLimits {
+        memory_mib: folder.number("compile_memory_mib", default.memory_mib, 512..=1_048_576),
+        cpu_secs: folder.number("compile_cpu_secs", default.cpu_secs, 1..=86_400),
+        compiled_mib: folder.number("compiled_mib_max", default.compiled_mib, 1..=16_384),
+    };
+    Compile { limits, at_once: folder.number("compile_at_once", 0, 0..=1_024) }
 }
 
 /// `None`: nothing outlives the broker.

@@ -83,6 +83,10 @@ struct Limits {
 struct Folder<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     dir: Option<&'a Path>,
+    compile_memory_mib: u32,
+    compile_cpu_secs: u32,
+    compiled_mib_max: u32,
+    compile_at_once: usize,
 }
 
 #[derive(Serialize)]
@@ -213,7 +217,13 @@ impl Settings {
                 connect_bytes_max: limits.connect_bytes_max,
                 connecting_max: limits.connecting_max,
             },
-            plugins: Folder { dir: self.plugin_dir.as_deref() },
+            plugins: Folder {
+                dir: self.plugin_dir.as_deref(),
+                compile_memory_mib: self.compile.limits.memory_mib,
+                compile_cpu_secs: self.compile.limits.cpu_secs,
+                compiled_mib_max: self.compile.limits.compiled_mib,
+                compile_at_once: self.compile.at_once,
+            },
             store: shown_store(self.store.as_ref()),
             log: Log { level: &self.log.level, format: if self.log.json { "json" } else { "text" } },
             listener: shown_listeners(&self.listeners),

@@ -72,6 +72,10 @@ connections_max = 100
 connecting_max = 10
 [plugins]
 dir = "plugins"
+compile_memory_mib = 1024
+compile_cpu_secs = 60
+compiled_mib_max = 64
+compile_at_once = 1
 [[plugin]]
 name = "auth-file"
 path = "auth-file.wasm"
@@ -116,6 +120,8 @@ fn each_key_of_a_full_file_arrives() {
     assert_eq!((limits.queue_messages_max, limits.queue_bytes_max), (7, 8192));
     assert_eq!((limits.outbound_bytes_max, limits.connections_max), (4096, 100));
     assert_eq!(settings.plugin_dir, Some(folder.path().join("plugins")));
+    let limits = CompileLimits { memory_mib: 1024, cpu_secs: 60, compiled_mib: 64 };
+    assert_eq!(settings.compile, Compile { limits, at_once: 1 });
     let plugin = &settings.plugins[0];
     assert_eq!((plugin.name.as_str(), plugin.order, plugin.on_error), ("auth-file", 10, OnError::Skip));
     assert_eq!(plugin.path, folder.path().join("plugins/auth-file.wasm"));

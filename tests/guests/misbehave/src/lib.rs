@@ -9,6 +9,8 @@ pub struct Misbehave {
     answer: String,
     /// It counts when it is told to end.
     counts_end: bool,
+    /// It takes nearly a second for its end.
+    ends_slowly: bool,
 }
 
 impl Plugin for Misbehave {
@@ -22,12 +24,16 @@ impl Plugin for Misbehave {
             _ => {}
         }
         let answer = settings.get("answer").unwrap_or("allow").to_owned();
-        Ok(Self { answer, counts_end: settings.get("end") == Some("count") })
+        let end = settings.get("end");
+        Ok(Self { answer, counts_end: end == Some("count"), ends_slowly: end == Some("slow") })
     }
 
     fn shutdown(&self) {
         if self.counts_end {
             let _ = count();
+        }
+        if self.ends_slowly {
+            std::thread::sleep(std::time::Duration::from_millis(950));
         }
     }
 
