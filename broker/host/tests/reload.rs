@@ -3,12 +3,12 @@
 mod common;
 
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use common::{Broker, allowed, another_build, denied, misbehave, plugin, replace, request};
-use wasmqtt_host::{FileGrant, Grants, Mode, PluginConfig, PluginLimits, inspect};
+use wasmqtt_host::{Compiler, FileGrant, Grants, HostConfig, Mode, PluginConfig, PluginLimits, inspect};
 use wasmqtt_protocol::ports::AuthOutcome;
 
 /// A broker whose folder holds the misbehaving guest as `m.wasm`.
@@ -147,13 +147,111 @@ fn files_come_and_go() {
     assert_eq!(broker.ask("c", "alice"), AuthOutcome::Next);
 }
 
+/// What it would have denied might be allowed without it.
 #[test]
-fn a_bad_file_in_the_folder_is_left_out_at_start() {
+fn a_file_in_the_folder_that_cannot_be_loaded_refuses_the_start() {
+    let bytes = std::fs::read(wasmqtt_guests::component("misbehave")).expect("the guest is built");
+    for (bad, why) in [(&b"bad"[..], "not WebAssembly"), (&bytes[..bytes.len() / 2], "not a component")] {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        std::fs::create_dir(folder.path().join("plugins")).expect("can make a folder");
+        std::fs::write(folder.path().join("plugins/bad.wasm"), bad).expect("can write");
+        let error = Broker::try_start(folder, vec![misbehave("m", &[])]).err().expect("is refused").to_string();
+        assert!(error.contains("bad.wasm") && error.contains(why), "{error}");
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let nowhere = folder.path().join("nowhere");
+    let started = Broker::try_start_with(folder, vec![], |config| HostConfig { dir: Some(nowhere), ..config });
+    let error = started.err().expect("is refused").to_string();
+    assert!(error.contains("cannot read the plugin folder") && error.contains("nowhere"), "{error}");
+}
+
+fn make_fifo(path: &Path) {
+    let status = std::process::Command::new("mkfifo").arg(path).status().expect("mkfifo is there");
+    assert!(status.success());
+}
+
+/// A FIFO would be waited for, a file of 10 GiB would be read.
+#[test]
+fn files_that_are_no_components_hold_up_nobody() {
+    let (broker, file) = with_folder();
+    make_fifo(&file.with_file_name("fifo.wasm"));
+    std::os::unix::fs::symlink("/dev/zero", file.with_file_name("device.wasm")).expect("can link");
+    let huge = std::fs::File::create(file.with_file_name("huge.wasm")).expect("can create");
+    huge.set_len(10 << 30).expect("a sparse file");
+    std::fs::create_dir(file.with_file_name("folder.wasm")).expect("can make a folder");
+    replace(&file, &another_build("misbehave"));
+    broker.wait("the new build serves", |broker| broker.generation("m") == 2);
+    assert_eq!(broker.host.status().len(), 1);
     let folder = tempfile::tempdir().expect("a temporary folder");
     std::fs::create_dir(folder.path().join("plugins")).expect("can make a folder");
-    std::fs::write(folder.path().join("plugins/bad.wasm"), "bad").expect("can write");
-    let broker = Broker::try_start(folder, vec![misbehave("m", &[])]).expect("starts nevertheless");
-    assert_eq!(broker.host.status().len(), 1);
+    make_fifo(&folder.path().join("plugins/fifo.wasm"));
+    let error = Broker::try_start(folder, vec![]).err().expect("is refused").to_string();
+    assert!(error.contains("it is a FIFO, not a regular file"), "{error}");
+}
+
+/// The file system tells nothing of it, where the name is.
+#[test]
+fn what_a_link_leads_to_is_looked_at() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    for name in ["plugins", "target", "secrets"] {
+        std::fs::create_dir(folder.path().join(name)).expect("can make a folder");
+    }
+    let (target, secret) = (folder.path().join("target/m.wasm"), folder.path().join("secrets/word"));
+    std::fs::copy(wasmqtt_guests::component("misbehave"), &target).expect("the guest is built");
+    std::os::unix::fs::symlink("../target/m.wasm", folder.path().join("plugins/m.wasm")).expect("can link");
+    std::fs::write(&secret, "first").expect("can write");
+    let link = folder.path().join("word");
+    std::os::unix::fs::symlink(&secret, &link).expect("can link");
+    let files = vec![FileGrant { host: link, guest: "/word".into(), mode: Mode::Read }];
+    let reader = PluginConfig { files, order: -1, ..misbehave("reader", &[]) };
+    let broker = Broker::try_start(folder, vec![reader]).expect("loads");
+    replace(&target, &another_build("misbehave"));
+    broker.wait("the build behind the link serves", |broker| broker.generation("m") == 2);
+    assert_eq!(broker.ask("c", "read:/word"), allowed("first"));
+    replace(&secret, b"other");
+    broker.wait("the file behind the link is read", |broker| broker.ask("c", "read:/word") == allowed("other"));
+}
+
+/// Each has room for a replacement on all shards; and there is one bit for each in what a route knows of hooks.
+#[test]
+fn there_can_be_sixty_four_plugins_and_each_can_be_replaced() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let dir = folder.path().join("plugins");
+    std::fs::create_dir(&dir).expect("can make a folder");
+    let add = |n: usize| {
+        let path = dir.join(format!("p{n:02}.wasm"));
+        std::fs::copy(wasmqtt_guests::component("misbehave"), &path).expect("the guest is built");
+        path
+    };
+    (0..64).for_each(|n| drop(add(n)));
+    let two_shards = |config| HostConfig { shards: 2, ..config };
+    let broker = Broker::try_start_with(folder, vec![], two_shards).expect("they all load");
+    assert_eq!(broker.host.status().len(), 64);
+    broker.host.deploy(vec![("p63".into(), another_build("misbehave"))]).expect("there is room");
+    let over = add(64);
+    broker.host.rescan();
+    let refused = broker.host.deploy(vec![("p65".into(), another_build("misbehave"))]).expect_err("is refused");
+    assert!(refused.to_string().contains("64 plugins already"), "{refused}");
+    assert!(over.exists() && broker.host.status().len() == 64);
+    let Broker { host, shard, folder, .. } = broker;
+    drop(shard);
+    host.stop();
+    let error = Broker::try_start(folder, vec![]).err().expect("65 are too many").to_string();
+    assert!(error.contains("65 plugins, and there can be 64") && error.contains("p64"), "{error}");
+}
+
+/// As by an editor, or `rm` and `cp`: for a moment nobody would be asked.
+#[test]
+fn a_file_that_is_gone_for_a_moment_does_not_unload_its_plugin() {
+    let (broker, file) = with_folder();
+    std::fs::remove_file(&file).expect("can remove");
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(broker.generation("m"), 1);
+    std::fs::write(&file, another_build("misbehave")).expect("can write");
+    broker.wait("the new build serves", |broker| {
+        assert_eq!(broker.ask("c", ""), allowed("allow"));
+        broker.generation("m") == 2
+    });
 }
 
 #[test]
@@ -184,18 +282,30 @@ fn compiled_components_are_kept_and_damaged_ones_are_compiled_again() {
     std::fs::write(&path, &bytes).expect("can write");
     let broker = restart(broker);
     assert_ne!(std::fs::read(&path).expect("can read"), bytes, "made again");
-    let mode = std::fs::metadata(broker.folder.path().join("cache")).expect("is there").permissions().mode();
-    assert_eq!(mode & 0o777, 0o700);
+    let mode = |name: &str| {
+        let found = std::fs::metadata(broker.folder.path().join(name)).expect("is there");
+        found.permissions().mode() & 0o777
+    };
+    assert_eq!((mode("cache"), mode("cache.key")), (0o700, 0o600));
+    // Another broker's, or somebody's who has no key at all.
+    let key = broker.folder.path().join("cache.key");
+    let others = std::fs::read(&key).expect("can read").iter().rev().copied().collect::<Vec<u8>>();
+    std::fs::write(&key, others).expect("can write");
+    let foreign = std::fs::read(&path).expect("can read");
+    let _broker = restart(broker);
+    assert_ne!(std::fs::read(&path).expect("can read"), foreign, "made again");
 }
 
 #[test]
 fn inspect_tells_what_a_component_is() {
+    let cache = tempfile::tempdir().expect("a temporary folder");
+    let inspect = |file: &Path| inspect(file, &Compiler::InProcess, cache.path());
     let inspection = inspect(&wasmqtt_guests::component("auth-demo")).expect("is a component");
     assert_eq!(inspection.plug_points, ["auth@0.1.0"]);
     assert!(inspection.exports.iter().any(|name| name == "wasmqtt:plugin/lifecycle@0.1.0"));
     assert!(inspection.imports.iter().any(|name| name.starts_with("wasi:")));
     assert!(inspection.size > 10_000);
-    assert!(inspect(&PathBuf::from("/nowhere")).is_err());
+    assert!(inspect(Path::new("/nowhere")).is_err());
 }
 
 /// As a folder that is a link, and is made to point elsewhere, or one that was removed and made again.

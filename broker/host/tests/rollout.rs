@@ -4,10 +4,11 @@ mod common;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{Broker, allowed, another_build, misbehave, plugin, replace};
-use wasmqtt_host::{Grants, PluginConfig, Rollout};
+use wasmqtt_host::{Cancel, Grants, HostConfig, PluginConfig, Rollout, ThreadDied};
 use wasmqtt_protocol::access::Action;
 use wasmqtt_protocol::codec::Qos;
 use wasmqtt_protocol::ports::{Access, AuthOutcome, Client};
@@ -61,14 +62,40 @@ fn the_new_build_knows_what_the_old_one_knew() {
 }
 
 #[test]
-fn a_hand_over_that_fails_keeps_the_running_build() {
-    for setting in ["snapshot", "restore"] {
-        let (broker, file) = start("probe", probe(&[(setting, "fail")]));
-        replace(&file, &another_build("probe"));
-        std::thread::sleep(Duration::from_millis(700));
-        assert_eq!(broker.generation("p"), 1, "{setting}");
-        authorize(&broker);
-    }
+fn a_build_that_cannot_take_over_what_the_running_one_knows_does_not_serve() {
+    let (broker, file) = start("probe", probe(&[("restore", "fail")]));
+    replace(&file, &another_build("probe"));
+    std::thread::sleep(Duration::from_millis(700));
+    assert_eq!(broker.generation("p"), 1);
+    authorize(&broker);
+}
+
+/// It is asked a few times, since it may fail by chance, and then its successor begins without what it knew.
+#[test]
+fn a_running_build_that_hands_nothing_over_is_replaced_nevertheless() {
+    let (broker, file) = start("probe", probe(&[("snapshot", "fail")]));
+    replace(&file, &another_build("probe"));
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(broker.generation("p"), 1, "it is asked again");
+    authorize(&broker);
+    broker.wait("the new build serves", |broker| broker.generation("p") == 2);
+}
+
+/// An operator is told, and decides; a roll-back never asks the build that is to go.
+#[test]
+fn a_running_build_that_hands_nothing_over_does_not_keep_an_operator_from_anything() {
+    let (broker, file) = start("probe", probe(&[("snapshot", "fail")]));
+    let deploy = |fresh| {
+        let components = vec![("p".to_owned(), another_build("probe"))];
+        broker.host.deploy_with(components, fresh, &Cancel::default())
+    };
+    let refused = deploy(false).expect_err("is refused").to_string();
+    assert!(refused.contains("--fresh") && refused.contains("nothing was changed"), "{refused}");
+    assert_eq!(std::fs::read(&file).expect("readable"), original("probe"));
+    deploy(true).expect("without asking");
+    let second = broker.status("p").expect("serves").digest;
+    broker.host.roll_back("p", None).expect("without asking");
+    assert_ne!(broker.status("p").expect("serves").digest, second);
 }
 
 /// Within two seconds, without an operator; and it is not tried again until its file changes.
@@ -202,6 +229,75 @@ fn several_are_deployed_in_one_step_or_none() {
     let status = |name| broker.status(name).expect("serves").digest;
     assert_eq!(status("a"), status("b"));
     assert!(broker.host.deploy(vec![("nobody".into(), original("misbehave"))]).is_err(), "there is no folder");
+}
+
+/// Neither files nor a probation are left of it, at whose end the serving build would have gone.
+#[test]
+fn a_deploy_that_fails_half_way_leaves_nothing() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let probation = Duration::from_millis(100);
+    let plugins: Vec<_> =
+        with_two(folder.path()).into_iter().map(|plugin| PluginConfig { probation, ..plugin }).collect();
+    let files: Vec<PathBuf> = plugins.iter().map(|plugin| plugin.path.clone()).collect();
+    let broker = Broker::try_start(folder, plugins).expect("loads");
+    let check = |b: Vec<u8>, why: &str| {
+        let components = vec![("a".into(), another_build("misbehave")), ("b".into(), b)];
+        let refused = broker.host.deploy(components).expect_err("is refused").to_string();
+        assert!(refused.contains(why) && refused.contains("nothing was changed"), "{refused}");
+        broker.host.rescan();
+        std::thread::sleep(Duration::from_millis(700));
+        let a = broker.status("a").expect("serves");
+        assert_eq!((a.generation, a.instances), (1, 1), "it serves, and its instance is kept for the next call");
+        assert_eq!(std::fs::read(&files[0]).expect("readable"), original("misbehave"));
+    };
+    check(b"rubbish".to_vec(), "not WebAssembly");
+    // The name of the second belongs to a folder by now.
+    std::fs::remove_file(&files[1]).expect("can remove");
+    std::fs::create_dir(&files[1]).expect("can make a folder");
+    check(another_build("misbehave"), "cannot write");
+    let left = std::fs::read_dir(broker.folder.path()).expect("a folder").flatten().map(|entry| entry.file_name());
+    let left: Vec<_> = left.filter(|name| name.to_string_lossy().starts_with('.')).collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn a_deploy_can_be_cancelled() {
+    let (broker, file) = start("misbehave", misbehave("p", &[]));
+    let cancel = Cancel::default();
+    cancel.cancel();
+    let components = vec![("p".to_owned(), another_build("misbehave"))];
+    let refused = broker.host.deploy_with(components, false, &cancel).expect_err("was cancelled").to_string();
+    assert!(refused.contains("cancelled"), "{refused}");
+    assert_eq!((broker.generation("p"), std::fs::read(&file).expect("readable")), (1, original("misbehave")));
+}
+
+/// A `shutdown` that takes its time, of many instances, ends with the host and holds up nobody.
+#[test]
+fn slow_goodbyes_hold_up_no_other_plugin_and_end_with_the_host() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let mut plugins = with_two(folder.path());
+    plugins[0] = PluginConfig { probation: Duration::ZERO, ..plugins[0].clone() };
+    plugins[0].config.push(("end".into(), "slow".into()));
+    let died = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&died);
+    let count: ThreadDied = Arc::new(move |_| _ = counted.fetch_add(1, Ordering::SeqCst));
+    let with_count = |config| HostConfig { thread_died: Some(count), ..config };
+    let broker = Broker::try_start_with(folder, plugins, with_count).expect("loads");
+    let builds = [another_build("misbehave"), original("misbehave")];
+    for round in 0..12 {
+        broker.host.deploy(vec![("a".into(), builds[round % 2].clone())]).expect("is deployed");
+    }
+    let begun = Instant::now();
+    broker.host.deploy(vec![("b".into(), another_build("misbehave"))]).expect("is deployed");
+    assert!(begun.elapsed() < Duration::from_secs(8), "{:?}: one goodbye after another", begun.elapsed());
+    broker.wait("all have said goodbye", |broker| broker.status("a").expect("serves").instances <= 2);
+    for round in 0..3 {
+        broker.host.deploy(vec![("a".into(), builds[round % 2].clone())]).expect("is deployed");
+    }
+    // With the runtime that goodbyes need.
+    drop(broker);
+    std::thread::sleep(Duration::from_millis(1200));
+    assert_eq!(died.load(Ordering::SeqCst), 0, "a thread has panicked");
 }
 
 #[test]

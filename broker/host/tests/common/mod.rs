@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
-use wasmqtt_host::{HostConfig, HostError, PluginConfig, PluginHost, Status};
+use wasmqtt_host::{Compiler, HostConfig, HostError, PluginConfig, PluginHost, Status};
 use wasmqtt_protocol::codec::{ReasonCode, Version};
 use wasmqtt_protocol::ports::{AuthOutcome, AuthRequest, AuthStep, Grant, Plugins, ShardPlugins};
 
@@ -32,18 +32,28 @@ impl Broker {
 
     /// With the plugins of `folder/plugins`, if it exists.
     pub fn try_start(folder: TempDir, plugins: Vec<PluginConfig>) -> Result<Self, HostError> {
+        Self::try_start_with(folder, plugins, |config| config)
+    }
+
+    /// The same with another configuration.
+    pub fn try_start_with(
+        folder: TempDir,
+        plugins: Vec<PluginConfig>,
+        change: impl FnOnce(HostConfig) -> HostConfig,
+    ) -> Result<Self, HostError> {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
         let runtime = runtime.expect("a runtime");
         let entered = runtime.enter();
         let dir = folder.path().join("plugins");
-        let host = PluginHost::start(HostConfig {
+        let host = PluginHost::start(change(HostConfig {
             dir: dir.is_dir().then_some(dir),
             plugins,
             cache_dir: folder.path().join("cache"),
-            shards: 1,
-            debounce: Duration::from_millis(20),
-            buckets: None,
-        })?;
+            cache_key: Some(folder.path().join("cache.key")),
+            // This program has no subcommand that compiles.
+            compiler: Compiler::InProcess,
+            ..HostConfig::default()
+        }))?;
         let shard = host.shard(0);
         drop(entered);
         Ok(Self { shard, host, folder, runtime })
