@@ -150,7 +150,9 @@ pub(crate) fn connect(level: u8, flags: u8, keep_alive: u16, strings: &[&str]) -
     if level == 5 {
         body.push(0);
     }
-    strings.iter().for_each(|text| string(text, &mut body));
+    for text in strings {
+        string(text, &mut body);
+    }
     packet(0x10, &body)
 }
 
