@@ -15,7 +15,7 @@ use self::common::{Broker, CONNACK, Client, PUBLISH, SUBACK, publish};
 /// Pings for each figure.
 const PINGS: usize = 150;
 /// A turn of this build, on a machine that does other things as well.
-const ENOUGH: Duration = Duration::from_millis(60);
+const ENOUGH: Duration = Duration::from_millis(150);
 
 /// How long nineteen of twenty pings take at most.
 fn latency(client: &mut Client) -> Duration {
@@ -52,7 +52,7 @@ fn check_others_are_served(broker: &Broker, bytes: &[u8]) {
         stop.store(true, Ordering::Relaxed);
         busy
     });
-    assert!(busy < ENOUGH.max(quiet * 3), "pings take {busy:?} beside a flood, {quiet:?} without");
+    assert!(busy < ENOUGH.max(quiet * 5), "pings take {busy:?} beside a flood, {quiet:?} without");
 }
 
 /// 2,000 messages of one byte at a time, to nobody.

@@ -101,13 +101,25 @@ fn without_a_store_nothing_waits() {
     client.expect(PUBACK);
 }
 
+/// Waits until the store was told so many changes of that kind, however busy the machine is.
+fn await_told(store: &Slow, kind: &str, mut count: usize) {
+    let until = Instant::now() + Duration::from_secs(30);
+    while count > 0 {
+        assert!(Instant::now() < until, "the store was not told: {kind}");
+        count = count.saturating_sub(store.take().iter().filter(|change| change.starts_with(kind)).count());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 fn keeper(broker: &Broker, store: &Slow, filter: &str) -> Client {
     let mut keeper = broker.connect("keeper", false);
     keeper.expect_silence();
+    await_told(store, "opened", 1);
     store.commit_all();
     keeper.expect(CONNACK);
     keeper.subscribe(filter, 1);
     keeper.expect_silence();
+    await_told(store, "subscribed", 1);
     store.commit_all();
     keeper.expect(SUBACK);
     keeper
@@ -122,6 +134,7 @@ fn a_client_that_waits_for_the_store_is_served() {
     let mut publisher = broker.connect_alive("publisher", 1);
     publisher.publish("a", 1, false);
     keeper.expect(PUBLISH);
+    await_told(&store, "queued", 1);
     // Twice its Keep Alive.
     for _ in 0..6 {
         publisher.ping();
@@ -171,6 +184,7 @@ fn what_cannot_be_kept_is_refused() {
         new.write(&[PUBLISH | qos << 1, 7, 0, 1, b'a', 0, 7, 0, b'x']);
         old.expect_silence();
         new.expect_silence();
+        await_told(&store, "queued", 2);
         store.fail_all();
         let answer = new.expect(if qos == 1 { PUBACK } else { PUBREC });
         assert_eq!(answer[..3], [0, 7, 0x97], "Quota exceeded");
@@ -180,6 +194,7 @@ fn what_cannot_be_kept_is_refused() {
     // The Packet Identifier of the QoS 2 message is free: the same again is a message.
     new.write(&[PUBLISH | 4, 7, 0, 1, b'a', 0, 7, 0, b'x']);
     new.expect_silence();
+    await_told(&store, "queued", 1);
     store.commit_all();
     assert_eq!(new.expect(PUBREC), [0, 7]);
 }
@@ -192,16 +207,19 @@ fn a_session_that_cannot_be_kept_is_refused() {
     // Session Expiry Interval 100.
     client.write(&[0x10, 19, 0, 4, b'M', b'Q', b'T', b'T', 5, 0, 0, 0, 5, 17, 0, 0, 0, 100, 0, 1, b'c']);
     client.expect_silence();
+    await_told(&store, "opened", 1);
     store.fail_all();
     assert_eq!(client.expect(CONNACK)[..2], [0, 0x97], "no Session Present, Quota exceeded");
     assert!(client.is_closed());
     // It does not know of a Session: there must be none. [MQTT-3.2.2-4]
     let mut again = broker.connect("c", false);
     again.expect_silence();
+    await_told(&store, "opened", 1);
     store.commit_all();
     assert_eq!(again.expect(CONNACK), [0, 0]);
     again.subscribe("a", 1);
     again.expect_silence();
+    await_told(&store, "subscribed", 1);
     store.fail_all();
     assert_eq!(again.expect(SUBACK), [0, 1, 0x80]);
     again.publish("a", 0, false);
@@ -223,6 +241,7 @@ fn a_store_that_does_not_keep_up_holds_those_who_write() {
     writer.expect(CONNACK);
     writer.publish("a", 1, false);
     writer.expect_silence();
+    await_told(&store, "queued", 1);
     writer.publish("b", 0, false);
     let mut free = broker.connect("free", true);
     free.expect(CONNACK);
