@@ -1,0 +1,19 @@
+//! Rows of the store, keys and values, as a damaged disk might give them back: read or refused, never a panic.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+/// The files themselves: the crate they belong to brings RocksDB, which takes ten minutes to build and no part in this.
+#[allow(dead_code)]
+mod store {
+    #[path = "../../../../broker/server/src/store/clock_row.rs"]
+    mod clock_row;
+    #[path = "../../../../broker/server/src/store/rows.rs"]
+    pub mod rows;
+}
+
+fuzz_target!(|data: &[u8]| {
+    let [family, key_len, rest @ ..] = data else { return };
+    let (key, row) = rest.split_at(usize::from(*key_len).min(rest.len()));
+    store::rows::read_any(usize::from(*family), key, row);
+});
