@@ -47,6 +47,10 @@ impl Route {
     }
 }
 
+fn group_bytes(group: &Group) -> usize {
+    size_of::<Group>() + group.members.len() * size_of::<Member>()
+}
+
 /// Routes by Topic Name, and what they take in memory.
 #[derive(Default)]
 struct Generation {
@@ -58,10 +62,17 @@ struct Generation {
 }
 
 impl Generation {
+    /// What this route would add, if its topic is new.
+    fn cost(&self, topic: &str, route: &Route) -> usize {
+        let is_new = |group: &&Arc<Group>| !self.groups.contains_key(&(Arc::as_ptr(group) as usize));
+        let groups = route.groups.iter().map(|(group, _)| group).filter(is_new);
+        route.bytes(topic) + groups.map(|group| group_bytes(group)).sum::<usize>()
+    }
+
     fn insert(&mut self, topic: &str, route: &Rc<Route>) {
         for (group, _) in &route.groups {
             if self.groups.insert(Arc::as_ptr(group) as usize, Arc::clone(group)).is_none() {
-                self.bytes += size_of::<Group>() + group.members.len() * size_of::<Member>();
+                self.bytes += group_bytes(group);
             }
         }
         self.bytes += route.bytes(topic);
@@ -158,7 +169,7 @@ impl Routes {
     }
 
     fn insert(&mut self, topic: &str, route: &Rc<Route>) {
-        if self.young.bytes + route.bytes(topic) > self.bytes_max / 2 {
+        if self.young.bytes + self.young.cost(topic, route) > self.bytes_max / 2 {
             self.old = std::mem::take(&mut self.young);
         }
         self.young.insert(topic, route);
