@@ -4,6 +4,7 @@
 //! in turn: the next one begins when the one before failed or is slow. With TLS, too, the connection goes to a checked
 //! address; the certificate must be for the name.
 
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -17,6 +18,7 @@ use http::uri::{Authority, Scheme};
 use http_body_util::BodyExt;
 use hyper::body::{Body, Frame, Incoming};
 use hyper::client::conn::http1;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::{Interval, timeout};
@@ -172,6 +174,39 @@ async fn connect(addresses: &[SocketAddr]) -> Result<TcpStream, Error> {
     Err(failed.map_or(Error::DestinationUnavailable, Error::Connect))
 }
 
+/// A connection whose answer counts though the request was not written to its end: a service may have decided by the head
+/// alone, answered and closed. What cannot be written any more counts as written; reading tells how it ended.
+struct Heard(TcpStream);
+
+impl Heard {
+    fn is_closed(error: &io::Error) -> bool {
+        matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
+    }
+}
+
+impl AsyncRead for Heard {
+    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, to: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(context, to)
+    }
+}
+
+impl AsyncWrite for Heard {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(context, bytes).map(|written| match written {
+            Err(error) if Self::is_closed(&error) => Ok(bytes.len()),
+            written => written,
+        })
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(context)
+    }
+}
+
 fn tls() -> TlsConnector {
     static CONFIG: OnceLock<Arc<ClientConfig>> = OnceLock::new();
     let config = CONFIG.get_or_init(|| {
@@ -192,7 +227,7 @@ async fn send(
     times: Times,
 ) -> Result<(http::Response<WasiBody>, Pin<Io>), Error> {
     let connecting = async {
-        let stream = connect(&server.addresses).await?;
+        let stream = Heard(connect(&server.addresses).await?);
         if !server.is_tls {
             return exchange_over(TokioIo::new(stream)).await;
         }
