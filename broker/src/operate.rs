@@ -89,7 +89,9 @@ pub(crate) fn list(which: &Which, json: bool) -> anyhow::Result<String> {
         let calls = number(tried, "calls");
         let _ = writeln!(shown, "{name}: {version} is on trial, {how}; {failures} of {calls} calls failed");
     }
-    plugins.iter().for_each(|plugin| shown += &notices(plugin));
+    for plugin in plugins {
+        shown += &notices(plugin);
+    }
     Ok(shown)
 }
 
@@ -106,7 +108,7 @@ fn notices(plugin: &Value) -> String {
         ("interest_dropped", "changes of filters were dropped, because too many waited"),
     ];
     let told = kinds.iter().filter(|(key, _)| number(plugin, key) > 0);
-    told.map(|(key, what)| format!("{name}: {} {what}\n", number(plugin, key))).collect()
+    told.map(|(key, what)| format!("{name}: {} {what}\n", number(plugin, key))).collect::<Vec<_>>().concat()
 }
 
 pub(crate) fn table<const N: usize>(rows: &[[String; N]]) -> String {

@@ -118,7 +118,7 @@ fn subscriptions_stay_within_their_bytes() {
     let codes: Vec<u8> = (0..500).map(|place| client.subscribe(&format!("{place}/{long}"), 0)).collect();
     assert_eq!((codes[0], codes[499]), (0, 0x97));
     assert_eq!(client.subscribe(&format!("0/{long}"), 1), 1, "one that is there can be changed");
-    let taken = codes.iter().filter(|code| **code == 0).count();
+    let taken = codes.iter().position(|code| *code != 0).expect("one is refused");
     assert!((20..200).contains(&taken), "{taken} were taken");
     check_growth(&broker, before, 4 * MIB);
     for place in 0..taken {
@@ -190,7 +190,7 @@ fn the_broker_stays_within_its_memory_budget() {
     for place in (0..60).cycle().take(60 * 160) {
         let reason = publisher.publish(&Message::new(&format!("t/{place}"), vec![b'x'; 100_000]).qos(1));
         refused += usize::from(reason == 0x97);
-        if refused > 20 || begun.elapsed() > Duration::from_secs(60) {
+        if refused > 20 || begun.elapsed() > Duration::from_mins(1) {
             break;
         }
     }

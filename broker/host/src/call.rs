@@ -205,15 +205,14 @@ fn note<Q: Question>(slot: &Slot, question: &Q, (client, begun): (u64, Begun), f
 
 /// The deadline counts from when an instance is there.
 async fn call_in_time<Q: Question>(slot: &Slot, question: &Q, begun: Begun) -> Result<Q::Answer, Fault> {
-    let permit = match slot.permits.try_acquire() {
-        Ok(permit) => permit,
-        Err(_) => {
-            let permit = wait_for_turn(slot, question).await?;
-            if slot.breaker.borrow().begun() != begun {
-                return Err(Fault::Busy("the circuit breaker opened while it waited for an instance".into()));
-            }
-            permit
+    let permit = if let Ok(permit) = slot.permits.try_acquire() {
+        permit
+    } else {
+        let permit = wait_for_turn(slot, question).await?;
+        if slot.breaker.borrow().begun() != begun {
+            return Err(Fault::Busy("the circuit breaker opened while it waited for an instance".into()));
         }
+        permit
     };
     let deadline = slot.generation.deadline();
     let answer = tokio::time::timeout(deadline, call(slot, question)).await;

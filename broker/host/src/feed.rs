@@ -187,7 +187,9 @@ impl Feed {
     /// Every message that the store has was pushed again: what is noted about others is of no use.
     pub(crate) fn restored(&self) {
         let left = std::mem::take(&mut self.kept().notes);
-        left.into_keys().for_each(|id| self.write_note(id, None));
+        for id in left.into_keys() {
+            self.write_note(id, None);
+        }
     }
 
     /// The oldest message failed when it was shown alone. Returns whether that was often enough to set it aside.
@@ -267,9 +269,8 @@ impl Feed {
 
     /// Has a message that is set aside tried again, behind those that wait.
     pub(crate) fn retry(&self, id: &str) -> Result<(), String> {
-        let number = match parse_id(id)? {
-            (true, number) => number,
-            (false, _) => return Err(format!("{id} is not set aside, it waits")),
+        let (true, number) = parse_id(id)? else {
+            return Err(format!("{id} is not set aside, it waits"));
         };
         let shown = self.take_aside(number).ok_or_else(|| format!("no message {id} is set aside"))?;
         self.waiting.push_if_room(shown).map_err(|shown| {

@@ -86,10 +86,8 @@ impl Feeder {
 
     async fn ask(&mut self, messages: &[Shown]) -> Result<(), Fault> {
         let payload = self.plugin.serving.load().as_ref().is_some_and(|serving| serving.registration().payload);
-        match self.seat.ask(&self.plugin, &Committed { messages: messages.to_vec(), payload }).await? {
-            true => Ok(()),
-            false => Err(Fault::Busy("not yet".into())),
-        }
+        let is_taken = self.seat.ask(&self.plugin, &Committed { messages: messages.to_vec(), payload }).await?;
+        if is_taken { Ok(()) } else { Err(Fault::Busy("not yet".into())) }
     }
 
     fn passed(&mut self, last: u64, messages: &[Shown]) {

@@ -35,7 +35,7 @@ fn shadow(linker: &mut Linker<Guest>, name: &str) -> wasmtime::Result<()> {
         |mut store: StoreContextMut<'_, Guest>, (file, offset): (Resource<Descriptor>, u64)| {
             let guest = store.data_mut();
             let stream = guest.filesystem().read_via_stream(borrowed(&file), offset);
-            stream_of::<DynInputStream>(guest, file, stream.map_err(|error| error.downcast()))
+            stream_of::<DynInputStream>(guest, file, stream.map_err(wasmtime_wasi::TrappableError::downcast))
         },
     )?;
     types.func_wrap(
@@ -43,7 +43,7 @@ fn shadow(linker: &mut Linker<Guest>, name: &str) -> wasmtime::Result<()> {
         |mut store: StoreContextMut<'_, Guest>, (file, offset): (Resource<Descriptor>, u64)| {
             let guest = store.data_mut();
             let stream = guest.filesystem().write_via_stream(borrowed(&file), offset);
-            stream_of::<DynOutputStream>(guest, file, stream.map_err(|error| error.downcast()))
+            stream_of::<DynOutputStream>(guest, file, stream.map_err(wasmtime_wasi::TrappableError::downcast))
         },
     )?;
     types.func_wrap(
@@ -51,7 +51,7 @@ fn shadow(linker: &mut Linker<Guest>, name: &str) -> wasmtime::Result<()> {
         |mut store: StoreContextMut<'_, Guest>, (file,): (Resource<Descriptor>,)| {
             let guest = store.data_mut();
             let stream = guest.filesystem().append_via_stream(borrowed(&file));
-            stream_of::<DynOutputStream>(guest, file, stream.map_err(|error| error.downcast()))
+            stream_of::<DynOutputStream>(guest, file, stream.map_err(wasmtime_wasi::TrappableError::downcast))
         },
     )?;
     types.resource("descriptor", ResourceType::host::<Descriptor>(), |mut store: StoreContextMut<'_, Guest>, rep| {

@@ -166,18 +166,16 @@ fn carried(v6: Ipv6Addr) -> Option<Ipv4Addr> {
     let segments = v6.segments();
     let v4 = |high: u16, low: u16| Ipv4Addr::from_bits(u32::from(high) << 16 | u32::from(low));
     match segments {
-        // IPv4-mapped, and as SIIT translates it.
-        [0, 0, 0, 0, 0, 0xffff, high, low] | [0, 0, 0, 0, 0xffff, 0, high, low] => Some(v4(high, low)),
+        // IPv4-mapped, as SIIT translates it, NAT64, 6to4, and ISATAP.
+        [0, 0, 0, 0, 0, 0xffff, high, low]
+        | [0, 0, 0, 0, 0xffff, 0, high, low]
+        | [0x64, 0xff9b, 0, 0, 0, 0, high, low]
+        | [0x2002, high, low, ..]
+        | [.., 0 | 0x200, 0x5efe, high, low] => Some(v4(high, low)),
         // Compatible; `::` and `::1` are no IPv4 addresses.
         [0, 0, 0, 0, 0, 0, high, low] if high != 0 => Some(v4(high, low)),
-        // NAT64.
-        [0x64, 0xff9b, 0, 0, 0, 0, high, low] => Some(v4(high, low)),
-        // 6to4.
-        [0x2002, high, low, ..] => Some(v4(high, low)),
         // Teredo: the client's address, inverted.
         [0x2001, 0, .., high, low] => Some(v4(!high, !low)),
-        // ISATAP.
-        [.., 0 | 0x200, 0x5efe, high, low] => Some(v4(high, low)),
         _ => None,
     }
 }

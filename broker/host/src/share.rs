@@ -136,13 +136,12 @@ mod tests {
         let (share, mut now, mut computed) = (Share::default(), 100 * MS, 0);
         // A guest that always wants to compute, for a second.
         while now < 1100 * MS {
-            match share.wait_at(now) {
-                Some(wait) => now += wait.as_nanos() as u64,
-                None => {
-                    now += MS;
-                    computed += MS;
-                    share.spend_at(now, MS, 25);
-                }
+            if let Some(wait) = share.wait_at(now) {
+                now += wait.as_nanos() as u64;
+            } else {
+                now += MS;
+                computed += MS;
+                share.spend_at(now, MS, 25);
             }
         }
         assert!((240 * MS..=260 * MS).contains(&computed), "{computed}");

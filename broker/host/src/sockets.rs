@@ -38,7 +38,7 @@ fn shadow(linker: &mut Linker<Guest>, [make_tcp, make_udp, tcp, udp]: &[String; 
                     return Ok((Err(code),));
                 }
                 let made = tcp_create_socket::Host::create_tcp_socket(&mut guest.sockets(), family);
-                settled::<TcpSocket>(guest, made.map_err(|error| error.downcast()))
+                settled::<TcpSocket>(guest, made.map_err(wasmtime_wasi::TrappableError::downcast))
             })
         },
     )?;
@@ -51,7 +51,7 @@ fn shadow(linker: &mut Linker<Guest>, [make_tcp, make_udp, tcp, udp]: &[String; 
                     return Ok((Err(code),));
                 }
                 let made = udp_create_socket::Host::create_udp_socket(&mut guest.sockets(), family).await;
-                settled::<UdpSocket>(guest, made.map_err(|error| error.downcast()))
+                settled::<UdpSocket>(guest, made.map_err(wasmtime_wasi::TrappableError::downcast))
             })
         },
     )?;

@@ -352,7 +352,7 @@ fn other_settings_make_another_build_and_wrong_ones_none() {
     assert_eq!(broker.generation("m"), 1);
     reconfigure(vec![config(2)]).expect("it serves");
     assert_eq!((broker.generation("m"), broker.ask("c", "")), (2, allowed("allow")));
-    let missing = plugin("other", &file.with_file_name("missing.wasm"), &[]);
+    let missing = plugin("other", file.with_file_name("missing.wasm"), &[]);
     let error = reconfigure(vec![config(3), missing]).expect_err("there is no such file").to_string();
     assert!(error.contains("other"), "{error}");
     assert_eq!((broker.generation("m"), broker.status("other").is_some()), (2, false));

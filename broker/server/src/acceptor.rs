@@ -166,13 +166,12 @@ fn accept_all(listening: &Listening, shared: &Shared) -> bool {
         match listening.accept() {
             Ok((stream, address)) => {
                 let most = shared.tunables.current().limits.connecting_max;
-                match Connecting::begin(&shared.connecting, most) {
-                    Some(connecting) => {
-                        let (listener, proxied) = (Arc::clone(name), listening.listener.proxied);
-                        let number = shared.arrivals.fetch_add(1, Ordering::Relaxed);
-                        place(shared, Arrival { stream, address, listener, number, proxied, connecting });
-                    }
-                    None => debug!(listener = %name, "connection refused: limits.connecting_max reached"),
+                if let Some(connecting) = Connecting::begin(&shared.connecting, most) {
+                    let (listener, proxied) = (Arc::clone(name), listening.listener.proxied);
+                    let number = shared.arrivals.fetch_add(1, Ordering::Relaxed);
+                    place(shared, Arrival { stream, address, listener, number, proxied, connecting });
+                } else {
+                    debug!(listener = %name, "connection refused: limits.connecting_max reached");
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,

@@ -23,12 +23,14 @@ struct Ban {
     note: Box<str>,
 }
 
+/// Until when, and the note.
+type BanRow = (u64, Box<str>);
 type Hasher = foldhash::fast::RandomState;
 
 /// All bans, each until it ends.
 #[derive(Debug, Default)]
 pub(crate) struct Bans {
-    bans: HashMap<BanPattern, Ban, Hasher>,
+    found: HashMap<BanPattern, Ban, Hasher>,
     /// The same, those that end first in front.
     ends: BTreeSet<(u64, BanPattern)>,
     /// Prefix lengths that are in use, of IPv6 (`true`) and IPv4, and by how many bans.
@@ -63,11 +65,11 @@ impl Bans {
         let note = &note[..note.floor_char_boundary(NOTE_BYTES_MAX)];
         let before = self.remove(&pattern);
         if until_ms > now_ms {
-            if self.bans.len() >= BANS_MAX {
+            if self.found.len() >= BANS_MAX {
                 self.end(now_ms, usize::MAX);
             }
             let has_room =
-                self.bans.len() < BANS_MAX && self.bytes + name_bytes(&pattern) + note.len() <= BANS_BYTES_MAX;
+                self.found.len() < BANS_MAX && self.bytes + name_bytes(&pattern) + note.len() <= BANS_BYTES_MAX;
             if !has_room {
                 if let Some(ban) = before {
                     self.insert(pattern, ban.until_ms, &ban.note);
@@ -84,7 +86,7 @@ impl Bans {
     pub(crate) fn age(&mut self, bans: &[(BanPattern, u64)], by_ms: u64) {
         for (pattern, until_ms) in bans {
             let known = canonical(pattern.clone());
-            if self.bans.get(&known).is_some_and(|ban| ban.until_ms == *until_ms)
+            if self.found.get(&known).is_some_and(|ban| ban.until_ms == *until_ms)
                 && let Some(ban) = self.remove(&known)
             {
                 self.insert(known, until_ms.saturating_sub(by_ms), &ban.note);
@@ -98,7 +100,7 @@ impl Bans {
         if known != pattern {
             self.changed.extend([pattern, known.clone()]);
         }
-        if self.bans.get(&known).is_none_or(|ban| ban.until_ms < until_ms) {
+        if self.found.get(&known).is_none_or(|ban| ban.until_ms < until_ms) {
             self.remove(&known);
             self.insert(known, until_ms, note);
         }
@@ -110,11 +112,11 @@ impl Bans {
         }
         self.bytes += name_bytes(&pattern) + note.len();
         self.ends.insert((until_ms, pattern.clone()));
-        self.bans.insert(pattern, Ban { until_ms, note: note.into() });
+        self.found.insert(pattern, Ban { until_ms, note: note.into() });
     }
 
     fn remove(&mut self, pattern: &BanPattern) -> Option<Ban> {
-        let (pattern, ban) = self.bans.remove_entry(pattern)?;
+        let (pattern, ban) = self.found.remove_entry(pattern)?;
         self.bytes -= name_bytes(&pattern) + ban.note.len();
         if let BanPattern::Address { network, prefix } = &pattern
             && let Some(count) = self.prefixes.get_mut(&(network.is_ipv6(), *prefix))
@@ -140,10 +142,10 @@ impl Bans {
     }
 
     /// Rows to write since the last time: until when, and the note; `None`: the row goes.
-    pub(crate) fn take_changed(&mut self) -> Vec<(BanPattern, Option<(u64, Box<str>)>)> {
+    pub(crate) fn take_changed(&mut self) -> Vec<(BanPattern, Option<BanRow>)> {
         let changed = std::mem::take(&mut self.changed);
         let row = |pattern: BanPattern| {
-            let ban = self.bans.get(&pattern).map(|ban| (ban.until_ms, ban.note.clone()));
+            let ban = self.found.get(&pattern).map(|ban| (ban.until_ms, ban.note.clone()));
             (pattern, ban)
         };
         changed.into_iter().map(row).collect()
@@ -154,7 +156,7 @@ impl Bans {
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.bans.is_empty()
+        self.found.is_empty()
     }
 
     /// Why this client is kept out, if it is. `names`: the User Name, and what authentication made of it.
@@ -176,7 +178,7 @@ impl Bans {
         std::iter::once(BanPattern::ClientId(Arc::clone(client_id)))
             .chain(names)
             .chain(networks)
-            .find_map(|pattern| self.bans.get(&pattern).filter(|ban| ban.until_ms > now_ms))
+            .find_map(|pattern| self.found.get(&pattern).filter(|ban| ban.until_ms > now_ms))
             .map(|ban| &*ban.note)
     }
 }
@@ -245,7 +247,7 @@ mod tests {
         assert!(!bans.set(0, BanPattern::ClientId("more".into()), 10, ""));
         assert!(bans.set(0, BanPattern::ClientId("0".into()), 20, ""), "a ban that exists can be changed");
         assert!(bans.set(10, BanPattern::ClientId("more".into()), 20, ""), "those that ended make room");
-        assert_eq!(bans.bans.len(), 2);
+        assert_eq!(bans.found.len(), 2);
     }
 
     /// A ban of a network is lifted by the words it was made with, or any others that mean the same.

@@ -95,7 +95,7 @@ fn a_slow_reader_that_pings_stays() {
         stream.set_nonblocking(true).unwrap();
         let (begun, mut pinged) = (Instant::now(), Instant::now());
         while begun.elapsed() < Duration::from_secs(8) {
-            match stream.read(&mut [0; 20_000]) {
+            match stream.read(&mut vec![0; 20_000]) {
                 Ok(0) => panic!("closed after {:?}", begun.elapsed()),
                 Ok(_) => {}
                 Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock, "after {:?}", begun.elapsed()),
@@ -119,7 +119,7 @@ fn a_client_that_neither_reads_nor_sends_is_cut() {
     gone.expect(SUBACK);
     let mut publisher = broker.connect("publisher", true);
     publisher.expect(CONNACK);
-    let message = publish(0x30, "t", None, &[0; 100_000]);
+    let message = publish(0x30, "t", None, &vec![0; 100_000]);
     for _ in 0..200 {
         publisher.write(&message);
     }
@@ -133,7 +133,7 @@ fn a_client_that_neither_reads_nor_sends_is_cut() {
 fn is_cut(mut stream: &std::net::TcpStream) -> bool {
     stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
     loop {
-        match stream.read(&mut [0; 1 << 16]) {
+        match stream.read(&mut vec![0; 1 << 16]) {
             Ok(0) => return true,
             Ok(_) => {}
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => return false,

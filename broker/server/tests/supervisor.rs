@@ -25,7 +25,7 @@ impl ShardPlugins for Panics {
     }
     fn authenticate(&self, request: Arc<AuthRequest>) -> Call<AuthOutcome> {
         assert!(&*request.client_id != "panic", "a test");
-        Box::pin(std::future::ready(AuthOutcome::Allow(Default::default())))
+        Box::pin(std::future::ready(AuthOutcome::Allow(wasmqtt_protocol::ports::Grant::default())))
     }
     fn proceed(&self, _step: AuthStep) -> Call<AuthOutcome> {
         Box::pin(std::future::ready(AuthOutcome::Next))

@@ -208,7 +208,7 @@ mod tests {
     #[test]
     fn a_reader_that_never_catches_up_holds_no_written_bytes() {
         let mut outbox = Outbox::default();
-        outbox.extend(&[0; 100_000]);
+        outbox.extend(&vec![0; 100_000]);
         for _ in 0..10_000 {
             outbox.extend(&[0; 10_000]);
             outbox.consume(10_000);

@@ -8,12 +8,25 @@ use super::rows::Family;
 /// What an entry costs beside key and value.
 const ENTRY_BYTES: usize = 64;
 
+type Key = (Family, Box<[u8]>);
+
+/// What is known of a row that is not on the disk yet.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Row<'a> {
+    /// Nothing: the disk has what counts.
+    Unknown,
+    /// It is to be deleted.
+    Gone,
+    /// It is to be this.
+    Value(&'a [u8]),
+}
+
 /// One entry for each row, however often it changed meanwhile; so there are never more of them than rows in the store.
 #[derive(Debug, Default)]
 pub(super) struct Held {
     /// `None`: the row is to be deleted. Nothing is left out, even if it was put here: the disk may have taken a part of
     /// what it refused.
-    rows: HashMap<(Family, Box<[u8]>), Option<Box<[u8]>>, foldhash::fast::RandomState>,
+    rows: HashMap<Key, Option<Box<[u8]>>, foldhash::fast::RandomState>,
     bytes: usize,
 }
 
@@ -46,10 +59,13 @@ impl Held {
         })
     }
 
-    /// `None`: it says nothing of this row.
-    pub(super) fn get(&self, family: Family, key: &[u8]) -> Option<Option<&[u8]>> {
+    pub(super) fn get(&self, family: Family, key: &[u8]) -> Row<'_> {
         // The key of the table owns its bytes; a look-up happens seldom, and only while the disk refuses.
-        self.rows.get(&(family, key.into())).map(Option::as_deref)
+        match self.rows.get(&(family, key.into())) {
+            None => Row::Unknown,
+            Some(None) => Row::Gone,
+            Some(Some(value)) => Row::Value(value),
+        }
     }
 
     pub(super) fn clear(&mut self) {
@@ -70,9 +86,9 @@ mod tests {
         let with_payload = held.bytes();
         held.add(Write::Delete(Family::Message, b"1"));
         assert_eq!(held.bytes(), with_payload - b"long payload".len());
-        assert_eq!(held.get(Family::Message, b"1"), Some(None));
-        assert_eq!(held.get(Family::Session, b"1"), Some(Some(&b"b"[..])));
-        assert_eq!(held.get(Family::Session, b"2"), None);
+        assert_eq!(held.get(Family::Message, b"1"), Row::Gone);
+        assert_eq!(held.get(Family::Session, b"1"), Row::Value(b"b"));
+        assert_eq!(held.get(Family::Session, b"2"), Row::Unknown);
         assert_eq!(held.len(), 2);
         held.clear();
         assert_eq!((held.len(), held.bytes()), (0, 0));

@@ -12,6 +12,7 @@ use wasmqtt_protocol::session::Kept;
 
 use super::Lines;
 use super::database::{Database, column};
+use super::held::Row;
 use super::rows::{self, Family, MessageRow};
 
 /// A load on its way to the reader.
@@ -49,8 +50,9 @@ fn read(database: &Database, lines: &Lines, load: &Load) -> Result<Vec<Found>, S
         let held = lines.held.lock().unwrap_or_else(PoisonError::into_inner);
         for (place, id) in load.ids.iter().enumerate() {
             match held.get(Family::Message, &id.get().to_be_bytes()) {
-                Some(row) => found[place].1 = row.and_then(|row| kept(lines, row, *id, load.session)),
-                None => missing.push((place, id.get().to_be_bytes())),
+                Row::Value(row) => found[place].1 = kept(lines, row, *id, load.session),
+                Row::Gone => {}
+                Row::Unknown => missing.push((place, id.get().to_be_bytes())),
             }
         }
     }

@@ -10,7 +10,7 @@ use wasmqtt_protocol::ports::{Client, Receiver};
 use wasmqtt_protocol::router::Message;
 use wasmqtt_protocol::session::{WillMessage, Wish};
 
-use super::rows::*;
+use super::rows::{MessageRow, Put, put_message, put_retained, put_session, read_any, take_retained, take_session};
 
 fn qos() -> impl Strategy<Value = Qos> {
     (0_u8..3).prop_map(|bits| Qos::from_bits(bits).expect("a QoS"))
