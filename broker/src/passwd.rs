@@ -1,6 +1,6 @@
 //! `wasmqtt passwd`: entries of a password file, `user:$argon2id$…`, one per line.
 //!
-//! [`import`] takes over those of another broker.
+//! [`mod@import`] takes over those of another broker.
 //!
 //! The file is the one that the bundled plugin `auth-file` reads. It is replaced as a whole, so that a reader sees the
 //! old entries or the new ones and never half of them.

@@ -3,14 +3,7 @@
 
 use libfuzzer_sys::fuzz_target;
 
-/// The files themselves: the crate they belong to brings RocksDB, which takes ten minutes to build and no part in this.
-#[allow(dead_code)]
-mod store {
-    #[path = "../../../../broker/server/src/store/clock_row.rs"]
-    mod clock_row;
-    #[path = "../../../../broker/server/src/store/rows.rs"]
-    pub mod rows;
-}
+mod store;
 
 fuzz_target!(|data: &[u8]| {
     let [family, key_len, rest @ ..] = data else { return };
