@@ -163,8 +163,13 @@ impl Server {
         let mailboxes = polls.iter().map(|(_, waker)| Mailbox::new(Arc::clone(waker))).collect();
         let clock = Arc::new(BrokerClock::start(store.clock_row()?.as_deref()));
         store.set_clock(Arc::clone(&clock) as Arc<dyn Clock>);
-        let to_store = Arc::clone(&store);
-        clock.on_change(Box::new(move || to_store.clock_changed()));
+        // The store holds the clock, so the clock must not hold the store.
+        let to_store = Arc::downgrade(&store);
+        clock.on_change(Box::new(move || {
+            if let Some(store) = to_store.upgrade() {
+                store.clock_changed();
+            }
+        }));
         let shared = Arc::new(Shared::new(config, mailboxes, clock));
         plugins.attach(Arc::new(Control(Arc::clone(&shared))));
         let restored = restore::restore(&*store, &shared, &*plugins, &runtime)?;

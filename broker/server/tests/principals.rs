@@ -206,7 +206,6 @@ fn rows_of_bans(path: &std::path::Path) -> u64 {
 
 /// A ban outlives the broker; its row goes when it is lifted and when it ends.
 #[test]
-#[ignore = "open: within one process the store of the first broker is not let go"]
 fn the_store_keeps_bans_no_longer_than_they_hold() {
     let folder = tempfile::tempdir().unwrap();
     let network = |text: &str| BanPattern::Address { network: text.parse().unwrap(), prefix: 24 };
