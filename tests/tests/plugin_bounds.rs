@@ -157,7 +157,6 @@ fn values_of_a_plugin_have_a_rate() {
 
 /// A plugin that computes within its budget keeps to its share of a shard's thread, so others are hardly slower.
 #[test]
-#[ignore = "open: the computing of this guest is not measured"]
 fn a_plugin_that_computes_keeps_to_its_share() {
     let broker = Broker::start(&format!(
         "shards = 1\n[[plugin]]\nname = \"probe\"\npath = \"{}\"\ntopics = [\"hog/#\"]\nconfig = {{ ttl = \"0\" }}\n\

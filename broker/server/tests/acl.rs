@@ -27,6 +27,10 @@ struct Policy {
     denied: Mutex<String>,
     /// The plugin cannot answer.
     broken: AtomicBool,
+    /// Decisions hold for what was asked, once.
+    once: AtomicBool,
+    /// Calls wait a moment, as those do that compute for long.
+    late: AtomicBool,
     /// Calls wait for [`Policy::answer`].
     slow: AtomicBool,
     waiting: Mutex<Vec<Waker>>,
@@ -56,6 +60,9 @@ impl Policy {
         let first = access.topic.split('/').next().unwrap();
         let scope = allowed.then(|| Filter::parse(&format!("{first}/#")).unwrap());
         let verdict = if allowed { Verdict::Allow } else { Verdict::Deny(ReasonCode::NOT_AUTHORIZED) };
+        if self.once.load(Ordering::SeqCst) {
+            return Decision { verdict: Some(verdict), lease: None, failed: false };
+        }
         Decision { verdict: Some(verdict), lease: Some(Lease { scope, seconds: 60 }), failed: false }
     }
 }
@@ -90,7 +97,12 @@ impl ShardPlugins for Port {
         assert!(!client.client_id.is_empty());
         let policy = Arc::clone(&self.0);
         policy.asked.fetch_add(accesses.len(), Ordering::SeqCst);
+        let mut late = policy.late.load(Ordering::SeqCst);
         Box::pin(std::future::poll_fn(move |context| {
+            if std::mem::take(&mut late) {
+                context.waker().wake_by_ref();
+                return Poll::Pending;
+            }
             if policy.slow.load(Ordering::SeqCst) {
                 policy.waiting.lock().unwrap().push(context.waker().clone());
                 return Poll::Pending;
@@ -174,6 +186,23 @@ fn a_slow_plugin_holds_up_its_own_client_only() {
     for n in 0..3_u8 {
         let got = subscriber.expect(PUBLISH);
         assert_eq!(got[4], b'0' + n, "{got:?}");
+    }
+}
+
+/// Whether the answer came at once or late: what was said without a lease holds for one packet.
+#[test]
+fn what_is_said_once_holds_once() {
+    let (broker, policy) = start(Policy::default());
+    policy.once.store(true, Ordering::SeqCst);
+    let mut publisher = connect(&broker, "publisher");
+    for late in [false, true] {
+        policy.late.store(late, Ordering::SeqCst);
+        let before = policy.asked();
+        for _ in 0..5 {
+            publisher.publish("a/x", 1, false);
+            publisher.expect(PUBACK);
+        }
+        assert_eq!(policy.asked() - before, 5, "late: {late}");
     }
 }
 

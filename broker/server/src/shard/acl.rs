@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use tracing::debug;
 use wasmqtt_protocol::access::{Action, Decision, Permits, Verdict};
 use wasmqtt_protocol::codec::{Qos, ReasonCode, Subscribe};
-use wasmqtt_protocol::ports::{Access, AuthRequest, Client, EventKind, Grant};
+use wasmqtt_protocol::ports::{Access, AuthRequest, Client, Grant};
 use wasmqtt_protocol::router::SessionKey;
 use wasmqtt_protocol::session::Incoming;
 use wasmqtt_protocol::topic::Filter;
@@ -94,39 +94,33 @@ impl Shard {
             self.conns[id].permitted = (route, u64::MAX);
             return Some(Verdict::Allow);
         }
-        match standing.permits.publish(self.now_ms, route, incoming.topic) {
-            Some((verdict, until_ms)) => {
-                if verdict == Verdict::Allow {
-                    self.conns[id].permitted = (route, until_ms);
-                }
-                Some(verdict)
+        let mut known = standing.permits.publish(self.now_ms, route, incoming.topic);
+        if known.is_none() {
+            if !self.ask_to_publish(id, key, incoming) {
+                return None;
             }
-            None => self.ask_to_publish(id, key, incoming, route),
+            known = self.sessions.standing(key.slot)?.permits.publish(self.now_ms, route, incoming.topic);
         }
+        let (verdict, until_ms) = known.unwrap_or((NOT_AUTHORIZED, 0));
+        if until_ms <= self.now_ms {
+            // Said for this packet alone, which perhaps had to wait for it.
+            self.sessions.standing(key.slot)?.permits.packet_done();
+        }
+        if verdict == Verdict::Allow {
+            self.conns[id].permitted = (route, until_ms);
+        }
+        Some(verdict)
     }
 
     #[cold]
-    fn ask_to_publish(&mut self, id: usize, key: SessionKey, incoming: &Incoming<'_>, route: u64) -> Option<Verdict> {
+    fn ask_to_publish(&mut self, id: usize, key: SessionKey, incoming: &Incoming<'_>) -> bool {
         let access = Access {
             action: Action::Publish,
             topic: incoming.topic.into(),
             qos: incoming.qos,
             retain: incoming.retain,
         };
-        if !self.ask(id, key, Arc::new([access])) {
-            return None;
-        }
-        let permits = &mut self.sessions.standing(key.slot)?.permits;
-        let verdict =
-            permits.publish(self.now_ms, route, incoming.topic).map_or(NOT_AUTHORIZED, |(verdict, _)| verdict);
-        permits.packet_done();
-        if verdict != Verdict::Allow {
-            debug!(client_id = %self.sessions.get(key.slot)?.client_id, topic = incoming.topic, "publishing denied");
-            self.event(EventKind::AccessDenied, key.slot, || {
-                vec![("action", "publish".into()), ("topic", incoming.topic.into())]
-            });
-        }
-        Some(verdict)
+        self.ask(id, key, Arc::new([access]))
     }
 
     /// One verdict for each filter that is valid, in their places; `None`: plugins are thinking about it. Empty: all are
@@ -176,9 +170,7 @@ impl Shard {
         let Some(standing) = self.sessions.standing(key.slot) else { return true };
         if !self.has_acl {
             // Rules said nothing, and nothing granted means denied.
-            for access in &*accesses {
-                standing.permits.learn(self.now_ms, access.action, Arc::clone(&access.topic), Decision::default());
-            }
+            self.learn(key, &accesses, Vec::new());
             return true;
         }
         let epoch = self.conns[id].epoch;

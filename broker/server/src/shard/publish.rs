@@ -47,6 +47,10 @@ impl Shard {
         let reason = if incoming.topic.starts_with("$SYS/") {
             ReasonCode::NOT_AUTHORIZED
         } else if let Verdict::Deny(reason) = verdict {
+            debug!(client_id = %self.client_id(slot), topic = incoming.topic, "publishing denied");
+            self.event(EventKind::AccessDenied, slot, || {
+                vec![("action", "publish".into()), ("topic", incoming.topic.into())]
+            });
             reason
         } else if self.must_refuse(&route, &incoming) {
             self.tally.dropped += 1;

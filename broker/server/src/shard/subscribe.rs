@@ -110,7 +110,7 @@ impl Shard {
         })
     }
 
-    fn client_id(&self, slot: u32) -> &str {
+    pub(super) fn client_id(&self, slot: u32) -> &str {
         self.sessions.get(slot).map_or("", |session| &session.client_id)
     }
 
