@@ -263,30 +263,26 @@ async fn exchange(
     let path = request.uri().path_and_query().map_or("/", |path| path.as_str());
     *request.uri_mut() = Uri::builder().path_and_query(path).build().map_err(|_| Error::HttpRequestUriInvalid)?;
     let mut answer = pin!(timeout(times.first_byte, sender.send_request(request)));
-    let mut is_over = false;
+    let mut ended = None;
     // The answer does not come unless somebody drives the connection.
     let answer = std::future::poll_fn(|context| {
+        if ended.is_none() && let Poll::Ready(result) = io.as_mut().poll(context) {
+            ended = Some(result);
+        }
         if let Poll::Ready(answer) = answer.as_mut().poll(context) {
             return Poll::Ready(answer.map_err(|_| Error::ConnectionReadTimeout).and_then(|answer| Ok(answer?)));
         }
-        if is_over {
-            return Poll::Pending;
-        }
-        let ended = ready!(io.as_mut().poll(context));
-        is_over = true;
-        ended?;
-        match answer.as_mut().poll(context) {
-            Poll::Ready(answer) => {
-                Poll::Ready(answer.map_err(|_| Error::ConnectionReadTimeout).and_then(|answer| Ok(answer?)))
-            }
-            Poll::Pending => Poll::Pending,
+        // The connection may have failed after the answer was there, but not before it.
+        match ended.take_if(|result| result.is_err()) {
+            Some(Err(error)) => Poll::Ready(Err(error)),
+            _ => Poll::Pending,
         }
     })
     .await?;
     let mut pause = tokio::time::interval(times.between_bytes);
     pause.reset();
     let response = answer.map(|incoming| Answer { incoming, pause }.boxed_unsync());
-    let io = if is_over { Box::into_pin(Box::new(std::future::ready(Ok(()))) as Io) } else { io };
+    let io = if ended.is_some() { Box::pin(std::future::ready(Ok(()))) } else { io };
     Ok((response, io))
 }
 
