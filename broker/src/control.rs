@@ -18,7 +18,7 @@ use wasmqtt_protocol::access::Action;
 use wasmqtt_protocol::codec::Qos;
 use wasmqtt_protocol::ports::{Access, Client};
 use wasmqtt_server::Inspector;
-use wasmqtt_server::store::RocksStore;
+use wasmqtt_store::RocksStore;
 
 use crate::ctl::{self, CtlRequest};
 use crate::feed::FeedRequest;

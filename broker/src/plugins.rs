@@ -8,7 +8,7 @@ use anyhow::Context;
 use wasmqtt_host::{Cancel, Compiler, HostConfig, PluginHost};
 use wasmqtt_protocol::ports::{Buckets, NoPlugins, Plugins};
 use wasmqtt_protocol::text::escaped;
-use wasmqtt_server::store::RocksStore;
+use wasmqtt_store::RocksStore;
 
 use crate::settings::Settings;
 

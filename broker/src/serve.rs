@@ -11,8 +11,8 @@ use signal_hook::iterator::Signals;
 use tracing::{info, warn};
 use wasmqtt_host::{Cancel, PluginHost};
 use wasmqtt_protocol::ports;
-use wasmqtt_server::store::RocksStore;
 use wasmqtt_server::{Anonymous, Bind, Server};
+use wasmqtt_store::RocksStore;
 
 use crate::control::{self, Reach};
 use crate::reload::{self, Origin, Running};

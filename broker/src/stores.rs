@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
-use wasmqtt_server::store::Offline;
+use wasmqtt_store::Offline;
 
 use crate::control::{Answer, Request, ask};
 use crate::settings::{self, Settings};

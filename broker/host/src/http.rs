@@ -266,7 +266,9 @@ async fn exchange(
     let mut ended = None;
     // The answer does not come unless somebody drives the connection.
     let answer = std::future::poll_fn(|context| {
-        if ended.is_none() && let Poll::Ready(result) = io.as_mut().poll(context) {
+        if ended.is_none()
+            && let Poll::Ready(result) = io.as_mut().poll(context)
+        {
             ended = Some(result);
         }
         if let Poll::Ready(answer) = answer.as_mut().poll(context) {

@@ -15,16 +15,18 @@ use crate::codec::{Qos, ReasonCode, Version};
 use crate::text::Secret;
 
 mod broker;
+mod clock;
 mod events;
 mod hook;
 mod store;
 
 pub use broker::{BanPattern, Broker, Outgoing, Refusal};
+pub use clock::{ClockRow, Correction, Gap};
 pub use events::{Event, EventKind};
 pub use hook::{Accepted, Interest, Submission};
 pub use store::{
     Buckets, Change, Clock, Load, Loaded, Memory, Receiver, Restore, RestoredSession, ShardStore, Store, StoreError,
-    Ticket, Value,
+    Ticket, Value, first_id, time_of,
 };
 
 /// A call into a plugin; polled on the shard that made it. Dropping it cancels the call.

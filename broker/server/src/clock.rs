@@ -12,9 +12,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::time::{ClockId, clock_gettime};
 use tracing::{info, warn};
-use wasmqtt_protocol::ports::Clock;
-
-use crate::store::clock_row::{ClockRow, Correction, Gap};
+use wasmqtt_protocol::ports::{Clock, ClockRow, Correction, Gap};
 
 /// No broker is believed to have been off for longer.
 const GAP_MAX_MS: u64 = 366 * 24 * 3600 * 1000;
@@ -30,7 +28,7 @@ const ROW_AGE_MS: u64 = 3_000;
 const CORRECTIONS_MAX: usize = 64;
 
 /// Milliseconds since 1970, as the system has it at present.
-pub(crate) fn wall_ms() -> u64 {
+fn wall_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 

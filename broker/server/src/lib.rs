@@ -16,7 +16,6 @@ mod reload;
 mod restore;
 mod shard;
 mod shared;
-pub mod store;
 mod stream;
 mod tunable;
 mod watch;

@@ -7,12 +7,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use hashbrown::HashMap;
 use mio::Waker;
 use wasmqtt_protocol::codec::ReasonCode;
-use wasmqtt_protocol::ports::{Access, Outgoing};
+use wasmqtt_protocol::ports::{Access, Correction, Outgoing};
 use wasmqtt_protocol::router::{Group, Message, MessageId, SessionKey, Target};
 
 use crate::Explained;
 use crate::shard::{Adopted, Arrival};
-use crate::store::clock_row::Correction;
 
 /// Bytes waiting in one mailbox beyond which the senders stop reading from their clients, and plugins are refused.
 const CONGESTED_BYTES: usize = 16 << 20;

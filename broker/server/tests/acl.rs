@@ -291,7 +291,7 @@ fn topic(body: &[u8]) -> String {
 /// With a store in which messages wait, and without.
 fn stores() -> Vec<(Arc<dyn wasmqtt_protocol::ports::Store>, Option<tempfile::TempDir>)> {
     let folder = tempfile::tempdir().unwrap();
-    let kept = wasmqtt_server::store::RocksStore::open(wasmqtt_server::store::StoreConfig::new(folder.path())).unwrap();
+    let kept = wasmqtt_store::RocksStore::open(wasmqtt_store::StoreConfig::new(folder.path())).unwrap();
     vec![(Arc::new(Memory), None), (kept, Some(folder))]
 }
 

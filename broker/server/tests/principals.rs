@@ -11,8 +11,8 @@ use wasmqtt_protocol::ports::{
     AuthOutcome, AuthRequest, AuthStep, BanPattern, Broker as Door, Call, Grant, Memory, NoPlugins, Plugins,
     ShardPlugins,
 };
-use wasmqtt_server::store::{Offline, RocksStore, StoreConfig};
 use wasmqtt_server::{Anonymous, ClientIdTaken};
+use wasmqtt_store::{Offline, RocksStore, StoreConfig};
 
 use self::common::{Broker, CONNACK, PUBACK, SUBACK};
 

@@ -18,8 +18,8 @@ use std::time::Duration;
 use wasmqtt_host::{CompileLimits, Mode, OnError, PluginConfig};
 use wasmqtt_protocol::codec::Qos;
 use wasmqtt_protocol::session::QueuePolicy;
-use wasmqtt_server::store::{Durability, StoreConfig};
 use wasmqtt_server::{Anonymous, ClientIdTaken, Identity, Limits, Listener};
+use wasmqtt_store::{Durability, StoreConfig};
 
 pub(crate) use self::listener::{Listen, parse_listen};
 pub(crate) use self::plugin::limits;

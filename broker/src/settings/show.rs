@@ -7,8 +7,8 @@ use serde::Serialize;
 use wasmqtt_host::{FileGrant, PluginConfig, Rollout};
 use wasmqtt_protocol::codec::Qos;
 use wasmqtt_protocol::topic::Filter;
-use wasmqtt_server::store::StoreConfig;
 use wasmqtt_server::{Anonymous, Bind};
+use wasmqtt_store::StoreConfig;
 
 use super::{CLIENT_ID_TAKEN, DURABILITY, MODES, ON_ERROR, QUEUE_FULL, Settings, WILDCARD_IDENTIFIERS};
 

@@ -326,3 +326,13 @@ impl ShardStore for Memory {
         Vec::new()
     }
 }
+
+/// The first number of a message or Session that is given at that time, in milliseconds of broker time, or later.
+pub fn first_id(now_ms: u64) -> u64 {
+    now_ms << 20
+}
+
+/// When the number of a message or Session was given, or a moment before, in milliseconds of broker time.
+pub fn time_of(id: u64) -> u64 {
+    id >> 20
+}

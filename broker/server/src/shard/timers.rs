@@ -5,13 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use wasmqtt_protocol::codec::ReasonCode;
+use wasmqtt_protocol::ports::{Correction, time_of};
 use wasmqtt_protocol::router::SessionKey;
 use wasmqtt_protocol::session::{Link, Session};
 
 use super::conn::State;
 use super::{Ending, Shard};
-use crate::store::clock_row::Correction;
-use crate::store::rows::time_of;
 
 /// Expired retained messages removed per second.
 const SWEEP_BUDGET: usize = 10_000;

@@ -1,4 +1,5 @@
-//! What outlives the broker: Sessions, their subscriptions and messages, retained messages, bans. In RocksDB.
+//! `wasmqtt-store`: what outlives the broker. Sessions, their subscriptions and messages, retained messages, bans; in
+//! RocksDB.
 //!
 //! Shards turn the changes of each of their turns into rows (`batch`, `rows`) and hand them to one thread
 //! (`writer`), which writes what came from all of them together, syncs once, and tells them how far it is. Another
@@ -7,8 +8,9 @@
 //! A message is one row, with all its receivers in it; it goes when the last of them has it. Which messages wait for a
 //! Session is not written anywhere else: the broker knows that from these rows.
 
+#![forbid(unsafe_code)]
+
 mod batch;
-pub(crate) mod clock_row;
 mod database;
 mod held;
 mod plan;
@@ -30,12 +32,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rocksdb::{Direction, IteratorMode};
 use tracing::error;
 use wasmqtt_protocol::ports::{
-    Buckets, Change, Clock, Load, Loaded, Restore, ShardStore, Store, StoreError, Ticket, Value,
+    Buckets, Change, Clock, Load, Loaded, Restore, ShardStore, Store, StoreError, Ticket, Value, first_id,
 };
 use wasmqtt_protocol::router::{MessageId, SessionId};
 
@@ -99,6 +101,11 @@ impl StoreConfig {
 /// Batches that are kept for their memory, and the largest of them.
 const SPARE_MAX: usize = 64;
 const SPARE_BYTES_MAX: usize = 256 << 10;
+
+/// Milliseconds since 1970, as the system has it at present.
+fn wall_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}
 
 /// What a shard and the threads of the store share.
 #[derive(Default)]
@@ -197,7 +204,7 @@ impl Lines {
 
     /// The broker's time; before it has a clock, that of the system.
     fn now_ms(&self) -> u64 {
-        self.clock.get().map_or_else(crate::clock::wall_ms, |clock| clock.now_ms())
+        self.clock.get().map_or_else(wall_ms, |clock| clock.now_ms())
     }
 
     /// A time in a row that was written then, by what was learned of the clock since.
@@ -394,7 +401,7 @@ impl Store for RocksStore {
     fn restore(&self, to: &mut dyn Restore) -> Result<(), StoreError> {
         let found = restore::restore(&self.database, &self.lines, to)?;
         // Names begin with the time, so that one that was given up does not come again.
-        let since = rows::first_id(self.lines.now_ms());
+        let since = first_id(self.lines.now_ms());
         self.lines.next_session.store(since.max(found.last_session + 1), Ordering::Release);
         self.lines.next_message.store(since.max(found.last_message + 1), Ordering::Release);
         if !found.orphans.is_empty() {

@@ -6,14 +6,14 @@ use std::sync::mpsc::Receiver;
 use std::sync::{Arc, PoisonError};
 
 use tracing::error;
-use wasmqtt_protocol::ports::{Load, Loaded, StoreError};
+use wasmqtt_protocol::ports::{Load, Loaded, StoreError, time_of};
 use wasmqtt_protocol::router::{MessageId, SessionId};
 use wasmqtt_protocol::session::Kept;
 
 use super::Lines;
 use super::database::{Database, column};
 use super::held::Row;
-use super::rows::{self, Family, MessageRow};
+use super::rows::{Family, MessageRow};
 
 /// A load on its way to the reader.
 pub(super) struct Wanted {
@@ -79,7 +79,7 @@ fn kept(lines: &Lines, row: &[u8], id: MessageId, session: SessionId) -> Option<
         let receivers = row.receivers()?;
         let to = receivers.to.into_iter().find(|to| to.session == session)?;
         let mut message = row.message(receivers.payload);
-        message.expires_at_ms = message.expires_at_ms.map(|at| lines.corrected(rows::time_of(id.get()), at));
+        message.expires_at_ms = message.expires_at_ms.map(|at| lines.corrected(time_of(id.get()), at));
         Some(Kept { message: Arc::new(message), sealed, qos: to.qos, retain: to.retain, ids: to.ids })
     });
     if kept.is_none() {

@@ -1,39 +1,45 @@
-//! The row with the broker's clock; see [`crate::clock`].
+//! What is kept of the broker's clock.
 
-use super::rows::{Put, Take};
+use bytes::{Buf, BufMut};
 
 /// What is to be taken off times in rows that were written before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Correction {
-    /// Broker time.
-    pub(crate) before_ms: u64,
-    pub(crate) by_ms: u64,
+pub struct Correction {
+    /// Those that were written before this instant of broker time.
+    pub before_ms: u64,
+    /// So many milliseconds.
+    pub by_ms: u64,
 }
 
 /// The time before a start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Gap {
+pub struct Gap {
     /// Broker time of that start.
-    pub(crate) before_ms: u64,
+    pub before_ms: u64,
     /// The system's clock made sense then; otherwise nothing was counted.
-    pub(crate) is_believed: bool,
+    pub is_believed: bool,
 }
 
+/// The broker's clock and what is known of the system's, as the store keeps them. All times are in milliseconds.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct ClockRow {
-    pub(crate) broker_ms: u64,
+pub struct ClockRow {
+    /// Broker time when the row was written.
+    pub broker_ms: u64,
     /// What the system's clock said at that instant.
-    pub(crate) wall_ms: u64,
+    pub wall_ms: u64,
     /// The same at the last instant at which the system's clock was as expected.
-    pub(crate) anchor: (u64, u64),
-    pub(crate) gap: Option<Gap>,
+    pub anchor: (u64, u64),
+    /// A time before a start of which too little may have been counted.
+    pub gap: Option<Gap>,
     /// The latest that the system's clock ever said.
-    pub(crate) highest_wall_ms: u64,
-    pub(crate) corrections: Vec<Correction>,
+    pub highest_wall_ms: u64,
+    /// What was learned about earlier rows, in order.
+    pub corrections: Vec<Correction>,
 }
 
 impl ClockRow {
-    pub(crate) fn put(&self) -> Vec<u8> {
+    /// As bytes; see [`Self::take`].
+    pub fn put(&self) -> Vec<u8> {
         let mut to = Vec::new();
         for number in [self.broker_ms, self.wall_ms, self.anchor.0, self.anchor.1, self.highest_wall_ms] {
             to.put_u64(number);
@@ -48,23 +54,24 @@ impl ClockRow {
         to
     }
 
-    /// `None`: it is damaged.
-    pub(crate) fn take(row: &[u8]) -> Option<Self> {
-        let mut row = Take(row);
-        let (broker_ms, wall_ms, anchor) = (row.u64()?, row.u64()?, (row.u64()?, row.u64()?));
-        let (highest_wall_ms, kind, before_ms) = (row.u64()?, row.u8()?, row.u64()?);
+    /// From the bytes of [`Self::put`]; `None`: they are damaged.
+    pub fn take(mut row: &[u8]) -> Option<Self> {
+        let mut u64 = || row.try_get_u64().ok();
+        let (broker_ms, wall_ms, anchor, highest_wall_ms) = (u64()?, u64()?, (u64()?, u64()?), u64()?);
+        let (kind, before_ms) = (row.try_get_u8().ok()?, row.try_get_u64().ok()?);
         let gap = match kind {
             0 => None,
             1 | 2 => Some(Gap { before_ms, is_believed: kind == 2 }),
             _ => return None,
         };
-        let correction = |row: &mut Take<'_>| Some(Correction { before_ms: row.u64()?, by_ms: row.u64()? });
-        let corrections = (0..row.u16()?).map(|_| correction(&mut row)).collect::<Option<_>>()?;
+        let count = row.try_get_u16().ok()?;
+        let mut correction = || Some(Correction { before_ms: row.try_get_u64().ok()?, by_ms: row.try_get_u64().ok()? });
+        let corrections = (0..count).map(|_| correction()).collect::<Option<_>>()?;
         Some(Self { broker_ms, wall_ms, anchor, gap, highest_wall_ms, corrections })
     }
 
     /// What the system's clock says, or said, at an instant of broker time.
-    pub(crate) fn wall_of(&self, at_ms: u64) -> u64 {
+    pub fn wall_of(&self, at_ms: u64) -> u64 {
         let (broker_ms, wall_ms) = self.anchor;
         (wall_ms + at_ms).saturating_sub(broker_ms)
     }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use smallvec::SmallVec;
 use wasmqtt_protocol::codec::{Qos, RetainHandling, SubscribeOptions};
-use wasmqtt_protocol::ports::{BanPattern, Client, Receiver};
+use wasmqtt_protocol::ports::{BanPattern, Client, ClockRow, Receiver};
 use wasmqtt_protocol::router::{Message, MessageId, MessageRef, Position, SessionId, Subscription};
 use wasmqtt_protocol::session::{Replay, WillMessage};
 use wasmqtt_protocol::topic::Filter;
@@ -573,16 +573,6 @@ pub(super) fn take_ban(key: &[u8], row: &[u8]) -> Option<BanRow> {
     Some(BanRow { pattern, until_ms, note, written_ms: row.u64().unwrap_or(0) })
 }
 
-/// The first number of a message or Session that is given from then on.
-pub(super) fn first_id(now_ms: u64) -> u64 {
-    now_ms << 20
-}
-
-/// When the number of a message was given, or a moment before.
-pub(crate) fn time_of(id: u64) -> u64 {
-    id >> 20
-}
-
 /// Whether a row of a family says something. Any bytes may be asked about.
 pub(super) fn is_readable(family: Family, key: &[u8], row: &[u8]) -> bool {
     let filter = || key.get(8..).and_then(|filter| std::str::from_utf8(filter).ok());
@@ -608,6 +598,6 @@ pub(super) fn is_readable(family: Family, key: &[u8], row: &[u8]) -> bool {
 /// For fuzzing: reads a row as the broker does when it starts, without a database. `family` counts on from the last one
 /// with the first.
 pub fn read_any(family: usize, key: &[u8], row: &[u8]) -> bool {
-    super::clock_row::ClockRow::take(row);
+    ClockRow::take(row);
     is_readable(Family::ALL[family % Family::ALL.len()], key, row)
 }

@@ -7,9 +7,8 @@ use std::path::Path;
 use rocksdb::checkpoint::Checkpoint;
 use rocksdb::{WriteBatch, WriteOptions};
 use serde::{Deserialize, Serialize};
-use wasmqtt_protocol::ports::StoreError;
+use wasmqtt_protocol::ports::{ClockRow, StoreError};
 
-use super::clock_row::ClockRow;
 use super::database::{CLOCK_KEY, Database, Db, column, private_files};
 use super::restore::rows;
 use super::rows::{self, Family, MessageRow, Take};

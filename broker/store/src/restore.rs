@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use hashbrown::{HashMap, HashSet};
 use rocksdb::{DBIteratorWithThreadMode, IteratorMode, ReadOptions};
 use tracing::warn;
-use wasmqtt_protocol::ports::{Restore, RestoredSession, StoreError};
+use wasmqtt_protocol::ports::{Restore, RestoredSession, StoreError, time_of};
 use wasmqtt_protocol::router::{MessageId, SessionId};
 use wasmqtt_protocol::session::Parked;
 use wasmqtt_protocol::topic::Filter;
@@ -157,7 +157,7 @@ fn queues(
             continue;
         };
         found.last_message = found.last_message.max(id.get());
-        let expires_at_ms = row.expires_at_ms().map(|at| lines.corrected(rows::time_of(id.get()), at));
+        let expires_at_ms = row.expires_at_ms().map(|at| lines.corrected(time_of(id.get()), at));
         let total = row.receivers;
         let Some(rows::Receivers { to: receivers, bytes, .. }) = row.receivers() else {
             damaged(Family::Message, &key);
@@ -234,7 +234,7 @@ fn restore_feed(
         };
         found.last_message = found.last_message.max(id.get());
         let rows::FeedRow { client, mut message, sealed, plugins } = row;
-        message.expires_at_ms = message.expires_at_ms.map(|at| lines.corrected(rows::time_of(id.get()), at));
+        message.expires_at_ms = message.expires_at_ms.map(|at| lines.corrected(time_of(id.get()), at));
         let mut left = 0;
         for plugin in &plugins {
             let done_key = [&key[..], &rows::plugin_number(plugin).to_be_bytes()].concat();
