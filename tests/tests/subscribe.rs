@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use wasmqtt_protocol::codec::Packet;
-use wasmqtt_tests::{BOTH, Broker, Client, Got, Message, Options, SubscribeOptions, Version, at_most};
+use wasmqtt_tests::{BOTH, Broker, Client, Got, Message, Options, SubscribeOptions, Version, at_most, raw};
 
 const V311: Version = Version::V311;
 const V5: Version = Version::V5;
@@ -493,5 +493,47 @@ fn subscriptions_beyond_the_limit_are_refused() {
         );
         assert_eq!(client.subscribe_with(None, &[("a", at_most(0)), ("$share/g/a", at_most(0))]), [0, refused]);
         client.disconnect();
+    }
+}
+
+/// `limits.filters_per_packet_max` is for UNSUBSCRIBE as well. MQTT 5.0 has a Reason Code for each filter, none of which
+/// is Quota exceeded (§3.11.3, table 3-9); 3.x has none, and a filter that stays must not seem to be gone
+/// [MQTT-3.10.4-1] (3.1.1), so that the connection ends and all stay.
+#[test]
+fn unsubscribe_is_bounded_in_filters() {
+    let broker = Broker::start("[limits]\nfilters_per_packet_max = 20\n");
+    for version in BOTH {
+        let options = Options::new(version, "c").resume();
+        let mut client = broker.connect(&options);
+        let filters: Vec<String> = (0..30).map(|n| format!("t/{n}")).collect();
+        let filters: Vec<&str> = filters.iter().map(String::as_str).collect();
+        for filter in &filters {
+            client.subscribe(filter, 0);
+        }
+        // The same filter many times counts once, and is there once.
+        let packet = [&["t/0"; 10][..], &filters[..20]].concat();
+        let expected = [&[0][..], &[0x11; 10], &[0; 19]].concat();
+        assert_eq!(client.unsubscribe(&packet), if version == V5 { expected } else { Vec::new() });
+        for filter in &filters[..20] {
+            client.subscribe(filter, 0);
+        }
+        let mut left = filters.clone();
+        if version == V5 {
+            assert_eq!(client.unsubscribe(&filters), [[0; 20].as_slice(), &[0x83; 10]].concat());
+            left = filters[20..].to_vec();
+        } else {
+            let entries: Vec<u8> = filters.iter().flat_map(raw::text).collect();
+            client.send_raw(&raw::filters(version, 0xA2, 7, &[], &entries));
+            client.check_ended(0x97);
+            client = broker.connect(&options);
+        }
+        for filter in &filters {
+            client.publish(&Message::new(filter, "x"));
+        }
+        let got: Vec<String> = left.iter().map(|_| client.message().topic).collect();
+        assert_eq!(got, left, "{version:?}");
+        client.check_silent();
+        client.disconnect();
+        broker.connect(&Options::new(version, "c")).disconnect();
     }
 }

@@ -140,7 +140,7 @@ pub struct Limits {
     pub inflight_bytes_max: usize,
     pub outbound_bytes_max: usize,
     pub subscriptions_max: usize,
-    /// Those beyond it are refused.
+    /// Topic Filters in one SUBSCRIBE or UNSUBSCRIBE; those beyond it are refused.
     pub filters_per_packet_max: usize,
     pub subscription_bytes_max: usize,
     /// Whole broker.

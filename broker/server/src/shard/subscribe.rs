@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use hashbrown::HashMap;
+use hashbrown::{HashMap, HashSet};
 use tracing::debug;
 use wasmqtt_protocol::access::Verdict;
 use wasmqtt_protocol::codec::{
@@ -158,13 +158,33 @@ impl Shard {
     pub(super) fn on_unsubscribe(&mut self, id: usize, slot: u32, unsubscribe: &Unsubscribe<'_>) {
         let Some(key) = self.sessions.get(slot).map(|session| session.key) else { return };
         let version = self.conns[id].version;
+        let filters_max = self.tunable.limits.filters_per_packet_max;
+        if version != Version::V5 && counts_beyond(&unsubscribe.filters, filters_max) {
+            // The answer of 3.x cannot say which of them were left, and none may be left without a word. [MQTT-3.10.4-1]
+            return self.fault(id, ReasonCode::QUOTA_EXCEEDED, "UNSUBSCRIBE beyond limits.filters_per_packet_max");
+        }
         let mut reasons = Vec::with_capacity(unsubscribe.filters.len());
+        let mut seen: HashMap<&str, ReasonCode> = HashMap::new();
         let mark = self.durable.mark();
         for text in &unsubscribe.filters {
-            let reason = match Filter::parse(text) {
-                Ok(filter) if self.unsubscribe(key, &filter) => ReasonCode::SUCCESS,
-                Ok(_) => ReasonCode::NO_SUBSCRIPTION_EXISTED,
-                Err(_) => refusal(version, ReasonCode::TOPIC_FILTER_INVALID),
+            let reason = match seen.get(text) {
+                // What is there once more in the packet is not there any more in the Session.
+                Some(&ReasonCode::SUCCESS) => ReasonCode::NO_SUBSCRIPTION_EXISTED,
+                Some(reason) => *reason,
+                None if seen.len() >= filters_max => {
+                    debug!(client_id = %self.client_id(slot), "filter not unsubscribed: limits.filters_per_packet_max");
+                    // UNSUBACK has no Quota exceeded. MQTT 5.0 §3.11.3, table 3-9.
+                    ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR
+                }
+                None => {
+                    let reason = match Filter::parse(text) {
+                        Ok(filter) if self.unsubscribe(key, &filter) => ReasonCode::SUCCESS,
+                        Ok(_) => ReasonCode::NO_SUBSCRIPTION_EXISTED,
+                        Err(_) => refusal(version, ReasonCode::TOPIC_FILTER_INVALID),
+                    };
+                    seen.insert(text, reason);
+                    reason
+                }
             };
             reasons.push(reason);
         }
@@ -221,6 +241,11 @@ fn distinct<'a>(filters: &[(&'a str, SubscribeOptions)]) -> (Filters<'a>, Vec<us
     });
     let places = places.collect();
     (distinct, places)
+}
+
+/// The packet has more filters than `most`, the same ones counted once.
+fn counts_beyond(filters: &[&str], most: usize) -> bool {
+    filters.len() > most && filters.iter().collect::<HashSet<_>>().len() > most
 }
 
 /// 3.1.1 has one failure code.
