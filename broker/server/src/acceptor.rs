@@ -193,7 +193,7 @@ pub(crate) struct Connecting(Arc<AtomicUsize>);
 
 impl Connecting {
     /// `None`: there are too many.
-    fn begin(all: &Arc<AtomicUsize>, most: usize) -> Option<Self> {
+    pub(crate) fn begin(all: &Arc<AtomicUsize>, most: usize) -> Option<Self> {
         let counted = Self(Arc::clone(all));
         (all.fetch_add(1, Ordering::Relaxed) < most).then_some(counted)
     }
@@ -205,7 +205,7 @@ impl Drop for Connecting {
     }
 }
 
-fn place(shared: &Shared, arrival: Arrival) {
+pub(crate) fn place(shared: &Shared, arrival: Arrival) {
     if shared.connections.fetch_add(1, Ordering::Relaxed) >= shared.tunables.current().limits.connections_max {
         shared.connections.fetch_sub(1, Ordering::Relaxed);
         debug!(listener = %arrival.listener, "connection refused: connections_max reached");

@@ -114,6 +114,9 @@ pub(crate) struct BrokerClock {
     is_corrected: AtomicBool,
     corrections: RwLock<Vec<Correction>>,
     changed: OnceLock<Box<dyn Fn() + Send + Sync>>,
+    /// Time that did not really pass.
+    #[cfg(any(test, feature = "fuzzing"))]
+    skipped_ms: std::sync::atomic::AtomicU64,
 }
 
 impl BrokerClock {
@@ -144,6 +147,8 @@ impl BrokerClock {
             is_corrected: AtomicBool::new(!corrections.is_empty()),
             corrections: RwLock::new(corrections),
             changed: OnceLock::new(),
+            #[cfg(any(test, feature = "fuzzing"))]
+            skipped_ms: std::sync::atomic::AtomicU64::new(0),
         };
         clock.look();
         clock
@@ -155,7 +160,23 @@ impl BrokerClock {
     }
 
     pub(crate) fn uptime_ms(&self) -> u64 {
-        passed_ms().saturating_sub(self.begun_ms)
+        passed_ms().saturating_sub(self.begun_ms) + self.skipped_ms()
+    }
+
+    #[cfg(not(any(test, feature = "fuzzing")))]
+    fn skipped_ms(&self) -> u64 {
+        0
+    }
+
+    #[cfg(any(test, feature = "fuzzing"))]
+    fn skipped_ms(&self) -> u64 {
+        self.skipped_ms.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
+    /// Moves time forward.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn skip(&self, ms: u64) {
+        self.skipped_ms.fetch_add(ms, std::sync::atomic::Ordering::Relaxed);
     }
 
     /// Broker time when this broker began.

@@ -16,6 +16,8 @@ mod reload;
 mod restore;
 mod shard;
 mod shared;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod stepped;
 mod stream;
 mod tunable;
 mod watch;

@@ -84,6 +84,18 @@ pub(crate) fn poll() -> io::Result<(Poll, Arc<Waker>)> {
     Ok((poll, waker))
 }
 
+/// What a turn takes from the kernel and from other threads; empty in between.
+pub(crate) struct News {
+    pub(crate) events: Events,
+    waiting: Waiting,
+}
+
+impl Default for News {
+    fn default() -> Self {
+        Self { events: Events::with_capacity(EVENTS_MAX), waiting: Waiting::default() }
+    }
+}
+
 /// Counters of one batch, added to the shared ones at its end.
 #[derive(Default)]
 struct Tally {
@@ -226,34 +238,39 @@ impl Shard {
 
     /// Serves until drained.
     pub(crate) fn run(mut self) {
-        let mut events = Events::with_capacity(EVENTS_MAX);
-        let mut waiting = Waiting::default();
+        let mut news = News::default();
         while !(self.draining && self.conns.is_empty()) {
             let timeout = self.wait_for();
-            if let Err(error) = self.poll.poll(&mut events, timeout)
-                && error.kind() != io::ErrorKind::Interrupted
-            {
-                error!(shard = self.index, %error, "epoll failed");
-                std::thread::sleep(CONGESTION_PAUSE);
-            }
-            self.now_ms = self.shared.now_ms();
-            self.look_for_settings();
-            self.look_at_memory();
-            self.take_mail(&mut waiting);
-            self.end_pauses();
-            self.serve_sockets(&events);
-            self.look_for_changes();
-            self.run_sweeps();
-            self.run_calls();
-            self.run_takeovers();
-            self.run_timers();
-            self.run_hooks();
-            self.run_loads();
-            self.run_replays();
-            self.run_leaving();
-            self.run_drain();
-            self.flush_all();
+            self.turn(&mut news, timeout);
         }
+    }
+
+    /// Waits for something to do, for at most `timeout`, and does it.
+    pub(crate) fn turn(&mut self, news: &mut News, timeout: Option<Duration>) {
+        let News { events, waiting } = news;
+        if let Err(error) = self.poll.poll(events, timeout)
+            && error.kind() != io::ErrorKind::Interrupted
+        {
+            error!(shard = self.index, %error, "epoll failed");
+            std::thread::sleep(CONGESTION_PAUSE);
+        }
+        self.now_ms = self.shared.now_ms();
+        self.look_for_settings();
+        self.look_at_memory();
+        self.take_mail(waiting);
+        self.end_pauses();
+        self.serve_sockets(events);
+        self.look_for_changes();
+        self.run_sweeps();
+        self.run_calls();
+        self.run_takeovers();
+        self.run_timers();
+        self.run_hooks();
+        self.run_loads();
+        self.run_replays();
+        self.run_leaving();
+        self.run_drain();
+        self.flush_all();
     }
 
     fn look_for_settings(&mut self) {
@@ -295,7 +312,8 @@ impl Shard {
         }
     }
 
-    fn wait_for(&self) -> Option<Duration> {
+    /// How long there is nothing to do unless a socket, the mailbox or a plugin has something; `None`: for ever.
+    pub(crate) fn wait_for(&self) -> Option<Duration> {
         let drains = self.draining && self.drained < self.conns.capacity();
         let is_sweeping = self.revoked.is_under_way() || self.banned.is_under_way();
         if drains || is_sweeping || self.calls.any_ready() || !self.readable.is_empty() || !self.replays.is_empty() {
