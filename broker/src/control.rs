@@ -8,6 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
@@ -109,13 +110,15 @@ pub(crate) struct Reach {
 }
 
 /// Serves commands on a thread of its own until the process ends. That it cannot is no reason not to serve clients.
-pub(crate) fn start(data_dir: &Path, reach: Reach) {
-    if let Err(error) = try_start(data_dir, reach) {
-        warn!(error = format!("{error:#}"), "commands such as `wasmqtt plugin list` do not reach this broker");
-    }
+pub(crate) fn start(data_dir: &Path, reach: Reach) -> Option<JoinHandle<()>> {
+    try_start(data_dir, reach)
+        .inspect_err(|error| {
+            warn!(error = format!("{error:#}"), "commands such as `wasmqtt plugin list` do not reach this broker");
+        })
+        .ok()
 }
 
-fn try_start(data_dir: &Path, reach: Reach) -> anyhow::Result<()> {
+fn try_start(data_dir: &Path, reach: Reach) -> anyhow::Result<JoinHandle<()>> {
     let path = data_dir.join(SOCKET);
     let failed = || format!("listen on {} for commands", path.display());
     wasmqtt_files::make_private_folder(data_dir).with_context(failed)?;
@@ -133,8 +136,7 @@ fn try_start(data_dir: &Path, reach: Reach) -> anyhow::Result<()> {
             }
         }
     };
-    std::thread::Builder::new().name("control".into()).spawn(serve).with_context(failed)?;
-    Ok(())
+    std::thread::Builder::new().name("control".into()).spawn(serve).with_context(failed)
 }
 
 /// Nobody else can open the socket at any moment: it is made in a folder that is ours alone, and then gets its name.

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
@@ -246,7 +247,7 @@ fn by_name(settings: &Settings) -> anyhow::Result<BTreeMap<String, BTreeMap<Stri
 
 /// Reloads on a thread of its own, so that signals that come meanwhile are heard. A wish while another one waits is the
 /// same wish.
-pub(crate) fn on_wish(running: Arc<Running>) -> anyhow::Result<SyncSender<()>> {
+pub(crate) fn on_wish(running: Arc<Running>) -> anyhow::Result<(SyncSender<()>, JoinHandle<()>)> {
     let (wish, wishes) = sync_channel(1);
     let serve = move || {
         for () in wishes {
@@ -254,6 +255,6 @@ pub(crate) fn on_wish(running: Arc<Running>) -> anyhow::Result<SyncSender<()>> {
             let _ = running.reload();
         }
     };
-    std::thread::Builder::new().name("reload".into()).spawn(serve).context("start a thread for reloads")?;
-    Ok(wish)
+    let thread = std::thread::Builder::new().name("reload".into()).spawn(serve);
+    Ok((wish, thread.context("start a thread for reloads")?))
 }

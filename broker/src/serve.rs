@@ -77,14 +77,18 @@ pub(crate) fn run(origin: Origin) -> anyhow::Result<()> {
     let inspector = server.inspector();
     let (for_signals, server_for_commands) = (Arc::clone(&running), inspector.clone());
     let reach = Reach { plugins: plugins.clone(), store: store.clone(), server: server_for_commands, running };
-    control::start(&data_dir, reach);
-    let reload = reload::on_wish(for_signals)?;
+    let commands = control::start(&data_dir, reach);
+    let (reload, reloads) = reload::on_wish(for_signals)?;
     // Scripts wait for these lines.
     for listener in server.listeners() {
         crate::output::print(&format!("listening on {listener}\n"))?;
     }
 
-    let supervisor = Supervisor::start(watched(&server, store.as_ref(), plugins.as_ref()), DRAIN_GRACE)?;
+    let mut looks = watched(&server, store.as_ref(), plugins.as_ref());
+    looks.extend(commands.into_iter().chain([reloads]).map(supervise::thread));
+    let for_supervisor = Arc::clone(&log);
+    looks.push(Box::new(move || for_supervisor.ended()));
+    let supervisor = Supervisor::start(looks, DRAIN_GRACE)?;
     for signal in signals.forever() {
         match signal {
             // One that waits already is the same wish.
@@ -120,7 +124,7 @@ pub(crate) fn run(origin: Origin) -> anyhow::Result<()> {
     verdict
 }
 
-/// All threads that the broker cannot do without.
+/// The threads that serve clients, keep what they send and ask plugins.
 fn watched(
     server: &Server,
     store: Option<&Arc<RocksStore>>,

@@ -5,6 +5,7 @@
 //! far as that goes and with an exit status of its own, and whoever started it starts it again.
 
 use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -20,6 +21,11 @@ const END_GRACE: Duration = Duration::from_secs(5);
 
 /// Looks at some threads; gives the name of one that has ended though nobody stopped it.
 pub(crate) type Look = Box<dyn Fn() -> Option<String> + Send>;
+
+/// Looks at a thread that runs as long as the process.
+pub(crate) fn thread(thread: JoinHandle<()>) -> Look {
+    Box::new(move || thread.is_finished().then(|| thread.thread().name().unwrap_or("unnamed").to_owned()))
+}
 
 /// A thread of the broker ended early.
 #[derive(Debug, thiserror::Error)]
@@ -89,7 +95,7 @@ mod tests {
         let thread = std::thread::Builder::new().name("shard-7".into());
         let thread = thread.spawn(|| panic!("a test")).expect("a thread");
         let healthy: Look = Box::new(|| None);
-        let watched: Look = Box::new(move || thread.is_finished().then(|| "shard-7".to_owned()));
+        let watched = super::thread(thread);
         let ((told, terminated), (last, ended)) = (channel(), channel());
         let (terminate, end) = (move || told.send(()).expect("a test"), move || last.send(()).expect("a test"));
         let supervisor = Supervisor::watch(vec![healthy, watched], terminate, end).expect("starts");

@@ -51,6 +51,11 @@ impl LogGuard {
         self.level.clone()
     }
 
+    /// The thread that writes has ended, and this is its name.
+    pub(crate) fn ended(&self) -> Option<String> {
+        self.queue.is_dead().then(|| "log".to_owned())
+    }
+
     /// Waits until everything that was logged so far is written, or nobody has read it for a second.
     pub(crate) fn flush(&self) {
         self.queue.flush(FLUSH_PATIENCE);
