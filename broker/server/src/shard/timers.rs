@@ -10,6 +10,7 @@ use wasmqtt_protocol::router::SessionKey;
 use wasmqtt_protocol::session::{Link, Session};
 
 use super::conn::State;
+use super::gate::Reason;
 use super::{Ending, Shard};
 
 /// Expired retained messages removed per second.
@@ -167,7 +168,8 @@ impl Shard {
 
     fn on_timer(&mut self, timer: Timer) {
         match timer {
-            Timer::Connect { id, epoch } | Timer::Linger { id, epoch } => {
+            Timer::Connect { id, epoch } => self.on_connect_timeout(id, epoch),
+            Timer::Linger { id, epoch } => {
                 if self.is_current(id, epoch) {
                     self.remove(id);
                 }
@@ -193,6 +195,20 @@ impl Shard {
                 self.timers.set(self.now_ms + self.shared.sys_interval.as_millis() as u64, Timer::Sys);
             }
         }
+    }
+
+    /// Time for CONNECT, and for each AUTH after it. While plugins think it is not the client that is slow, and they have
+    /// limits of their own.
+    fn on_connect_timeout(&mut self, id: usize, epoch: u32) {
+        if !self.is_current(id, epoch) {
+            return;
+        }
+        let gate = &self.conns[id].gate;
+        if gate.is_closed_for(Reason::Opening) || gate.is_closed_for(Reason::Leaving) {
+            let timeout = self.tunable.limits.connect_timeout.as_millis() as u64;
+            return self.set_conn_timer(id, self.now_ms + timeout, Timer::Connect { id, epoch });
+        }
+        self.remove(id);
     }
 
     fn sweep_retained(&mut self) {
