@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use tracing::{error, info};
-use wasmqtt_host::PluginHost;
+use wasmqtt_host::{PluginConfig, PluginHost, PluginLimits};
 use wasmqtt_server::Reloader;
 
 use crate::log::LogLevel;
@@ -116,26 +116,27 @@ impl Running {
             shards: settings.shards,
             store: settings.store.clone(),
             plugin_dir: settings.plugin_dir.clone(),
+            compile: settings.compile,
             log: settings::Log { json: settings.log.json, ..wanted.log },
             ..wanted
         };
         let listeners = self.server.prepare(wanted.listeners.clone())?;
-        let plugins = plugin_differences(settings, &wanted)?;
-        let wanted = if self.plugins.is_some() || plugins.is_empty() {
-            wanted
+        let (now, later) = plugin_differences(settings, &wanted)?;
+        let are_different = !now.is_empty() || !later.is_empty();
+        let wanted = if self.plugins.is_some() || !are_different {
+            Settings { plugins: as_made(&settings.plugins, wanted.plugins), ..wanted }
         } else {
             let reason = "plugins: there were none at the start, so nothing is there to run them";
             report.needs_restart.push(reason.to_owned());
             Settings { plugins: settings.plugins.clone(), ..wanted }
         };
-        self.reconfigure_plugins(settings, &wanted, !plugins.is_empty())?;
+        self.reconfigure_plugins(settings, &wanted, are_different)?;
         // From here on nothing can fail: the level was checked with the file.
         let added = listeners.added();
         self.log.set(&wanted.log.level).context("set the log level")?;
-        self.server.apply(listeners, wanted.limits.clone(), wanted.anonymous);
+        self.server.apply(listeners, wanted.limits.clone(), (wanted.anonymous, wanted.identity));
         report.changed.extend(added.into_iter().map(|name| format!("listener {name}: added")));
         if self.plugins.is_some() {
-            let (later, now): (Vec<_>, Vec<_>) = plugins.into_iter().partition(|line| needs_restart(line));
             report.changed.extend(now);
             report.needs_restart.extend(later);
         }
@@ -159,12 +160,22 @@ impl Running {
 
 /// Keys that a running broker takes over; the others need a restart.
 fn is_tunable(key: &str) -> bool {
-    key.starts_with("limits.") || matches!(key, "auth.anonymous" | "log.level")
+    key.starts_with("limits.") || key.starts_with("auth.") || key == "log.level"
 }
 
-/// What a plugin has beyond its builds, such as its queue, is as large as it was made.
-fn needs_restart(line: &str) -> bool {
-    line.ends_with(": limits.feed_messages_max")
+/// Keys of `[[plugin]]` that need one: the queue of a plugin outlives its builds, and is as large as it was made.
+const MADE_ONCE: [&str; 4] =
+    ["limits.feed_messages_max", "limits.feed_mib", "limits.feed_aside_mib", "limits.feed_tries"];
+
+/// `wanted`, with the values of [`MADE_ONCE`] that are in force.
+fn as_made(now: &[PluginConfig], mut wanted: Vec<PluginConfig>) -> Vec<PluginConfig> {
+    for plugin in &mut wanted {
+        if let Some(made) = now.iter().find(|other| other.name == plugin.name) {
+            let PluginLimits { feed_messages_max, feed_mib, feed_aside_mib, feed_tries, .. } = made.limits;
+            plugin.limits = PluginLimits { feed_messages_max, feed_mib, feed_aside_mib, feed_tries, ..plugin.limits };
+        }
+    }
+    wanted
 }
 
 /// Single values, and listeners but new ones, which have their real port when they are bound.
@@ -211,10 +222,11 @@ fn flatten(key: &str, value: toml::Value, values: &mut BTreeMap<String, String>)
     }
 }
 
-/// Plugins by name, with the keys that are different; no values, since there are secrets among them.
-fn plugin_differences(old: &Settings, new: &Settings) -> anyhow::Result<Vec<String>> {
+/// Plugins by name, with the keys that are different; no values, since there are secrets among them. Those that need a
+/// restart come second.
+fn plugin_differences(old: &Settings, new: &Settings) -> anyhow::Result<(Vec<String>, Vec<String>)> {
     let (was, is) = (by_name(old)?, by_name(new)?);
-    let mut lines = Vec::new();
+    let (mut lines, mut made_once) = (Vec::new(), Vec::new());
     for (name, plugin) in &was {
         let Some(other) = is.get(name) else {
             lines.push(format!("plugin {name}: removed"));
@@ -222,16 +234,15 @@ fn plugin_differences(old: &Settings, new: &Settings) -> anyhow::Result<Vec<Stri
         };
         let keys = plugin.keys().chain(other.keys().filter(|key| !plugin.contains_key(*key)));
         let changed: Vec<&str> = keys.filter(|key| plugin.get(*key) != other.get(*key)).map(String::as_str).collect();
-        let (later, now): (Vec<&str>, Vec<&str>) =
-            changed.into_iter().partition(|key| *key == "limits.feed_messages_max");
-        for keys in [now, later] {
+        let (later, now): (Vec<&str>, Vec<&str>) = changed.into_iter().partition(|key| MADE_ONCE.contains(key));
+        for (keys, lines) in [(now, &mut lines), (later, &mut made_once)] {
             if !keys.is_empty() {
                 lines.push(format!("plugin {name}: {}", keys.join(", ")));
             }
         }
     }
     lines.extend(is.keys().filter(|name| !was.contains_key(*name)).map(|name| format!("plugin {name}: added")));
-    Ok(lines)
+    Ok((lines, made_once))
 }
 
 fn by_name(settings: &Settings) -> anyhow::Result<BTreeMap<String, BTreeMap<String, String>>> {

@@ -53,10 +53,15 @@ fn new_limits_are_for_clients_that_connect_afterwards() {
 }
 
 #[test]
-fn bounds_of_queues_and_the_anonymous_rule_change_at_once() {
+fn bounds_of_queues_and_rules_about_names_change_at_once() {
     let broker = Broker::start("[limits]\nsubscriptions_max = 2\n");
     let mut client = broker.connect(&Options::new(V5, "c"));
     assert_eq!((client.subscribe("a", 0), client.subscribe("b", 0), client.subscribe("c", 0)), (0, 0, 0x97));
+    broker.check_refused(&Options::new(V5, "#"), 0x85);
+    rewrite(&broker, "[limits]\nsubscriptions_max = 2\n[auth]\nwildcard_identifiers = \"allow\"\n");
+    let (ok, said) = ctl(broker.folder(), &["reload"]);
+    assert!(ok && said.contains("  auth.wildcard_identifiers: \"refuse\" -> \"allow\"\n"), "{said}");
+    broker.connect(&Options::new(V5, "#")).ping();
     rewrite(&broker, "[limits]\nsubscriptions_max = 3\n[auth]\nanonymous = false\n");
     let (ok, said) = ctl(broker.folder(), &["reload"]);
     assert!(ok && said.contains("  limits.subscriptions_max: 2 -> 3\n"), "{said}");
@@ -140,14 +145,19 @@ fn an_open_door_is_refused_when_it_is_added_too() {
 #[test]
 fn what_needs_a_restart_is_named_and_left_as_it_is() {
     let broker = Broker::start("shards = 1\n");
-    rewrite(&broker, "shards = 2\ndata_dir = \"elsewhere\"\n[limits]\nqueue_messages_max = 5\n");
+    rewrite(
+        &broker,
+        "shards = 2\ndata_dir = \"elsewhere\"\n[limits]\nqueue_messages_max = 5\n[plugins]\ncompile_cpu_secs = 7\n",
+    );
     // The command finds the broker by the folder that it still has.
     let socket = broker.folder().join("data");
     std::os::unix::fs::symlink(socket, broker.folder().join("elsewhere")).expect("link");
     for _ in 0..2 {
         let (ok, said) = ctl(broker.folder(), &["reload"]);
         let (_, restart) = said.split_once("needs a restart:\n").expect("some do");
-        assert!(ok && restart.contains("shards: 1 -> 2") && restart.contains("data_dir: "), "{said}");
+        for wanted in ["shards: 1 -> 2", "data_dir: ", "plugins.compile_cpu_secs: 300 -> 7"] {
+            assert!(ok && restart.contains(wanted), "{said}");
+        }
     }
     assert!(ctl(broker.folder(), &["status"]).1.contains("0 connections"), "it still answers");
 }
@@ -212,6 +222,14 @@ fn plugins_take_other_settings_while_clients_stay() {
     broker.check_refused(&login("c", "one"), 0x86);
     broker.connect(&login("c", "two")).ping();
     stays.ping();
+    // Its queue is as large as it was made, and that is said as long as it is so.
+    let smaller = demo("two", "limits = { feed_mib = 7, feed_tries = 9 }\n");
+    rewrite(&broker, &smaller);
+    for _ in 0..2 {
+        let (ok, said) = ctl(broker.folder(), &["reload"]);
+        let (_, restart) = said.split_once("needs a restart:\n").expect("something does");
+        assert!(ok && restart.contains("plugin auth-demo: limits.feed_mib, limits.feed_tries\n"), "{said}");
+    }
     // One that cannot be had changes nothing, not even what could be.
     let more = "[[plugin]]\nname = \"broken\"\npath = \"wasmqtt.toml\"\n";
     rewrite(&broker, &demo("three", more).replace("subscriptions_max = 7", "subscriptions_max = 1"));

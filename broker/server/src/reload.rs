@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::StartError;
 use crate::acceptor::{AcceptorHandle, Order};
-use crate::config::{Anonymous, Limits, Listener};
+use crate::config::{Anonymous, Identity, Limits, Listener};
 use crate::listening::{Listening, bind_all};
 use crate::shared::Shared;
 use crate::tunable::Tunable;
@@ -48,7 +48,7 @@ impl Reloader {
 
     /// Everything takes effect within a turn of each shard: bounds of queues for all Sessions, what a client is told in
     /// CONNACK for those that connect from now on. Clients of a listener that is gone stay connected.
-    pub fn apply(&self, listeners: PreparedListeners, limits: Limits, anonymous: Anonymous) {
+    pub fn apply(&self, listeners: PreparedListeners, limits: Limits, who: (Anonymous, Identity)) {
         let now = self.shared.tunables.current();
         let PreparedListeners { wanted, bound } = listeners;
         let wanted_by_name = |name: &str| wanted.iter().find(|listener| *listener.name == *name);
@@ -59,7 +59,7 @@ impl Reloader {
         let orders: Vec<Order> = closed.chain(updated).chain(bound.into_iter().map(Order::Serve)).collect();
         self.shared.memory.limit(limits.memory_max);
         self.shared.retained_mut().limit(limits.retained_messages_max, limits.retained_bytes_max);
-        self.shared.tunables.replace(Tunable::of(limits, anonymous, wanted));
+        self.shared.tunables.replace(Tunable::of(limits, who, wanted));
         if !orders.is_empty() {
             self.acceptor.send(orders);
         }

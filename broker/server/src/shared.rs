@@ -11,7 +11,7 @@ use wasmqtt_protocol::router::{Index, Message, Retained, RetainedMessage, Sessio
 
 use crate::bans::Bans;
 use crate::clock::BrokerClock;
-use crate::config::{Config, Identity};
+use crate::config::Config;
 use crate::mailbox::{Mail, Mailbox};
 use crate::memory::Budget;
 use crate::refusals::Refusals;
@@ -28,8 +28,6 @@ type Directory = HashMap<Arc<str>, SessionKey, foldhash::fast::RandomState>;
 pub(crate) struct Shared {
     /// What a reload of the configuration changes. Shards have a copy, see `Shard::limits`.
     pub(crate) tunables: Tunables,
-    /// Which names clients may have.
-    pub(crate) identity: Identity,
     /// Time between two updates of `$SYS`; zero: none.
     pub(crate) sys_interval: Duration,
     /// Refused logins, as far as they are logged.
@@ -124,7 +122,6 @@ impl Shared {
         let retained = Retained::new(config.limits.retained_messages_max, config.limits.retained_bytes_max);
         Self {
             tunables: Tunables::new(&config),
-            identity: config.identity,
             sys_interval: config.sys_interval,
             refusals: Refusals::default(),
             load: mailboxes.iter().map(|_| AtomicUsize::new(0)).collect(),

@@ -1,4 +1,4 @@
-//! What an operator may change while the broker runs: limits, who may come without a plugin, listeners' policies.
+//! What an operator may change while the broker runs: limits, who may come and under which names, listeners' policies.
 //!
 //! The settings in force are one immutable value. Shards keep it and compare a number once per turn; nothing here is
 //! looked at per message.
@@ -8,7 +8,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use wasmqtt_protocol::session::{QueuePolicy, ServerLimits};
 
-use crate::config::{Anonymous, Config, Limits, Listener};
+use crate::config::{Anonymous, Config, Identity, Limits, Listener};
 
 /// Settings in force since the start or the last reload.
 #[derive(Debug)]
@@ -17,12 +17,13 @@ pub(crate) struct Tunable {
     /// The same as Sessions want them; a connection keeps those that its client was told in CONNACK.
     pub(crate) for_sessions: Arc<ServerLimits>,
     pub(crate) anonymous: Anonymous,
+    pub(crate) identity: Identity,
     pub(crate) listeners: Vec<Listener>,
 }
 
 impl Tunable {
-    pub(crate) fn of(limits: Limits, anonymous: Anonymous, listeners: Vec<Listener>) -> Self {
-        Self { for_sessions: Arc::new(limits.for_sessions()), limits, anonymous, listeners }
+    pub(crate) fn of(limits: Limits, (anonymous, identity): (Anonymous, Identity), listeners: Vec<Listener>) -> Self {
+        Self { for_sessions: Arc::new(limits.for_sessions()), limits, anonymous, identity, listeners }
     }
 
     /// Of the listener with this name; the default if it is gone.
@@ -41,7 +42,7 @@ pub(crate) struct Tunables {
 
 impl Tunables {
     pub(crate) fn new(config: &Config) -> Self {
-        let tunable = Tunable::of(config.limits.clone(), config.anonymous, config.listeners.clone());
+        let tunable = Tunable::of(config.limits.clone(), (config.anonymous, config.identity), config.listeners.clone());
         Self { current: RwLock::new(Arc::new(tunable)), generation: AtomicU64::new(0) }
     }
 

@@ -133,7 +133,7 @@ impl Shard {
 
     /// Why a client may not have these names: a rule such as `clients/%c/#` gives a client `+` the topics of all.
     fn refusal_of_names(&self, client_id: &str, username: Option<&str>) -> Option<ReasonCode> {
-        if self.shared.identity.allow_wildcards {
+        if self.tunable.identity.allow_wildcards {
             return None;
         }
         if has_wildcard(client_id) {
@@ -178,7 +178,7 @@ impl Shard {
     /// Authentication has said who the client is: lets it in, unless that one is not let in.
     pub(super) fn let_in(&mut self, id: usize, request: &AuthRequest, grant: Grant) {
         let principal = principal_of(request, &grant);
-        if has_wildcard(&principal) && !self.shared.identity.allow_wildcards {
+        if has_wildcard(&principal) && !self.tunable.identity.allow_wildcards {
             return self.deny(id, request, ReasonCode::NOT_AUTHORIZED);
         }
         // What the plugin calls the client may be banned, and not what it calls itself.
@@ -332,7 +332,7 @@ impl Shard {
             // its clients out of their identifiers.
             Some("") => Claim::Replaces,
             Some(_) if expired => Claim::Replaces,
-            Some(_) => match self.shared.identity.client_id_taken {
+            Some(_) => match self.tunable.identity.client_id_taken {
                 ClientIdTaken::Refuse => Claim::Refused,
                 ClientIdTaken::NewSession => Claim::Replaces,
             },
