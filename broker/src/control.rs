@@ -295,7 +295,7 @@ fn explain(
     server: &Inspector,
 ) -> Explanation {
     let found = server.explain(client_id, access.clone());
-    let connected = found.is_some();
+    let connected = found.as_ref().is_some_and(|found| found.connected);
     let (client, known) = found.map_or_else(
         || {
             let principal = principal.unwrap_or_default().into();

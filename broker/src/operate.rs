@@ -22,7 +22,7 @@ pub(crate) struct Which {
 impl Which {
     pub(crate) fn data_dir(&self) -> anyhow::Result<PathBuf> {
         Ok(match &self.config {
-            Some(file) => settings::load(file, &[])?.data_dir,
+            Some(file) => settings::data_dir(file)?,
             None => settings::defaults(&[])?.data_dir,
         })
     }

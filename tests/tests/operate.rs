@@ -1,6 +1,7 @@
 //! Operators' commands against a running broker.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use wasmqtt_tests::{Broker, Options, Version, wasmqtt};
@@ -54,6 +55,12 @@ fn plugins_are_listed_deployed_and_rolled_back() {
     assert!(refused.contains("not WebAssembly") && refused.contains("nothing was changed"), "{refused}");
     assert_eq!(run(&broker, &["rollback", "acl"]).expect("rolls back"), "rolled acl back\n");
     broker.await_log("plugin replaced", 2);
+    // Whatever is wrong with the file by now, commands find the broker.
+    let config = broker.folder().join("wasmqtt.toml");
+    let right = std::fs::read_to_string(&config).expect("read");
+    std::fs::write(&config, format!("shards = 0.5\n{right}path = \"gone.wasm\"\n")).expect("write");
+    assert!(run(&broker, &["list"]).expect("lists").contains("acl   3"));
+    std::fs::write(&config, right).expect("write");
     let refused = run(&broker, &["promote", "acl"]).expect_err("nothing is on trial");
     assert!(refused.contains("on trial"), "{refused}");
     let listed: String = run(&broker, &["list", "--json"]).expect("lists");
@@ -69,11 +76,16 @@ fn an_explanation_names_who_decides_and_why() {
     let shown = explain("--publish", "a/secret");
     assert!(shown.contains("not connected") && shown.contains("acl (build 1): deny 0x87 Not authorized"), "{shown}");
     assert!(shown.ends_with("=> deny 0x87 Not authorized, by acl\n"), "{shown}");
-    let mut client = broker.connect(&Options::new(Version::V5, "c"));
+    let mut client = broker.connect(&Options::new(Version::V5, "c").resume());
     assert_eq!(client.subscribe("a/#", 0), 0);
     let shown = explain("--subscribe", "a/x");
-    assert!(shown.contains("connected") && shown.contains("a lease that holds for"), "{shown}");
+    assert!(!shown.contains("not connected") && shown.contains("a lease that holds for"), "{shown}");
     assert!(shown.contains("=> allow, by a lease"), "{shown}");
+    client.disconnect();
+    let begun = Instant::now();
+    while !explain("--subscribe", "a/x").contains("not connected") {
+        assert!(begun.elapsed() < Duration::from_secs(10), "its Session is taken for a connection");
+    }
 }
 
 /// What a plugin is not asked about, and what a failure counts as.

@@ -70,6 +70,8 @@ const EXPLAIN_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Explained {
     /// Who it is about.
     pub client: Arc<Client>,
+    /// It has a Network Connection.
+    pub connected: bool,
     /// What decides, in words, and what it says; `None`: `acl` plugins are asked, and without any it is allowed.
     pub known: Option<(String, Verdict)>,
 }

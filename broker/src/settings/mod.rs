@@ -151,6 +151,24 @@ fn load_with(path: &Path, listen: &[Listen], reads_components: bool) -> Result<S
     parse(&text, &place).map_err(|problems| ConfigError::Invalid { path: path.to_owned(), problems })
 }
 
+/// `data_dir` of a file, whatever else is wrong with it: commands reach a broker that runs, so that its plugins can be
+/// mended.
+///
+/// # Errors
+/// The file cannot be read, or is no TOML.
+pub(crate) fn data_dir(path: &Path) -> Result<PathBuf, ConfigError> {
+    let failed = |error| ConfigError::Read { path: path.to_owned(), error };
+    let text = std::fs::read_to_string(path).map_err(failed)?;
+    let absolute = std::path::absolute(path).map_err(failed)?;
+    let source = Source::new(&text);
+    let document = source.parse().map_err(|problems| ConfigError::Invalid { path: path.to_owned(), problems })?;
+    Ok(meant_data_dir(&mut source.root(&document), absolute.parent().unwrap_or(Path::new("/"))))
+}
+
+fn meant_data_dir(root: &mut Section<'_>, base: &Path) -> PathBuf {
+    base.join(root.text("data_dir").map_or("data", |text| text.value))
+}
+
 /// What an empty file in the current folder would mean.
 ///
 /// # Errors
@@ -185,7 +203,7 @@ fn parse(text: &str, place: &Place<'_>) -> Result<Settings, Vec<Problem>> {
 /// The one place that knows keys, defaults and ranges. Problems are left with the source of `root`.
 fn meaning(mut root: Section<'_>, place: &Place<'_>) -> Settings {
     let (base, listen) = (place.base, place.listen);
-    let data_dir = base.join(root.text("data_dir").map_or("data", |text| text.value));
+    let data_dir = meant_data_dir(&mut root, base);
     let shards = root.number("shards", 0, 0..=1024);
 
     let mut listeners = Vec::new();

@@ -249,9 +249,10 @@ impl Shard {
     /// What is known about an access without asking plugins; `None`: no such client here.
     pub(super) fn explain(&mut self, client_id: &str, access: &Access) -> Option<Explained> {
         let key = self.shared.directory(client_id).get(client_id).copied().filter(|key| key.shard == self.index)?;
+        let connected = self.conn_of(Some(key)).is_some();
         let standing = self.sessions.standing(key.slot)?;
         let known = standing.permits.explain(self.now_ms, access.action, &access.topic);
-        Some(Explained { client: Arc::clone(&standing.client), known })
+        Some(Explained { client: Arc::clone(&standing.client), connected, known })
     }
 
     fn revoke(&mut self, key: SessionKey, check_in_ms: u64) {

@@ -156,7 +156,7 @@ impl Shard {
     }
 
     /// The present connection of a publisher.
-    fn conn_of(&mut self, publisher: Publisher) -> Option<usize> {
+    pub(super) fn conn_of(&mut self, publisher: Publisher) -> Option<usize> {
         self.sessions.resolve(publisher?).and_then(|(_, conn)| conn)
     }
 
