@@ -81,9 +81,12 @@ fn a_wrong_file_changes_nothing_and_says_why() {
     broker.await_log("configuration not reloaded, nothing has changed", 1);
     assert_eq!((client.subscribe("a", 0), client.subscribe("b", 0)), (0, 0));
     // One that cannot be used is no better than one that is misspelt.
-    rewrite(&broker, &format!("[limits]\nsubscriptions_max = 1\n[[listener]]\nbind = \"{}\"\n", broker.address()));
+    let listener = format!("[[listener]]\nbind = \"{}\"\n", broker.address());
+    let socket = "[[listener]]\nbind = \"s.sock\"\nprotocol = \"unix\"\n";
+    rewrite(&broker, &format!("[limits]\nsubscriptions_max = 1\n{socket}{listener}"));
     let (ok, said) = ctl(broker.folder(), &["reload"]);
     assert!(!ok && said.contains(&format!("cannot listen on mqtt://{}", broker.address())), "{said}");
+    assert!(!broker.folder().join("s.sock").exists(), "a socket on which nobody listens");
     broker.await_log("configuration not reloaded, nothing has changed", 2);
     assert_eq!(client.subscribe("c", 0), 0);
 }

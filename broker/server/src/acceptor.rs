@@ -134,9 +134,7 @@ impl Acceptor {
                     let done = match self.place(&name) {
                         Some(place) => {
                             let mut listening = self.sockets.remove(place);
-                            let done = self.poll.registry().deregister(listening.source());
-                            listening.close();
-                            done
+                            self.poll.registry().deregister(listening.source())
                         }
                         None => Ok(()),
                     };

@@ -191,9 +191,11 @@ impl Listening {
         self.listener = listener;
         Ok(())
     }
+}
 
-    /// Stops listening; those who are connected stay.
-    pub(crate) fn close(self) {
+/// Nobody listens there any more; those who are connected stay.
+impl Drop for Listening {
+    fn drop(&mut self) {
         if let (Socketed::Unix(_), Bind::Unix(path)) = (&self.socket, &self.listener.bind) {
             let _ = std::fs::remove_file(path);
         }
