@@ -24,7 +24,8 @@ use crate::{log, plugins};
 const DRAIN_GRACE: Duration = Duration::from_secs(10);
 /// Between two updates of `$SYS`.
 const SYS_INTERVAL: Duration = Duration::from_secs(10);
-/// Threads on which plugins wait for clocks and files, and components are compiled. Clients are served elsewhere.
+/// Threads on which plugins wait for clocks, files and networks. Clients are served elsewhere, components compiled by
+/// child processes.
 const BACKGROUND_THREADS: usize = 2;
 
 /// Runs the broker; returns once it has drained.

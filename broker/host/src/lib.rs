@@ -1,6 +1,7 @@
 //! `wasmqtt-host`: loads Wasm components, runs them per shard, and replaces them while traffic flows.
 //!
-//! The only crate that names wasmtime and notify. Meets the server at `wasmqtt_protocol::ports`; knows no sockets.
+//! The only crate that names wasmtime and notify. Meets the server at `wasmqtt_protocol::ports`; knows no
+//! clients' sockets, only those of plugins.
 
 mod acl;
 mod auth;

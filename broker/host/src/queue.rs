@@ -30,6 +30,12 @@ struct Items<T> {
 }
 
 impl<T: Weight> Items<T> {
+    fn push_back(&mut self, item: T) {
+        self.bytes += item.bytes();
+        self.waiting.push_back((self.next, item));
+        self.next += 1;
+    }
+
     fn pop_front(&mut self) -> Option<T> {
         let (_, item) = self.waiting.pop_front()?;
         self.bytes -= item.bytes();
@@ -81,10 +87,7 @@ impl<T: Weight + Clone> Queue<T> {
         let mut gone = Vec::new();
         let mut items = self.items();
         for item in new {
-            items.bytes += item.bytes();
-            let number = items.next;
-            items.next += 1;
-            items.waiting.push_back((number, item));
+            items.push_back(item);
             while items.waiting.len() > self.items_max || items.bytes > self.bytes_max {
                 let Some(oldest) = items.pop_front() else { break };
                 self.dropped.fetch_add(1, Ordering::Relaxed);
@@ -98,12 +101,13 @@ impl<T: Weight + Clone> Queue<T> {
 
     /// Appends an item unless it would push others out.
     pub(crate) fn push_if_room(&self, item: T) -> Result<(), T> {
-        let items = self.items();
+        let mut items = self.items();
         if items.waiting.len() >= self.items_max || items.bytes + item.bytes() > self.bytes_max {
             return Err(item);
         }
+        items.push_back(item);
         drop(items);
-        self.push(std::iter::once(item));
+        self.notify.notify_one();
         Ok(())
     }
 

@@ -89,8 +89,8 @@ impl Loader {
                 let not_asked = not_asked.copied().collect::<Vec<_>>().join(", ");
                 warn!(
                     plugin = %gone.name, generation = gone.number, not_asked,
-                    "plugin unloaded, its file is gone: it is not asked any more, and what no other plugin decides is \
-                     decided as without plugins"
+                    "plugin unloaded, its file or its entry is gone: it is not asked any more, and what no other plugin \
+                     decides is decided as without plugins"
                 );
                 gone.plugin.end();
                 self.known.remove(&*gone.name);

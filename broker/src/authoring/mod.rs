@@ -56,7 +56,7 @@ fn aloud<T>(run: impl FnOnce(&Heard) -> anyhow::Result<T>) -> anyhow::Result<T> 
     result
 }
 
-/// One component without a broker around it, with everything granted but files.
+/// One component without a broker around it, with everything granted but files, environment and networks.
 struct Bench {
     // Before the host, which waits for it.
     shard: Box<dyn ShardPlugins>,
