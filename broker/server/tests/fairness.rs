@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use wasmqtt_protocol::ports::{Memory, NoPlugins};
 
-use self::common::{Broker, CONNACK, Client, PUBLISH, SUBACK, publish};
+use self::common::store::Slow;
+use self::common::{Broker, CONNACK, Client, PUBACK, PUBLISH, SUBACK, packet, publish};
 
 /// Pings for each figure.
 const PINGS: usize = 150;
@@ -78,4 +79,43 @@ fn others_are_served_beside_a_flood_to_many_subscribers() {
         .collect();
     check_others_are_served(&broker, &publish(PUBLISH, "t", None, b"x").repeat(2000));
     drop(subscribers);
+}
+
+/// What cannot be handled for now is not read either, beyond what one read takes: the rest waits where the client sees it.
+#[cfg(target_os = "linux")]
+#[test]
+fn what_is_read_and_not_handled_is_bounded() {
+    const INBOX_BYTES: usize = 64 << 10;
+    const HANDLED: usize = 1024;
+    let store = Slow::at_once();
+    let broker = Broker::start(Arc::new(NoPlugins), Arc::new(store.clone()));
+    let mut keeper = broker.connect("keeper", false);
+    keeper.expect(CONNACK);
+    keeper.subscribe("a", 1);
+    keeper.expect(SUBACK);
+    let mut client = broker.connect("client", true);
+    client.expect(CONNACK);
+    // As many as there may be wait for the store: nothing else is handled.
+    store.hang();
+    let tiny = publish(PUBLISH | 2, "a", Some(1), b"x");
+    let written = client.stuff(&tiny.repeat(1000));
+    let held = written - client.bytes_in_kernel() - HANDLED * tiny.len();
+    assert!(written > 4 * INBOX_BYTES, "{written}");
+    assert!(held <= INBOX_BYTES, "{held} of {written} bytes are kept");
+    // One packet more, of which a byte is missing.
+    let mut other = broker.connect("other", true);
+    other.expect(CONNACK);
+    let large = packet(PUBLISH, &[&[0, 1, b'b'][..], &vec![b'x'; 900_000]].concat());
+    let (last, all) = large.split_last().unwrap();
+    other.write(all);
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(other.bytes_in_kernel(), 0, "it is read as it comes");
+    other.write(&[&[*last], &tiny.repeat(HANDLED)[..]].concat());
+    let written = other.stuff(&tiny.repeat(1000));
+    let held = written - other.bytes_in_kernel();
+    assert!(held <= INBOX_BYTES, "{held} of {written} bytes are kept");
+    store.commit_all();
+    for client in [&mut client, &mut other] {
+        client.expect(PUBACK);
+    }
 }

@@ -18,7 +18,7 @@ use wasmqtt_protocol::ports::{
 use wasmqtt_protocol::router::Message;
 
 use self::common::store::Slow;
-use self::common::{Broker, CONNACK, PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL, SUBACK};
+use self::common::{Broker, CONNACK, PINGRESP, PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL, SUBACK};
 
 /// Upper-cases `up/…`, refuses `no/…`, watches everything below `seen/`, in batches that wait while it is slow.
 #[derive(Default)]
@@ -268,6 +268,40 @@ fn a_slow_message_holds_up_its_own_publisher_only() {
     for topic in ["up/1", "seen/own"] {
         assert_eq!(&subscriber.expect(PUBLISH)[2..2 + topic.len()], topic.as_bytes());
     }
+}
+
+/// When a hook answers nobody, so many batches are under way; later messages wait for an answer, and their publishers are
+/// not read from.
+#[test]
+fn batches_under_way_are_bounded() {
+    const BATCHES_MAX: usize = 16;
+    const PUBLISHERS: usize = 3 * BATCHES_MAX;
+    let (broker, hook) = start();
+    hook.slow.store(true, Ordering::SeqCst);
+    let mut publishers: Vec<_> = (0..PUBLISHERS).map(|n| broker.connect(&format!("c{n}"), true)).collect();
+    for (n, publisher) in publishers.iter_mut().enumerate() {
+        publisher.expect(CONNACK);
+        publisher.publish("up/1", 1, false);
+        if n < BATCHES_MAX {
+            settles(|| hook.batches.lock().unwrap().len(), n + 1);
+        }
+    }
+    // All were read.
+    publishers[PUBLISHERS - 1].expect_silence();
+    for publisher in &mut publishers {
+        publisher.send(0xc0, &[]);
+    }
+    publishers[0].expect_silence();
+    assert_eq!(*hook.batches.lock().unwrap(), [1; BATCHES_MAX]);
+    for publisher in &mut publishers {
+        assert_eq!(publisher.next(Duration::from_millis(1)), None, "a publisher whose message waits is not read");
+    }
+    hook.answer();
+    for publisher in &mut publishers {
+        publisher.expect(PUBACK);
+        publisher.expect(PINGRESP);
+    }
+    assert_eq!(hook.batches.lock().unwrap().iter().sum::<usize>(), PUBLISHERS, "each was shown once");
 }
 
 /// Also when an `acl` plugin had to be asked about it: hooks for some clients only must not miss it.

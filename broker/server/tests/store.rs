@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use wasmqtt_protocol::ports::{Memory, NoPlugins};
 
 use self::common::store::Slow;
-use self::common::{Broker, CONNACK, Client, PUBACK, PUBLISH, QUIET, SUBACK, connect};
+use self::common::{Broker, CONNACK, Client, PINGRESP, PUBACK, PUBLISH, QUIET, SUBACK, connect, publish};
 
 const PUBREC: u8 = 0x50;
 
@@ -147,6 +147,37 @@ fn a_client_that_waits_for_the_store_is_served() {
     store.commit_all();
     publisher.expect(PUBACK);
     publisher.expect(SUBACK);
+}
+
+/// A client that sends on and on while the store hangs, or while it commits little by little.
+#[test]
+fn answers_that_wait_for_the_store_are_bounded() {
+    const WAITING_MAX: usize = 1024;
+    const COUNT: usize = 5 * WAITING_MAX / 2;
+    let store = Slow::default();
+    let broker = Broker::start(Arc::new(NoPlugins), Arc::new(store.clone()));
+    let _keeper = keeper(&broker, &store, "a");
+    let mut publisher = broker.connect("publisher", true);
+    publisher.expect(CONNACK);
+    store.take();
+    let packet = |id: usize| publish(PUBLISH | 2, "a", Some(u16::try_from(id).unwrap()), b"x");
+    // All of them fit into one read.
+    let mut bytes: Vec<u8> = (1..=COUNT).flat_map(packet).collect();
+    bytes.extend_from_slice(&[0xc0, 0]);
+    publisher.write(&bytes);
+    await_told(&store, "queued", WAITING_MAX);
+    let (mut queued, mut answers) = (WAITING_MAX, Vec::new());
+    let until = Instant::now() + Duration::from_mins(1);
+    while answers.len() <= COUNT && Instant::now() < until {
+        answers.extend(std::iter::from_fn(|| publisher.next(Duration::from_millis(50))).map(|(kind, _)| kind));
+        queued += store.take().iter().filter(|change| change.starts_with("queued")).count();
+        let answered = answers.iter().filter(|kind| **kind == PUBACK).count();
+        assert!(queued <= answered + WAITING_MAX, "{queued} were handled, {answered} are answered");
+        store.commit_one();
+    }
+    assert_eq!((queued, answers.len()), (COUNT, COUNT + 1));
+    let pong = answers.iter().position(|kind| *kind == PINGRESP).expect("is answered, too");
+    assert!(pong >= COUNT - WAITING_MAX, "what came behind the others is answered after {pong} of them");
 }
 
 /// What nobody is promised makes nobody wait: a lasting client leaves, a retained message with QoS 0.

@@ -123,6 +123,13 @@ impl Conn {
         }
     }
 
+    /// Packets that were read already are handled, since their answers have room.
+    #[inline]
+    pub(super) fn passes_packets(&self) -> bool {
+        // What storage hooks see may have to wait for the store afterwards.
+        self.gate.passes_packets() && !self.promises.has_no_room_beside(self.submitted)
+    }
+
     /// So many bytes came; `true`: no more is read, since another connection waits for the Session.
     pub(super) fn count_last_bytes(&mut self, count: usize) -> bool {
         self.last_bytes = self.last_bytes.map(|left| left.saturating_sub(count as u32));

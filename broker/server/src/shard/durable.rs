@@ -252,7 +252,9 @@ impl Shard {
         }
         if !self.durable.waits(self.conns[id].barrier) {
             self.mark_dirty(id);
-            self.open_gate(id, Reason::Commit);
+            if !self.conns[id].promises.is_full() {
+                self.open_gate(id, Reason::Commit);
+            }
         }
     }
 

@@ -19,7 +19,7 @@ use super::conn::State;
 use super::durable::Receipt;
 use super::gate::Reason;
 
-/// Answers of one client that may wait; then no more is read of it until the store has caught up.
+/// Answers of one client that may wait; then no packet of it is handled until the store has caught up.
 const PROMISES_MAX: usize = 1024;
 /// A queue that was longer is not kept when it is empty.
 const IDLE_CAPACITY_MAX: usize = 64;
@@ -58,8 +58,14 @@ impl Promises {
         self.0.as_ref().is_none_or(|waiting| waiting.is_empty())
     }
 
-    fn is_full(&self) -> bool {
-        self.0.as_ref().is_some_and(|waiting| waiting.len() >= PROMISES_MAX)
+    pub(super) fn is_full(&self) -> bool {
+        self.has_no_room_beside(0)
+    }
+
+    /// There is none for another one, when so many are still to come.
+    #[inline]
+    pub(super) fn has_no_room_beside(&self, others: u32) -> bool {
+        self.0.as_ref().map_or(0, |waiting| waiting.len()) + others as usize >= PROMISES_MAX
     }
 
     fn push(&mut self, promise: Promise) {

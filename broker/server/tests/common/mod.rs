@@ -4,9 +4,9 @@
 pub(crate) mod store;
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use wasmqtt_protocol::ports::{Plugins, Store};
 use wasmqtt_server::{Anonymous, Config, Identity, Limits, Listener, Server};
@@ -174,6 +174,43 @@ impl Client {
 
     pub(crate) fn write(&mut self, bytes: &[u8]) {
         self.0.write_all(bytes).unwrap();
+    }
+
+    /// Sends these bytes again and again until nobody has taken any for a while, or too many; gives their number.
+    pub(crate) fn stuff(&mut self, bytes: &[u8]) -> usize {
+        self.0.set_nonblocking(true).unwrap();
+        let (mut written, mut progress) = (0, Instant::now());
+        while progress.elapsed() < Duration::from_millis(500) && written < 256 << 20 {
+            match self.0.write(&bytes[written % bytes.len()..]) {
+                Ok(count) => (written, progress) = (written + count, Instant::now()),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => std::thread::sleep(Duration::from_millis(5)),
+                Err(error) => panic!("{error}"),
+            }
+        }
+        self.0.set_nonblocking(false).unwrap();
+        written
+    }
+
+    /// Bytes that the kernel has: those that were not sent, and those that the broker has not read. Linux tells.
+    pub(crate) fn bytes_in_kernel(&self) -> usize {
+        let spelled = |address: SocketAddr| {
+            let SocketAddr::V4(address) = address else { panic!("{address} is no IPv4 address") };
+            format!("{:08X}:{:04X}", u32::from_ne_bytes(address.ip().octets()), address.port())
+        };
+        let (own, peer) = (spelled(self.0.local_addr().unwrap()), spelled(self.0.peer_addr().unwrap()));
+        let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+        let ends = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>()).filter_map(|line| {
+            let (unsent, unread) = line.get(4)?.split_once(':')?;
+            let number = |hex| usize::from_str_radix(hex, 16).unwrap();
+            match (line[1], line[2]) {
+                (from, to) if from == own && to == peer => Some(number(unsent)),
+                (from, to) if from == peer && to == own => Some(number(unread)),
+                _ => None,
+            }
+        });
+        let ends: Vec<usize> = ends.collect();
+        assert_eq!(ends.len(), 2, "{table}");
+        ends.into_iter().sum()
     }
 
     pub(crate) fn send(&mut self, first: u8, body: &[u8]) {

@@ -31,9 +31,23 @@ impl Slow {
         store
     }
 
+    /// From now on it commits when the test says so.
+    pub(crate) fn hang(&self) {
+        self.0.lock().unwrap().commits_at_once = false;
+    }
+
     pub(crate) fn commit_all(&self) {
         let mut log = self.0.lock().unwrap();
         log.committed = log.batch;
+        if let Some(wake) = &log.wake {
+            wake();
+        }
+    }
+
+    /// Commits one batch more.
+    pub(crate) fn commit_one(&self) {
+        let mut log = self.0.lock().unwrap();
+        log.committed = log.batch.min(log.committed + 1);
         if let Some(wake) = &log.wake {
             wake();
         }
