@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const TARGET: &str = "wasm32-wasip2";
-const PACKAGES: [&str; 10] = [
+const PACKAGES: [&str; 11] = [
     "acl-rules",
     "auth-demo",
     "auth-file",
@@ -15,6 +15,7 @@ const PACKAGES: [&str; 10] = [
     "payload-seal",
     "presence",
     "topic-tap",
+    "hoard",
     "misbehave",
     "probe",
 ];
@@ -22,7 +23,15 @@ const PACKAGES: [&str; 10] = [
 fn main() {
     let here = PathBuf::from(std::env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
     let workspace = here.ancestors().nth(2).expect("the workspace is two folders up").to_owned();
-    for watched in ["plugins", "sdk/rust", "wit", "tests/guests/misbehave", "tests/guests/probe", "Cargo.toml"] {
+    for watched in [
+        "plugins",
+        "sdk/rust",
+        "wit",
+        "tests/guests/hoard",
+        "tests/guests/misbehave",
+        "tests/guests/probe",
+        "Cargo.toml",
+    ] {
         println!("cargo:rerun-if-changed={}", workspace.join(watched).display());
     }
     let target_dir = outer_target_dir().join("wasm-plugins");

@@ -7,7 +7,7 @@ use wasmtime_wasi::filesystem::WasiFilesystemView;
 use wasmtime_wasi::p2::bindings::filesystem::types::{
     Descriptor, DescriptorFlags, ErrorCode, HostDescriptor, OpenFlags, PathFlags,
 };
-use wasmtime_wasi::p2::{DynInputStream, DynOutputStream};
+use wasmtime_wasi::p2::{DynInputStream, DynOutputStream, ReaddirIterator};
 
 use crate::HostError;
 use crate::guest::Guest;
@@ -54,6 +54,17 @@ fn shadow(linker: &mut Linker<Guest>, name: &str) -> wasmtime::Result<()> {
             stream_of::<DynOutputStream>(guest, file, stream.map_err(wasmtime_wasi::TrappableError::downcast))
         },
     )?;
+    types.func_wrap_async(
+        "[method]descriptor.read-directory",
+        |mut store: StoreContextMut<'_, Guest>, (folder,): (Resource<Descriptor>,)| {
+            Box::new(async move { read_directory(store.data_mut(), folder).await })
+        },
+    )?;
+    types.resource(
+        "directory-entry-stream",
+        ResourceType::host::<ReaddirIterator>(),
+        |mut store: StoreContextMut<'_, Guest>, rep| store.data_mut().close_listing(Resource::new_own(rep)),
+    )?;
     types.resource("descriptor", ResourceType::host::<Descriptor>(), |mut store: StoreContextMut<'_, Guest>, rep| {
         store.data_mut().close_file(Resource::new_own(rep))
     })
@@ -83,6 +94,20 @@ async fn open_at(guest: &mut Guest, (folder, path_flags, path, open_flags, flags
         guest.denials.note(format_args!("opening {name:?}"));
     }
     Ok((Err(code),))
+}
+
+/// The stream holds all names of the folder.
+async fn read_directory(guest: &mut Guest, folder: Resource<Descriptor>) -> Opened<ReaddirIterator> {
+    if !guest.may_list() {
+        return Ok((Err(ErrorCode::Quota),));
+    }
+    match guest.filesystem().read_directory(folder).await {
+        Ok(stream) => Ok((Ok(stream),)),
+        Err(error) => {
+            guest.listing_closed();
+            Ok((Err(error.downcast()?),))
+        }
+    }
 }
 
 /// A stream holds its file open, so the file counts as open while the stream is there: it becomes its child.

@@ -11,7 +11,7 @@ use wasmtime::{Engine, ResourceLimiter};
 use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
 use wasmtime_wasi::p2::bindings::filesystem::types::Descriptor;
 use wasmtime_wasi::p2::bindings::sockets::network::ErrorCode;
-use wasmtime_wasi::p2::{OutputStream, Pollable, StreamResult};
+use wasmtime_wasi::p2::{OutputStream, Pollable, ReaddirIterator, StreamResult};
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
 use wasmtime_wasi_config::WasiConfig;
 use wasmtime_wasi_http::{WasiHttpCtx, WasiHttpCtxView, WasiHttpView};
@@ -22,7 +22,7 @@ use crate::bindings::imports::wasmqtt::plugin::host::{self as wit, Level};
 use crate::bindings::types::Pair;
 use crate::files;
 use crate::held::Held;
-use crate::http::Http;
+use crate::http::{self, FIELDS_BYTES_MAX, Http};
 use crate::keyvalue;
 use crate::metrics::Kind;
 use crate::network::allow_addresses;
@@ -35,8 +35,11 @@ use crate::sockets;
 const TABLE_ELEMENTS_MAX: usize = 100_000;
 /// Core instances, tables and memories of one component; Python needs over a hundred.
 const PARTS_MAX: usize = 256;
-/// WASI resources (open files, streams, timers) an instance may hold.
-const RESOURCES_MAX: usize = 1024;
+/// WASI resources (open files, streams, timers, HTTP requests) an instance may hold. The largest is a request, of about
+/// 128 KiB, see [`crate::http`].
+const RESOURCES_MAX: usize = 256;
+/// Folders an instance may be listing: each listing holds all names of its folder.
+const LISTINGS_MAX: usize = 16;
 /// Random bytes a guest may ask for at once.
 const RANDOM_BYTES_MAX: u64 = 64 * 1024;
 /// Log lines per second and instance, printed ones included. More are left out, and counted.
@@ -67,6 +70,8 @@ pub(crate) struct Guest {
     called: u32,
     pace: Pace,
     held: Held,
+    /// Folders it is listing.
+    listings: usize,
 }
 
 impl Guest {
@@ -87,10 +92,12 @@ impl Guest {
         let denials = Denials { plugin: Arc::clone(&services.plugin), log: log.clone() };
         allow_addresses(&mut wasi, services, &denials);
         let hooks = Http::new(&services.http, &denials);
-        let (http, services, held) = (WasiHttpCtx::new(), Arc::clone(services), Held::new(&services.plugin));
+        let mut http = WasiHttpCtx::new();
+        http.set_field_size_limit(FIELDS_BYTES_MAX);
+        let (services, held) = (Arc::clone(services), Held::new(&services.plugin));
         let wasi = wasi.build();
         let (called, pace) = (0, Pace::default());
-        Self { wasi, table, limits, log, denials, services, http, hooks, calls, called, pace, held }
+        Self { wasi, table, limits, log, denials, services, http, hooks, calls, called, pace, held, listings: 0 }
     }
 
     /// How long a guest must wait that called the broker more often than it may. Asked while it computes.
@@ -145,6 +152,25 @@ impl Guest {
 
     pub(crate) fn close_file(&mut self, file: Resource<Descriptor>) -> wasmtime::Result<()> {
         self.held.close_file(&mut self.table, file)
+    }
+
+    pub(crate) fn may_list(&mut self) -> bool {
+        let may = self.listings < LISTINGS_MAX;
+        self.listings += usize::from(may);
+        if !may {
+            self.log.write(Level::Warn, &format!("no more than {LISTINGS_MAX} folders are listed at a time"));
+        }
+        may
+    }
+
+    pub(crate) fn listing_closed(&mut self) {
+        self.listings = self.listings.saturating_sub(1);
+    }
+
+    pub(crate) fn close_listing(&mut self, listing: Resource<ReaddirIterator>) -> wasmtime::Result<()> {
+        self.table.delete(listing)?;
+        self.listing_closed();
+        Ok(())
     }
 
     /// A call into the guest begins.
@@ -438,6 +464,7 @@ pub(crate) fn linker(engine: &Engine) -> Result<Linker<Guest>, HostError> {
         .and_then(|()| keyvalue::bindings::Imports::add_to_linker::<Guest, HasSelf<Guest>>(&mut linker, |guest| guest))
         .map_err(|error| HostError::new(format!("{error:#}")))?;
     files::add_to_linker(&mut linker)?;
+    http::add_to_linker(&mut linker)?;
     sockets::add_to_linker(&mut linker)?;
     Ok(linker)
 }

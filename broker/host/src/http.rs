@@ -24,11 +24,17 @@ use tokio::task::JoinSet;
 use tokio::time::{Interval, timeout};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto, pki_types::ServerName};
+use wasmtime::StoreContextMut;
+use wasmtime::component::{Linker, Resource};
 use wasmtime_wasi_http::io::TokioIo;
-use wasmtime_wasi_http::{Error, RequestOptions, WasiBody, WasiHttpHooks};
+use wasmtime_wasi_http::p2::bindings::http::types::{HostOutgoingRequest as OutgoingRequest, Method};
+use wasmtime_wasi_http::p2::types::HostOutgoingRequest;
+use wasmtime_wasi_http::{Error, RequestOptions, WasiBody, WasiHttpHooks, WasiHttpView};
 
-use crate::guest::Denials;
+use crate::HostError;
+use crate::guest::{Denials, Guest};
 use crate::network::{HttpGrant, is_public};
+use crate::shadow::linked_name;
 
 /// How long connecting, and waiting for an answer or more of it, may take at most.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -41,6 +47,13 @@ const REQUESTS_MAX: usize = 8;
 /// Bytes of the head of a response, and header fields in it.
 const HEAD_BYTES_MAX: usize = 64 * 1024;
 const HEADERS_MAX: usize = 128;
+/// Bytes of a request's header fields.
+pub(crate) const FIELDS_BYTES_MAX: usize = 16 * 1024;
+/// Bytes of a request's body that are taken at once; another piece of that size may wait behind it.
+const BODY_BYTES_MAX: usize = 16 * 1024;
+/// Bytes of a request's method, and of the name and port of its server. wasmtime bounds scheme and path.
+const METHOD_BYTES_MAX: usize = 32;
+const AUTHORITY_BYTES_MAX: usize = 512;
 
 type Io = Box<dyn Future<Output = Result<(), Error>> + Send>;
 type Sent = Result<(http::Response<WasiBody>, Io), Error>;
@@ -74,7 +87,43 @@ impl Drop for UnderWay {
     }
 }
 
+/// Takes the place of the functions that wasmtime links: a request that is never sent must not be large.
+pub(crate) fn add_to_linker(linker: &mut Linker<Guest>) -> Result<(), HostError> {
+    let name = linked_name(linker, "wasi:http/types", "[method]outgoing-request.set-method")?;
+    linker.allow_shadowing(true);
+    let added = shadow(linker, &name);
+    linker.allow_shadowing(false);
+    added.map_err(|error| HostError::new(format!("{error:#}")))
+}
+
+fn shadow(linker: &mut Linker<Guest>, name: &str) -> wasmtime::Result<()> {
+    type Set<T> = (Resource<HostOutgoingRequest>, T);
+    let mut types = linker.instance(name)?;
+    types.func_wrap(
+        "[method]outgoing-request.set-method",
+        |mut store: StoreContextMut<'_, Guest>, (request, method): Set<Method>| {
+            if matches!(&method, Method::Other(name) if name.len() > METHOD_BYTES_MAX) {
+                return Ok((Err(()),));
+            }
+            Ok((OutgoingRequest::set_method(&mut store.data_mut().http(), request, method)?,))
+        },
+    )?;
+    types.func_wrap(
+        "[method]outgoing-request.set-authority",
+        |mut store: StoreContextMut<'_, Guest>, (request, authority): Set<Option<String>>| {
+            if authority.as_ref().is_some_and(|authority| authority.len() > AUTHORITY_BYTES_MAX) {
+                return Ok((Err(()),));
+            }
+            Ok((OutgoingRequest::set_authority(&mut store.data_mut().http(), request, authority)?,))
+        },
+    )
+}
+
 impl WasiHttpHooks for Http {
+    fn p2_outgoing_body_chunk_size(&mut self) -> usize {
+        BODY_BYTES_MAX
+    }
+
     fn send_request(
         &mut self,
         request: http::Request<WasiBody>,

@@ -10,6 +10,7 @@ use wasmqtt_protocol::text::escaped;
 use wasmtime::{Engine, Store, UpdateDeadline};
 
 use crate::bindings::TEXT_BYTES_MAX;
+use crate::call::ANSWER_BYTES_MAX;
 use crate::engine::{Clock, thread_cpu_ns};
 use crate::exports::Exports;
 use crate::grants::Mounts;
@@ -34,6 +35,7 @@ impl Running {
         let meter = Arc::new(Meter::default());
         let mut store = Store::new(engine, guest);
         store.limiter(|guest| &mut guest.limits);
+        store.set_hostcall_fuel(ANSWER_BYTES_MAX);
         let watched = Arc::clone(&meter);
         store.epoch_deadline_callback(move |mut store| {
             if watched.is_over() {

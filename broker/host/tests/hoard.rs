@@ -1,0 +1,51 @@
+//! What a guest makes the broker hold or do has a bound, in bytes where it has bytes, whatever was granted.
+
+mod common;
+
+use common::{Broker, allowed, plugin};
+use wasmqtt_host::{FileGrant, Mode, PluginConfig};
+use wasmqtt_protocol::ports::AuthOutcome;
+
+fn hoard(settings: &[(&str, &str)]) -> PluginConfig {
+    plugin("h", wasmqtt_guests::component("hoard"), settings)
+}
+
+/// What the guest says it got.
+fn got(broker: &Broker, username: &str) -> usize {
+    match broker.ask("c", username) {
+        AuthOutcome::Allow(grant) => grant.principal.parse().expect("a number"),
+        other => panic!("{username}: {other:?}"),
+    }
+}
+
+#[test]
+fn a_request_that_is_never_sent_is_small() {
+    let broker = Broker::start(vec![hoard(&[])]);
+    let bytes = got(&broker, "request:");
+    assert!((1..=32 << 10).contains(&bytes), "{bytes} bytes");
+}
+
+#[test]
+fn resources_of_an_instance_are_few() {
+    let broker = Broker::start(vec![hoard(&[])]);
+    assert_eq!(broker.ask("a", "resources:200"), allowed("200"));
+    assert_eq!(broker.ask("b", "resources:300"), AuthOutcome::Unavailable);
+}
+
+#[test]
+fn listings_of_folders_are_few() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let files = vec![FileGrant { host: folder.path().into(), guest: "/data".into(), mode: Mode::Read }];
+    let broker = Broker::start(vec![PluginConfig { files, ..hoard(&[]) }]);
+    for _ in 0..3 {
+        assert_eq!(got(&broker, "listings:100"), 16, "those that are closed do not count");
+    }
+}
+
+/// In `init` as in any call.
+#[test]
+fn what_is_handed_over_in_init_is_bounded() {
+    let started = Broker::try_start(tempfile::tempdir().expect("a temporary folder"), vec![hoard(&[("init", "long")])]);
+    let error = started.err().expect("is refused").to_string();
+    assert!(error.contains("init: ") && error.contains("fuel"), "{error}");
+}

@@ -1,0 +1,69 @@
+//! A plugin that takes as much of the broker as it gets: in `init` by its setting `init`, in `authenticate` by the User
+//! Name. What it got is the principal.
+
+use wasip2::http::types::{Fields, Method, OutgoingRequest};
+use wasmqtt_sdk::host::{self, Level};
+use wasmqtt_sdk::{Auth, Outcome, Plugin, Request, Settings, Step};
+
+const MIB: usize = 1 << 20;
+
+/// It has nothing of its own.
+pub struct Hoard;
+
+impl Plugin for Hoard {
+    fn new(settings: &Settings) -> Result<Self, String> {
+        if settings.get("init") == Some("long") {
+            host::log(Level::Debug, &"x".repeat(6 * MIB));
+        }
+        Ok(Self)
+    }
+}
+
+impl Auth for Hoard {
+    fn authenticate(&self, request: &Request) -> Result<Outcome, String> {
+        let (what, number) = request.username.as_deref().and_then(|name| name.split_once(':')).unwrap_or_default();
+        let count: usize = number.parse().unwrap_or_default();
+        let got = match what {
+            "request" => unsent_request(),
+            "resources" => resources(count),
+            "listings" => listings(count),
+            _ => 0,
+        };
+        Ok(Outcome::allow(got.to_string()))
+    }
+
+    fn proceed(&self, _step: &Step) -> Result<Outcome, String> {
+        Ok(Outcome::Next)
+    }
+}
+
+/// Bytes that one request holds in the broker though it is never sent, but for its header fields.
+fn unsent_request() -> usize {
+    let request = OutgoingRequest::new(Fields::new());
+    let Ok(body) = request.body() else { return 0 };
+    let Ok(stream) = body.write() else { return 0 };
+    let mut held = 0;
+    while let Ok(room @ 1..) = stream.check_write() {
+        let piece = vec![0; usize::try_from(room).unwrap_or_default().min(MIB)];
+        held += stream.write(&piece).map_or(0, |()| piece.len());
+    }
+    let text = "x".repeat(MIB);
+    held += request.set_method(&Method::Other(text.clone())).map_or(0, |()| MIB);
+    held += request.set_authority(Some(&text)).map_or(0, |()| MIB);
+    held + request.set_path_with_query(Some(&format!("/{text}"))).map_or(0, |()| MIB)
+}
+
+fn resources(count: usize) -> usize {
+    let held: Vec<Fields> = (0..count).map(|_| Fields::new()).collect();
+    held.len()
+}
+
+/// Listings of the first granted folder that it has at a time.
+fn listings(count: usize) -> usize {
+    let folders = wasip2::filesystem::preopens::get_directories();
+    let Some((folder, _)) = folders.first() else { return 0 };
+    let held: Vec<_> = (0..count).filter_map(|_| folder.read_directory().ok()).collect();
+    held.len()
+}
+
+wasmqtt_sdk::export_plugin!(Hoard: auth);
