@@ -84,7 +84,8 @@ impl Question for Rewrite {
     }
 
     fn answer_bytes_max(&self) -> usize {
-        ANSWER_BYTES_MAX + 4 * self.messages.iter().map(|shown| shown.message.payload.len()).sum::<usize>()
+        let bytes = |Shown { message, .. }: &Shown| 4 * message.payload.len() + 2 * message.properties.len();
+        ANSWER_BYTES_MAX + self.messages.iter().map(bytes).sum::<usize>()
     }
 
     fn bytes(&self) -> usize {

@@ -13,7 +13,7 @@ use crate::config::OnError;
 use crate::hook::{Change, Moment, Rewrite, Shown};
 use crate::shard::Slot;
 
-/// Messages and bytes of payload that are shown at once; a larger message is shown alone.
+/// Messages and bytes that are shown at once; a larger message is shown alone.
 const PORTION_MAX: usize = 1024;
 const PORTION_BYTES_MAX: usize = 1 << 20;
 
@@ -31,6 +31,14 @@ impl Work {
     fn shown(&self, at_rest: bool) -> Shown {
         let kept = self.kept.as_ref().filter(|_| at_rest);
         Shown { message: Arc::clone(kept.unwrap_or(&self.delivered)), client: self.client.clone(), fed: None }
+    }
+
+    /// Bytes that are copied to show it.
+    fn bytes(&self, at_rest: bool, payload: bool) -> usize {
+        let message = self.kept.as_ref().filter(|_| at_rest).unwrap_or(&self.delivered);
+        let client = self.client.as_ref().map_or(0, |client| client.client_id.len());
+        let content = if payload { message.payload.len() + message.properties.len() } else { 0 };
+        message.topic.len() + client + content
     }
 
     fn apply(&mut self, change: Change, at_rest: bool) {
@@ -113,12 +121,12 @@ fn groups<'a>(slot: &'a Slot, works: &[Work]) -> Vec<(&'a Slot, Vec<usize>)> {
 }
 
 /// Parts that are shown at once: what a guest must have room for.
-fn portions<'a>(places: &'a [usize], works: &'a [Work]) -> impl Iterator<Item = &'a [usize]> {
+fn portions<'a>(places: &'a [usize], bytes_of: impl Fn(usize) -> usize) -> impl Iterator<Item = &'a [usize]> {
     let mut rest = places;
     std::iter::from_fn(move || {
         let mut bytes = 0;
         let fits = |place: &&usize| {
-            bytes += works[**place].delivered.payload.len();
+            bytes += bytes_of(**place);
             bytes <= PORTION_BYTES_MAX
         };
         let count = rest.iter().take(PORTION_MAX).take_while(fits).count().max(1).min(rest.len());
@@ -130,9 +138,10 @@ fn portions<'a>(places: &'a [usize], works: &'a [Work]) -> impl Iterator<Item = 
 
 async fn show(slot: &Slot, works: &mut [Work], moment: Moment, at_rest: bool) {
     for (slot, places) in groups(slot, works) {
-        let portions: Vec<Vec<usize>> = portions(&places, works).map(<[usize]>::to_vec).collect();
+        let payload = slot.generation.registration().payload;
+        let portions: Vec<&[usize]> = portions(&places, |place| works[place].bytes(at_rest, payload)).collect();
         for portion in portions {
-            show_portion(slot, works, &portion, moment, at_rest).await;
+            show_portion(slot, works, portion, moment, at_rest).await;
         }
     }
 }
@@ -171,5 +180,56 @@ async fn ask(slot: &Slot, question: &Rewrite) -> Result<Vec<(u32, Change)>, OnEr
         call::consult(slot, question).await
     } else {
         call::ask(slot, question).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use wasmqtt_protocol::codec::Qos;
+
+    use super::*;
+
+    fn message(payload: usize, properties: usize) -> Arc<Message> {
+        Arc::new(Message {
+            topic: "t".into(),
+            payload: vec![0; payload].into(),
+            properties: vec![0; properties].into(),
+            qos: Qos::AtMostOnce,
+            retain: false,
+            expires_at_ms: None,
+            publisher: None,
+        })
+    }
+
+    /// How many are shown at a time.
+    fn check(
+        delivered: &Arc<Message>,
+        kept: Option<&Arc<Message>>,
+        (at_rest, payload): (bool, bool),
+        counts: &[usize],
+    ) {
+        let work = || Work {
+            plugins: 0,
+            client: None,
+            delivered: Arc::clone(delivered),
+            kept: kept.cloned(),
+            discarded: None,
+        };
+        let works: Vec<Work> = (0..1500).map(|_| work()).collect();
+        let places: Vec<usize> = (0..works.len()).collect();
+        let shown = portions(&places, |place| works[place].bytes(at_rest, payload)).map(<[usize]>::len);
+        assert_eq!(shown.take(counts.len()).collect::<Vec<_>>(), counts);
+    }
+
+    /// Whatever of a message is copied for the guest counts, and nothing else.
+    #[test]
+    fn what_is_shown_at_once_is_bounded_in_bytes() {
+        check(&message(10, 10), None, (false, true), &[1024, 476]);
+        check(&message(0, 900_000), None, (false, true), &[1, 1]);
+        check(&message(600_000, 0), None, (false, true), &[1, 1]);
+        check(&message(600_000, 900_000), None, (false, false), &[1024, 476]);
+        // A form for the store counts for those that are shown it.
+        check(&message(0, 0), Some(&message(900_000, 0)), (true, true), &[1, 1]);
+        check(&message(0, 0), Some(&message(900_000, 0)), (false, true), &[1024, 476]);
     }
 }
