@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use tracing::error;
-use tracing_subscriber::filter::Targets;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, fmt, reload};
@@ -20,6 +20,9 @@ use crate::settings::Log;
 
 /// How long the end of the process waits for a standard error that nobody reads.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(1);
+
+/// What carries out HTTP for guests; logged only if `log.level` names it.
+const GUEST_HTTP: &str = "wasmtime_wasi_http";
 
 /// The log of the process, once it is started.
 static QUEUE: OnceLock<Arc<LogQueue>> = OnceLock::new();
@@ -42,7 +45,10 @@ impl LogLevel {
 }
 
 fn targets(level: &str) -> anyhow::Result<Targets> {
-    level.parse().with_context(|| format!("log.level = {level:?}"))
+    let targets: Targets = level.parse().with_context(|| format!("log.level = {level:?}"))?;
+    let is_named = targets.iter().any(|(target, _)| target == GUEST_HTTP);
+    // It warns of every wrong request, as often as a guest makes one; what matters is logged by the host, with a bound.
+    Ok(if is_named { targets } else { targets.with_target(GUEST_HTTP, LevelFilter::OFF) })
 }
 
 impl LogGuard {
@@ -107,4 +113,20 @@ fn log_panics(queue: Arc<LogQueue>) {
         // What ends the process now may not wait for the log.
         queue.flush(FLUSH_PATIENCE);
     }));
+}
+
+#[cfg(test)]
+mod tests {
+    use tracing::Level;
+
+    use super::*;
+
+    #[test]
+    fn requests_of_guests_are_not_logged_unless_wanted() {
+        let is_logged = |level: &str, target| targets(level).expect("is right").would_enable(target, &Level::WARN);
+        assert!(is_logged("info", "plugin") && is_logged("info", "wasmtime"));
+        assert!(!is_logged("info", "wasmtime_wasi_http::p2::error"));
+        assert!(!is_logged("trace,plugin=warn", "wasmtime_wasi_http::p2::error"));
+        assert!(is_logged("info,wasmtime_wasi_http=warn", "wasmtime_wasi_http::p2::error"));
+    }
 }
