@@ -84,12 +84,14 @@ struct Held {
     until_ms: u64,
 }
 
-/// A verdict without lease, waiting for the packet it was asked for to be handled.
+/// A verdict that waits for the packet it was asked for to be handled.
 #[derive(Debug)]
 struct Once {
     action: Action,
     topic: Arc<str>,
     verdict: Verdict,
+    /// The end of its lease; when it was asked, if it has none.
+    until_ms: u64,
 }
 
 /// One client's permissions. A pointer as long as nothing is known: most clients that are away have nothing else.
@@ -185,17 +187,18 @@ impl Known {
     fn learn(&mut self, now_ms: u64, action: Action, topic: Arc<str>, decision: Decision) {
         // Nothing granted means denied.
         let verdict = decision.verdict.unwrap_or(Verdict::Deny(ReasonCode::NOT_AUTHORIZED));
-        let lease = decision.lease.filter(|lease| lease.seconds > 0);
-        if let Some(lease) = lease {
+        let mut until_ms = now_ms;
+        if let Some(lease) = decision.lease.filter(|lease| lease.seconds > 0) {
             let scope = lease.scope.map_or_else(|| Box::from(&*topic), |scope| scope.topic_filter().into());
-            // A lease for something else than was asked must not leave the question open.
-            let applies = applies(action, &scope, verdict, &topic) && scope.len() <= LEASE_BYTES_MAX;
-            self.hold(Held { action, scope, verdict, until_ms: now_ms + u64::from(lease.seconds) * 1000 });
-            if applies {
-                return;
+            let ends_ms = now_ms + u64::from(lease.seconds) * 1000;
+            if applies(action, &scope, verdict, &topic) {
+                until_ms = ends_ms;
             }
+            self.hold(Held { action, scope, verdict, until_ms: ends_ms });
         }
-        self.once.push(Once { action, topic, verdict });
+        // A lease for something else than was asked, or one that makes room for others of the same packet, must not
+        // leave the question open.
+        self.once.push(Once { action, topic, verdict, until_ms });
     }
 
     fn hold(&mut self, new: Held) {
@@ -247,7 +250,7 @@ impl Known {
             return Some((Verdict::Deny(ReasonCode::NOT_AUTHORIZED), u64::MAX));
         }
         if let Some(once) = self.once.iter().find(|once| once.action == action && *once.topic == *topic) {
-            return Some((once.verdict, now_ms));
+            return Some((once.verdict, once.until_ms));
         }
         let alive = self.held.iter().filter(|held| held.action == action && now_ms < held.until_ms);
         // A prohibition is stronger than a permission that is about the same topic.
@@ -344,6 +347,24 @@ mod tests {
         assert_eq!(publish(&mut permits, 0, 3, "c"), Some(NO));
         permits.packet_done();
         assert_eq!(publish(&mut permits, 0, 1, "a"), None);
+    }
+
+    /// Leases of one packet may push each other out; its own answers stay until it is handled.
+    #[test]
+    fn as_many_answers_as_one_packet_wants_are_known() {
+        let mut permits = Permits::default();
+        let filter = |n: usize| format!("t/{n}");
+        for n in 0..LEASES_MAX + 36 {
+            let verdict = if n == 0 { NO } else { Verdict::Allow };
+            permits.learn(0, Action::Subscribe, filter(n).into(), decision(verdict, None, 60));
+        }
+        for n in 0..LEASES_MAX + 36 {
+            let verdict = if n == 0 { NO } else { Verdict::Allow };
+            assert_eq!(permits.subscribe(0, &filter(n)), Some((verdict, 60_000)), "{n}");
+        }
+        permits.packet_done();
+        let left = (0..LEASES_MAX + 36).filter(|n| permits.subscribe(0, &filter(*n)).is_some()).count();
+        assert_eq!(left, LEASES_MAX);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use wasmqtt_protocol::router::SessionKey;
 use wasmqtt_protocol::session::Incoming;
 use wasmqtt_protocol::topic::Filter;
 
-use super::calls::Answer;
+use super::calls::{Answer, Asked};
 use super::connect::principal_of;
 use super::gate::Reason;
 use super::routes::random;
@@ -94,18 +94,20 @@ impl Shard {
             self.conns[id].permitted = (route, u64::MAX);
             return Some(Verdict::Allow);
         }
-        let mut known = standing.permits.publish(self.now_ms, route, incoming.topic);
-        if known.is_none() {
-            if !self.ask_to_publish(id, key, incoming) {
-                return None;
+        let (verdict, until_ms) = match standing.permits.publish(self.now_ms, route, incoming.topic) {
+            // Perhaps said for this packet, which had to wait for it.
+            Some(known) => {
+                standing.permits.packet_done();
+                known
             }
-            known = self.sessions.standing(key.slot)?.permits.publish(self.now_ms, route, incoming.topic);
-        }
-        let (verdict, until_ms) = known.unwrap_or((NOT_AUTHORIZED, 0));
-        if until_ms <= self.now_ms {
-            // Said for this packet alone, which perhaps had to wait for it.
-            self.sessions.standing(key.slot)?.permits.packet_done();
-        }
+            None if self.ask_to_publish(id, key, incoming) => {
+                let permits = &mut self.sessions.standing(key.slot)?.permits;
+                let known = permits.publish(self.now_ms, route, incoming.topic);
+                permits.packet_done();
+                known.unwrap_or((NOT_AUTHORIZED, 0))
+            }
+            None => return None,
+        };
         if verdict == Verdict::Allow {
             self.conns[id].permitted = (route, until_ms);
         }
@@ -138,21 +140,27 @@ impl Shard {
         // Those beyond are refused whatever plugins say.
         let asked = subscribe.filters.iter().take(self.tunable.limits.filters_per_packet_max);
         let filters: Vec<_> = asked.map(|(text, options)| (Filter::parse(text).ok(), options.qos)).collect();
+        // What is learned for some of them may make others forgotten.
+        let known: Vec<_> = filters
+            .iter()
+            .map(|(filter, _)| standing.permits.subscribe(self.now_ms, filter.as_ref()?.topic_filter()))
+            .collect();
         let unknown: Arc<[Access]> = filters
             .iter()
-            .filter_map(|(filter, qos)| Some((filter.as_ref()?.topic_filter(), *qos)))
-            .filter(|(filter, _)| standing.permits.subscribe(self.now_ms, filter).is_none())
-            .map(|(filter, qos)| subscription(filter, qos))
+            .zip(&known)
+            .filter(|(_, known)| known.is_none())
+            .filter_map(|((filter, qos), _)| Some(subscription(filter.as_ref()?.topic_filter(), *qos)))
             .collect();
         if !unknown.is_empty() && !self.ask(id, key, unknown) {
             return None;
         }
         let permits = &mut self.sessions.standing(key.slot)?.permits;
         let mut next_ms = u64::MAX;
-        let verdicts = filters.iter().map(|(filter, _)| {
+        let verdicts = filters.iter().zip(known).map(|((filter, _), known)| {
             let Some(filter) = filter else { return Verdict::Allow };
-            let (verdict, until_ms) =
-                permits.subscribe(self.now_ms, filter.topic_filter()).unwrap_or((NOT_AUTHORIZED, u64::MAX));
+            let (verdict, until_ms) = known
+                .or_else(|| permits.subscribe(self.now_ms, filter.topic_filter()))
+                .unwrap_or((NOT_AUTHORIZED, u64::MAX));
             // What was said once is not asked again while the client stays.
             if verdict == Verdict::Allow && until_ms > self.now_ms {
                 next_ms = next_ms.min(until_ms);
@@ -168,40 +176,49 @@ impl Shard {
     /// Asks the plugins for the sake of a packet; `false`: it has to wait.
     fn ask(&mut self, id: usize, key: SessionKey, accesses: Arc<[Access]>) -> bool {
         let Some(standing) = self.sessions.standing(key.slot) else { return true };
+        let asked = Asked { accesses, revoked: standing.revoked };
         if !self.has_acl {
             // Rules said nothing, and nothing granted means denied.
-            self.learn(key, &accesses, Vec::new());
+            self.learn(key, &asked, Vec::new());
             return true;
         }
         let epoch = self.conns[id].epoch;
-        let call = self.plugins.authorize(Arc::clone(&standing.client), Arc::clone(&accesses));
-        let call = Box::pin(async move { Answer::Packet { conn: id, epoch, accesses, decisions: call.await } });
-        if let Some(Answer::Packet { accesses, decisions, .. }) = self.calls.begin(Some((id, epoch)), call) {
-            self.learn(key, &accesses, decisions);
+        let call = self.plugins.authorize(Arc::clone(&standing.client), Arc::clone(&asked.accesses));
+        let call = Box::pin(async move { Answer::Packet { conn: id, epoch, asked, decisions: call.await } });
+        if let Some(Answer::Packet { asked, decisions, .. }) = self.calls.begin(Some((id, epoch)), call) {
+            self.learn(key, &asked, decisions);
             return true;
         }
         self.conns[id].gate.close(Reason::Asking);
         false
     }
 
-    fn learn(&mut self, key: SessionKey, accesses: &[Access], decisions: Vec<Decision>) {
+    fn learn(&mut self, key: SessionKey, asked: &Asked, decisions: Vec<Decision>) {
         let now_ms = self.now_ms;
         let Some(standing) = self.sessions.standing(key.slot) else { return };
+        // What was asked before a revocation holds for what waits for it, and no longer.
+        let is_revoked = standing.revoked != asked.revoked;
         let decisions = decisions.into_iter().map(Some).chain(std::iter::repeat_with(|| None));
-        for (access, decision) in accesses.iter().zip(decisions) {
-            let decision = decision.unwrap_or_default();
+        for (access, decision) in asked.accesses.iter().zip(decisions) {
+            let mut decision = decision.unwrap_or_default();
+            if is_revoked {
+                decision.lease = None;
+            }
             standing.permits.learn(now_ms, access.action, Arc::clone(&access.topic), decision);
+        }
+        if is_revoked {
+            self.check_at(key, now_ms);
         }
     }
 
     /// The packet that waited is handled now, and what came behind it.
-    pub(super) fn on_packet_decisions(&mut self, id: usize, epoch: u32, accesses: &[Access], decisions: Vec<Decision>) {
+    pub(super) fn on_packet_decisions(&mut self, id: usize, epoch: u32, asked: &Asked, decisions: Vec<Decision>) {
         if !self.is_current(id, epoch) {
             return;
         }
         let super::conn::State::Live { slot } = self.conns[id].state else { return };
         let Some(key) = self.sessions.get(slot).map(|session| session.key) else { return };
-        self.learn(key, accesses, decisions);
+        self.learn(key, asked, decisions);
         self.open_gate(id, Reason::Asking);
         self.on_kept(id);
     }
@@ -257,7 +274,7 @@ impl Shard {
 
     fn revoke(&mut self, key: SessionKey, check_in_ms: u64) {
         if let Some(standing) = self.sessions.standing(key.slot) {
-            standing.permits.revoke();
+            standing.revoke();
             self.forget_permitted(key);
             self.check_in(key, check_in_ms);
         }
@@ -297,18 +314,18 @@ impl Shard {
         if !self.has_acl && !standing.permits.has_rules() {
             return self.on_permissions_known(key, true);
         }
-        let client = Arc::clone(&standing.client);
+        let (client, revoked) = (Arc::clone(&standing.client), standing.revoked);
         let unknown = self.judge_subscriptions(key);
         if unknown.is_empty() {
             return self.on_permissions_known(key, true);
         }
-        let accesses: Arc<[Access]> = unknown.into();
+        let asked = Asked { accesses: unknown.into(), revoked };
         if !self.has_acl {
-            return self.on_subscription_decisions(key, &client, &accesses, Vec::new());
+            return self.on_subscription_decisions(key, &client, &asked, Vec::new());
         }
-        let call = self.plugins.authorize(Arc::clone(&client), Arc::clone(&accesses));
+        let call = self.plugins.authorize(Arc::clone(&client), Arc::clone(&asked.accesses));
         let call =
-            Box::pin(async move { Answer::Subscriptions { session: key, client, accesses, decisions: call.await } });
+            Box::pin(async move { Answer::Subscriptions { session: key, client, asked, decisions: call.await } });
         if let Some(answer) = self.calls.begin(None, call) {
             self.on_answer(answer);
         }
@@ -318,7 +335,7 @@ impl Shard {
         &mut self,
         key: SessionKey,
         client: &Arc<Client>,
-        accesses: &[Access],
+        asked: &Asked,
         mut decisions: Vec<Decision>,
     ) {
         if self.sessions.resolve(key).is_none() {
@@ -336,7 +353,7 @@ impl Shard {
             decision.verdict = Some(Verdict::Allow);
             decision.lease = None;
         }
-        self.learn(key, accesses, decisions);
+        self.learn(key, asked, decisions);
         self.judge_subscriptions(key);
         if let Some(standing) = self.sessions.standing(key.slot) {
             standing.permits.packet_done();

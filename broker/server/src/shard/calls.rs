@@ -6,7 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
+use hashbrown::HashMap;
 use slab::Slab;
+use smallvec::SmallVec;
 use wasmqtt_protocol::access::Decision;
 use wasmqtt_protocol::ports::{Accepted, Access, AuthOutcome, Call, Client, Loaded};
 use wasmqtt_protocol::router::{Message, SessionKey};
@@ -50,14 +52,21 @@ impl Wake for Signal {
     }
 }
 
+/// What plugins were asked about a client.
+pub(super) struct Asked {
+    pub(super) accesses: Arc<[Access]>,
+    /// See [`Standing::revoked`](super::sessions::Standing::revoked).
+    pub(super) revoked: u32,
+}
+
 /// What a call comes back with, and for whom.
 pub(super) enum Answer {
     /// For the CONNECT or AUTH of a connection.
     Auth { conn: usize, epoch: u32, outcome: AuthOutcome },
     /// For a packet that waits for it.
-    Packet { conn: usize, epoch: u32, accesses: Arc<[Access]>, decisions: Vec<Decision> },
+    Packet { conn: usize, epoch: u32, asked: Asked, decisions: Vec<Decision> },
     /// For subscriptions that were made earlier.
-    Subscriptions { session: SessionKey, client: Arc<Client>, accesses: Arc<[Access]>, decisions: Vec<Decision> },
+    Subscriptions { session: SessionKey, client: Arc<Client>, asked: Asked, decisions: Vec<Decision> },
     /// For the messages that were shown to storage hooks in one batch.
     Stored { batch: u64, answers: Vec<Accepted> },
     /// For messages from the store that were sealed.
@@ -75,6 +84,8 @@ struct Running {
 
 pub(super) struct Calls {
     running: Slab<Running>,
+    /// Those that end with a connection, by its place.
+    of_conns: HashMap<usize, SmallVec<[usize; 1]>, foldhash::fast::RandomState>,
     ready: Arc<Ready>,
     waker: Arc<mio::Waker>,
     /// Calls that began since the last turn and yielded.
@@ -83,7 +94,7 @@ pub(super) struct Calls {
 
 impl Calls {
     pub(super) fn new(waker: Arc<mio::Waker>) -> Self {
-        Self { running: Slab::new(), ready: Arc::default(), waker, slow_begins: 0 }
+        Self { running: Slab::new(), of_conns: HashMap::default(), ready: Arc::default(), waker, slow_begins: 0 }
     }
 
     pub(super) fn any_ready(&self) -> bool {
@@ -92,7 +103,17 @@ impl Calls {
 
     /// Drops the calls of a connection that is gone.
     pub(super) fn cancel(&mut self, conn: usize, epoch: u32) {
-        self.running.retain(|_, running| running.conn != Some((conn, epoch)));
+        let Some(mut keys) = self.of_conns.remove(&conn) else { return };
+        keys.retain(|key| {
+            let is_over = self.running.get(*key).is_none_or(|running| running.conn == Some((conn, epoch)));
+            if is_over {
+                drop(self.running.try_remove(*key));
+            }
+            !is_over
+        });
+        if !keys.is_empty() {
+            self.of_conns.insert(conn, keys);
+        }
     }
 
     /// The call that was woken first. One that ended meanwhile may have left its key to another call, which is then
@@ -111,7 +132,15 @@ impl Calls {
         running.signal.ready.store(false, Ordering::Release);
         let waker = Waker::from(Arc::clone(&running.signal));
         let Poll::Ready(answer) = running.call.as_mut().poll(&mut Context::from_waker(&waker)) else { return None };
-        self.running.remove(key);
+        let ended = self.running.remove(key);
+        if let Some((conn, _)) = ended.conn
+            && let Some(keys) = self.of_conns.get_mut(&conn)
+        {
+            keys.retain(|other| *other != key);
+            if keys.is_empty() {
+                self.of_conns.remove(&conn);
+            }
+        }
         Some(answer)
     }
 
@@ -121,11 +150,15 @@ impl Calls {
         let (key, all) = (entry.key(), Arc::clone(&self.ready));
         let signal = Arc::new(Signal { key, ready: AtomicBool::new(false), all, shard: Arc::clone(&self.waker) });
         entry.insert(Running { conn, call, signal: Arc::clone(&signal) });
-        if self.slow_begins >= SLOW_BEGINS_MAX {
+        let answer = if self.slow_begins >= SLOW_BEGINS_MAX {
             signal.wake_by_ref();
-            return None;
+            None
+        } else {
+            self.poll(key)
+        };
+        if let (None, Some((conn, _))) = (&answer, conn) {
+            self.of_conns.entry(conn).or_default().push(key);
         }
-        let answer = self.poll(key);
         // It was woken while it was polled: it computes.
         self.slow_begins += usize::from(answer.is_none() && signal.ready.load(Ordering::Acquire));
         answer
@@ -149,11 +182,11 @@ impl Shard {
     pub(super) fn on_answer(&mut self, answer: Answer) {
         match answer {
             Answer::Auth { conn, epoch, outcome } => self.on_auth_outcome(conn, epoch, outcome),
-            Answer::Packet { conn, epoch, accesses, decisions } => {
-                self.on_packet_decisions(conn, epoch, &accesses, decisions);
+            Answer::Packet { conn, epoch, asked, decisions } => {
+                self.on_packet_decisions(conn, epoch, &asked, decisions);
             }
-            Answer::Subscriptions { session, client, accesses, decisions } => {
-                self.on_subscription_decisions(session, &client, &accesses, decisions);
+            Answer::Subscriptions { session, client, asked, decisions } => {
+                self.on_subscription_decisions(session, &client, &asked, decisions);
             }
             Answer::Stored { batch, answers } => self.on_stored(batch, answers),
             Answer::Opened { opened, loaded } => self.on_loaded(loaded, opened),

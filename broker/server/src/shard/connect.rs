@@ -379,6 +379,8 @@ impl Shard {
             self.event(EventKind::ClientConnected, key.slot, || vec![("address", address), ("version", version)]);
         }
         self.conns[id].gate.open(Reason::Leaving, self.now_ms);
+        // Whoever bans it from now on finds it. Authentication may have taken its time.
+        self.end_if_banned(key);
         self.check_subscriptions(key);
     }
 }

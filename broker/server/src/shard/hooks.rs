@@ -226,15 +226,17 @@ impl Shard {
         };
         let Some(key) = publisher else { return };
         let receipt = self.durable.since(mark);
+        // A connection that ended lingers for a while, and the place of its Session may have another one by now.
+        let present = self.conn_of(publisher);
         match conn {
-            Some((id, epoch)) if self.is_current(id, epoch) => match packet_id {
+            Some((id, epoch)) if present == Some(id) && self.is_current(id, epoch) => match packet_id {
                 Some(packet_id) => self.acknowledge(id, key.slot, (qos, packet_id), reason, receipt),
                 None => self.note_written(id, receipt),
             },
             Some(_) => self.acknowledge_earlier(key, qos, packet_id, reason, receipt),
             None => self.will_done(key),
         }
-        let Some(id) = self.conn_of(publisher) else { return };
+        let Some(id) = present else { return };
         let Some(conn) = self.conns.get_mut(id) else { return };
         conn.submitted = conn.submitted.saturating_sub(1);
         if conn.submitted == 0 {

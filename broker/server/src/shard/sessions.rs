@@ -28,11 +28,19 @@ pub(crate) struct Standing {
     pub(crate) check_ms: Option<u64>,
     /// See [`Sessions::revoke_all`].
     revocation: u64,
+    /// How often what plugins decided for this client was revoked: what they were asked before counts no more.
+    pub(super) revoked: u32,
 }
 
 impl Standing {
     pub(crate) fn new(client: Arc<Client>, permits: Permits) -> Self {
-        Self { client, permits, check_ms: None, revocation: 0 }
+        Self { client, permits, check_ms: None, revocation: 0, revoked: 0 }
+    }
+
+    /// Leases end; rules of authentication stay.
+    pub(super) fn revoke(&mut self) {
+        self.permits.revoke();
+        self.revoked = self.revoked.wrapping_add(1);
     }
 }
 
@@ -137,7 +145,7 @@ impl Sessions {
         let standing = self.places.get_mut(slot as usize)?.standing.as_deref_mut()?;
         if standing.revocation != self.revocations {
             standing.revocation = self.revocations;
-            standing.permits.revoke();
+            standing.revoke();
         }
         Some(standing)
     }

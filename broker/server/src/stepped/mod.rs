@@ -1,6 +1,9 @@
 //! A broker without threads: its shards take their turns when they are told to, and time passes when it is told to.
 //! For fuzzing and tests.
 
+#[cfg(test)]
+mod tests;
+
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -108,112 +111,5 @@ impl Stepped {
     /// Timers that are set.
     pub fn timers(&self) -> usize {
         self.shared.stats.timers.load(Ordering::Relaxed)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::io::{Read, Write};
-    use std::sync::Mutex;
-    use std::task::{Poll, Waker};
-
-    use bytes::Bytes;
-    use wasmqtt_protocol::ports::{AuthOutcome, AuthRequest, AuthStep, Call, Memory, ShardPlugins};
-
-    use super::*;
-    use crate::{Anonymous, Identity, Limits};
-
-    /// Thinks until it is told to answer; then it challenges clients that have an Authentication Method.
-    #[derive(Default, Clone)]
-    struct Slow(Arc<Mutex<(bool, Vec<Waker>)>>);
-
-    impl Slow {
-        fn answer(&self) {
-            let mut state = self.0.lock().unwrap();
-            state.0 = true;
-            state.1.drain(..).for_each(Waker::wake);
-        }
-    }
-
-    impl Plugins for Slow {
-        fn shard(&self, _index: usize) -> Box<dyn ShardPlugins> {
-            Box::new(self.clone())
-        }
-    }
-
-    impl ShardPlugins for Slow {
-        fn has_auth(&self) -> bool {
-            true
-        }
-        fn authenticate(&self, request: Arc<AuthRequest>) -> Call<AuthOutcome> {
-            let state = Arc::clone(&self.0);
-            Box::pin(std::future::poll_fn(move |context| {
-                let mut state = state.lock().unwrap();
-                if !state.0 {
-                    state.1.push(context.waker().clone());
-                    return Poll::Pending;
-                }
-                Poll::Ready(match request.method {
-                    Some(_) => {
-                        AuthOutcome::Challenge { data: Bytes::new(), state: Bytes::new(), plugin: "slow".into() }
-                    }
-                    None => AuthOutcome::Next,
-                })
-            }))
-        }
-        fn proceed(&self, _step: AuthStep) -> Call<AuthOutcome> {
-            Box::pin(std::future::ready(AuthOutcome::Next))
-        }
-    }
-
-    fn start(plugins: &dyn Plugins) -> Stepped {
-        let config = Config {
-            listeners: Vec::new(),
-            anonymous: Anonymous::Allow,
-            identity: Identity::default(),
-            limits: Limits::default(),
-            shards: 2,
-            sys_interval: Duration::ZERO,
-        };
-        Stepped::new(config, plugins, &Memory)
-    }
-
-    fn received(client: &mut UnixStream) -> Vec<u8> {
-        let mut bytes = vec![0; 4096];
-        let count = client.read(&mut bytes).unwrap_or(0);
-        bytes.truncate(count);
-        bytes
-    }
-
-    /// Time passes for a client that must say something, not for one that waits for an answer.
-    #[test]
-    fn a_client_does_not_pay_for_the_time_that_plugins_take() {
-        let plugins = Slow::default();
-        let mut broker = start(&plugins);
-        let mut silent = broker.connect();
-        let mut plain = broker.connect();
-        plain.write_all(b"\x10\x0d\x00\x04MQTT\x04\x02\x00\x00\x00\x01p").unwrap();
-        // With Authentication Method "m".
-        let mut enhanced = broker.connect();
-        enhanced.write_all(b"\x10\x12\x00\x04MQTT\x05\x02\x00\x00\x04\x15\x00\x01m\x00\x01e").unwrap();
-        broker.settle();
-        assert_eq!(broker.connections(), 3);
-        for _ in 0..3 {
-            broker.skip(Duration::from_secs(11));
-            broker.settle();
-        }
-        assert_eq!(broker.connections(), 2, "the silent one is gone");
-        assert!(received(&mut silent).is_empty());
-        plugins.answer();
-        broker.settle();
-        assert_eq!(received(&mut plain), b"\x20\x02\x00\x00");
-        assert_eq!(received(&mut enhanced).first(), Some(&0xf0), "AUTH");
-        // Now it is the client that is slow.
-        broker.skip(Duration::from_secs(11));
-        broker.settle();
-        assert_eq!(broker.connections(), 1);
-        drop(plain);
-        broker.settle();
-        assert_eq!((broker.connections(), broker.sessions()), (0, 0));
     }
 }

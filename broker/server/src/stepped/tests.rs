@@ -1,0 +1,397 @@
+//! What clients see of one shard, with time, plugins and store in the hands of the test.
+
+use std::collections::VecDeque;
+use std::io::{Read, Write};
+use std::sync::Mutex;
+use std::task::{Poll, Waker};
+
+use bytes::Bytes;
+use wasmqtt_protocol::access::{Decision, Lease, Verdict};
+use wasmqtt_protocol::codec::ReasonCode;
+use wasmqtt_protocol::ports::{
+    Accepted, Access, AuthOutcome, AuthRequest, AuthStep, BanPattern, Broker as _, Call, Client as Who, Grant,
+    Interest, Memory, ShardPlugins, Submission,
+};
+
+use self::store::Slow;
+use super::*;
+use crate::control::Control;
+use crate::{Anonymous, Identity, Limits};
+
+#[path = "../../tests/common/store.rs"]
+#[allow(dead_code, reason = "other tests use more of it")]
+mod store;
+
+const CONNACK: u8 = 0x20;
+const PUBLISH: u8 = 0x30;
+const PUBACK: u8 = 0x40;
+const PUBREC: u8 = 0x50;
+const SUBACK: u8 = 0x90;
+const DISCONNECT: u8 = 0xe0;
+const AUTH: u8 = 0xf0;
+
+#[derive(Default)]
+struct State {
+    /// Answers wait until they are let go.
+    holds: bool,
+    waiting: Vec<Waker>,
+    has_acl: bool,
+    /// What begins with it is denied, if it is not empty.
+    denied: String,
+    epoch: u64,
+    asked: usize,
+}
+
+/// Plugins that do as the test says. They decide when they are asked, and answer when they may.
+#[derive(Default, Clone)]
+struct Script(Arc<Mutex<State>>);
+
+impl Script {
+    fn set(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.0.lock().unwrap());
+    }
+
+    fn hold(&self) {
+        self.set(|state| state.holds = true);
+    }
+
+    fn let_go(&self) {
+        self.set(|state| {
+            state.holds = false;
+            state.waiting.drain(..).for_each(Waker::wake);
+        });
+    }
+
+    fn answer<T: Unpin + 'static>(&self, value: T) -> Call<T> {
+        let (state, mut value) = (Arc::clone(&self.0), Some(value));
+        Box::pin(std::future::poll_fn(move |context| {
+            let mut state = state.lock().unwrap();
+            if state.holds {
+                state.waiting.push(context.waker().clone());
+                return Poll::Pending;
+            }
+            Poll::Ready(value.take().unwrap())
+        }))
+    }
+}
+
+impl Plugins for Script {
+    fn shard(&self, _index: usize) -> Box<dyn ShardPlugins> {
+        Box::new(self.clone())
+    }
+}
+
+impl ShardPlugins for Script {
+    fn has_auth(&self) -> bool {
+        true
+    }
+    fn authenticate(&self, request: Arc<AuthRequest>) -> Call<AuthOutcome> {
+        self.answer(match request.method {
+            Some(_) => AuthOutcome::Challenge { data: Bytes::new(), state: Bytes::new(), plugin: "script".into() },
+            None if request.username.is_some() => AuthOutcome::Allow(Grant::default()),
+            None => AuthOutcome::Next,
+        })
+    }
+    fn proceed(&self, _step: AuthStep) -> Call<AuthOutcome> {
+        self.answer(AuthOutcome::Next)
+    }
+    fn has_acl(&self) -> bool {
+        self.0.lock().unwrap().has_acl
+    }
+    fn epoch(&self) -> (u64, u64) {
+        let epoch = self.0.lock().unwrap().epoch;
+        (epoch, epoch)
+    }
+    fn authorize(&self, _client: Arc<Who>, accesses: Arc<[Access]>) -> Call<Vec<Decision>> {
+        let decide = |access: &Access| {
+            let mut state = self.0.lock().unwrap();
+            state.asked += 1;
+            let is_denied = !state.denied.is_empty() && access.topic.starts_with(&state.denied);
+            let verdict = if is_denied { Verdict::Deny(ReasonCode::NOT_AUTHORIZED) } else { Verdict::Allow };
+            Decision { verdict: Some(verdict), lease: Some(Lease { scope: None, seconds: 1000 }), failed: false }
+        };
+        self.answer(accesses.iter().map(decide).collect())
+    }
+    fn interest(&self, topic: &str) -> Interest {
+        Interest { before: u64::from(topic.starts_with("hook/")), committed: 0 }
+    }
+    fn before_store(&self, messages: Vec<Submission>) -> Call<Vec<Accepted>> {
+        self.answer(messages.into_iter().map(|sent| Accepted::Keep(sent.message)).collect())
+    }
+}
+
+fn start_with(plugins: &dyn Plugins, store: &dyn Store, limits: Limits) -> Stepped {
+    let config = Config {
+        listeners: Vec::new(),
+        anonymous: Anonymous::Allow,
+        identity: Identity::default(),
+        limits,
+        shards: 1,
+        sys_interval: Duration::ZERO,
+    };
+    Stepped::new(config, plugins, store)
+}
+
+fn start(plugins: &dyn Plugins) -> Stepped {
+    start_with(plugins, &Memory, Limits::default())
+}
+
+fn text(body: &mut Vec<u8>, text: &str) {
+    body.extend_from_slice(&(text.len() as u16).to_be_bytes());
+    body.extend_from_slice(text.as_bytes());
+}
+
+/// A client's end, and what came out of it and was not looked at. MQTT 5.0 in its plainest form.
+struct Client {
+    socket: UnixStream,
+    bytes: VecDeque<u8>,
+}
+
+impl Client {
+    fn open(broker: &Stepped) -> Self {
+        Self { socket: broker.connect(), bytes: VecDeque::new() }
+    }
+
+    /// Sends CONNECT; a Session that outlives the connection has `expiry` seconds.
+    fn connect(broker: &Stepped, client_id: &str, expiry: u8) -> Self {
+        Self::connect_with(broker, client_id, expiry, 0, None)
+    }
+
+    fn connect_with(broker: &Stepped, client_id: &str, expiry: u8, keep_alive: u8, will: Option<&str>) -> Self {
+        let mut client = Self::open(broker);
+        let mut body = vec![0, 4, b'M', b'Q', b'T', b'T', 5];
+        body.extend_from_slice(&[u8::from(expiry == 0) << 1 | u8::from(will.is_some()) << 2, 0, keep_alive]);
+        body.extend_from_slice(&[5, 17, 0, 0, 0, expiry]);
+        text(&mut body, client_id);
+        if let Some(topic) = will {
+            body.push(0);
+            text(&mut body, topic);
+            text(&mut body, "will");
+        }
+        client.send(0x10, &body);
+        client
+    }
+
+    fn send(&mut self, first: u8, body: &[u8]) {
+        let mut packet = vec![first];
+        let mut left = body.len();
+        loop {
+            packet.push((left & 0x7f) as u8 | u8::from(left > 0x7f) << 7);
+            left >>= 7;
+            if left == 0 {
+                break;
+            }
+        }
+        packet.extend_from_slice(body);
+        self.socket.write_all(&packet).unwrap();
+    }
+
+    fn subscribe(&mut self, packet_id: u8, filters: &[&str], qos: u8) {
+        let mut body = vec![0, packet_id, 0];
+        for filter in filters {
+            text(&mut body, filter);
+            body.push(qos);
+        }
+        self.send(0x82, &body);
+    }
+
+    /// `packet_id` 0: QoS 0.
+    fn publish(&mut self, topic: &str, qos: u8, packet_id: u8, payload: &str) {
+        let mut body = Vec::new();
+        text(&mut body, topic);
+        if packet_id > 0 {
+            body.extend_from_slice(&[0, packet_id]);
+        }
+        body.push(0);
+        body.extend_from_slice(payload.as_bytes());
+        self.send(0x30 | qos << 1, &body);
+    }
+
+    /// The next packet: its first byte and what follows the length.
+    fn packet(&mut self) -> Option<(u8, Vec<u8>)> {
+        let mut bytes = vec![0; 1 << 16];
+        while let Ok(count @ 1..) = self.socket.read(&mut bytes) {
+            self.bytes.extend(&bytes[..count]);
+        }
+        let first = self.bytes.pop_front()?;
+        let (mut length, mut shift) = (0, 0);
+        loop {
+            let byte = self.bytes.pop_front().unwrap();
+            length |= usize::from(byte & 0x7f) << shift;
+            shift += 7;
+            if byte & 0x80 == 0 {
+                break;
+            }
+        }
+        Some((first, self.bytes.drain(..length).collect()))
+    }
+
+    /// The next packet, which is of this type.
+    fn expect(&mut self, kind: u8) -> Vec<u8> {
+        let (first, body) = self.packet().unwrap_or_else(|| panic!("nothing, instead of {kind:#x}"));
+        assert_eq!(first & 0xf0, kind, "{first:#x} {body:?}");
+        body
+    }
+
+    fn is_quiet(&mut self) -> bool {
+        self.packet().is_none()
+    }
+}
+
+/// A client that is in.
+fn client(broker: &mut Stepped, client_id: &str, expiry: u8) -> Client {
+    let mut client = Client::connect(broker, client_id, expiry);
+    broker.settle();
+    assert_eq!(client.expect(CONNACK)[1], 0);
+    client
+}
+
+/// Time passes for a client that must say something, not for one that waits for an answer.
+#[test]
+fn a_client_does_not_pay_for_the_time_that_plugins_take() {
+    let plugins = Script::default();
+    plugins.hold();
+    let mut broker = start(&plugins);
+    let mut silent = Client::open(&broker);
+    let mut plain = Client::connect(&broker, "plain", 0);
+    // With Authentication Method "m".
+    let mut enhanced = Client::open(&broker);
+    enhanced.send(0x10, b"\x00\x04MQTT\x05\x02\x00\x00\x04\x15\x00\x01m\x00\x01e");
+    broker.settle();
+    assert_eq!(broker.connections(), 3);
+    for _ in 0..3 {
+        broker.skip(Duration::from_secs(11));
+        broker.settle();
+    }
+    assert_eq!(broker.connections(), 2, "the silent one is gone");
+    assert!(silent.is_quiet());
+    plugins.let_go();
+    broker.settle();
+    plain.expect(CONNACK);
+    enhanced.expect(AUTH);
+    // Now it is the client that is slow.
+    broker.skip(Duration::from_secs(11));
+    broker.settle();
+    assert_eq!(broker.connections(), 1);
+    drop(plain);
+    broker.settle();
+    assert_eq!((broker.connections(), broker.sessions()), (0, 0));
+}
+
+/// A storage hook answers when the place of the publisher's Session belongs to another one.
+#[test]
+fn a_late_answer_of_a_hook_is_for_the_session_that_published() {
+    let plugins = Script::default();
+    let mut broker = start(&plugins);
+    let mut subscriber = client(&mut broker, "subscriber", 0);
+    subscriber.subscribe(1, &["hook/#"], 2);
+    let mut first = client(&mut broker, "c", 0);
+    plugins.hold();
+    first.publish("hook/a", 2, 1, "one");
+    broker.settle();
+    let mut second = Client::connect(&broker, "c", 0);
+    plugins.set(|state| state.holds = false);
+    broker.settle();
+    second.expect(CONNACK);
+    plugins.let_go();
+    broker.settle();
+    // The same Packet Identifier, in a Session of its own.
+    second.publish("hook/b", 2, 1, "two");
+    broker.settle();
+    second.expect(PUBREC);
+    subscriber.expect(SUBACK);
+    let mut got = Vec::new();
+    while let Some((_, body)) = subscriber.packet() {
+        got.push(body[body.len() - 3..].to_vec());
+    }
+    assert_eq!(got, [b"one".to_vec(), b"two".to_vec()]);
+}
+
+/// More filters than leases: each is decided about as the plugin said, whether that came at once or late.
+#[test]
+fn one_packet_may_ask_for_more_than_there_are_leases() {
+    let plugins = Script::default();
+    plugins.set(|state| {
+        state.has_acl = true;
+        state.denied = "f/7".into();
+    });
+    let filters: Vec<String> = (0..100).map(|n| format!("f/{n}")).collect();
+    let filters: Vec<&str> = filters.iter().map(String::as_str).collect();
+    let expected: Vec<u8> = filters.iter().map(|filter| if filter.starts_with("f/7") { 0x87 } else { 0 }).collect();
+    for is_late in [false, true] {
+        let mut broker = start(&plugins);
+        let mut client = client(&mut broker, "c", 0);
+        if is_late {
+            plugins.hold();
+        }
+        client.subscribe(1, &filters, 0);
+        broker.settle();
+        plugins.let_go();
+        broker.settle();
+        assert_eq!(client.expect(SUBACK)[3..], expected, "late: {is_late}");
+    }
+}
+
+/// A plugin is replaced while the one before still thinks: what that one says does not outlive it.
+#[test]
+fn an_answer_from_before_a_revocation_leaves_no_lease() {
+    let plugins = Script::default();
+    plugins.set(|state| state.has_acl = true);
+    let mut broker = start(&plugins);
+    let mut client = client(&mut broker, "c", 0);
+    for (publishes, other) in [(true, "p/1"), (false, "s/1")] {
+        plugins.set(|state| state.denied.clear());
+        plugins.hold();
+        if publishes {
+            client.publish(other, 1, 1, "x")
+        } else {
+            client.subscribe(1, &[other], 0)
+        }
+        broker.settle();
+        plugins.set(|state| {
+            state.denied = other.into();
+            state.epoch += 1;
+        });
+        broker.settle();
+        plugins.let_go();
+        broker.settle();
+        // What waited was decided about before.
+        assert_eq!(client.packet().unwrap().1.last(), Some(if publishes { &0x10 } else { &0 }));
+    }
+    client.publish("p/1", 1, 2, "x");
+    broker.skip(Duration::from_secs(2));
+    broker.settle();
+    assert_eq!(client.expect(PUBACK)[2], 0x10, "it is asked again, about the topic that is allowed now");
+    plugins.set(|state| {
+        state.denied = "p/1".into();
+        state.epoch += 1;
+    });
+    broker.settle();
+    client.publish("p/1", 1, 3, "x");
+    broker.settle();
+    assert_eq!(client.expect(PUBACK)[2], 0x87);
+    assert_eq!(broker.subscriptions(), 0, "the subscription has ended");
+}
+
+/// The ban comes while the client is being authenticated.
+#[test]
+fn a_ban_holds_for_a_client_that_is_just_coming() {
+    for pattern in [BanPattern::ClientId("c".into()), BanPattern::Username("u".into())] {
+        let plugins = Script::default();
+        plugins.hold();
+        let mut broker = start(&plugins);
+        let mut client = Client::connect(&broker, "c", 0);
+        if matches!(pattern, BanPattern::Username(_)) {
+            client = Client::open(&broker);
+            client.send(0x10, b"\x00\x04MQTT\x05\x82\x00\x00\x00\x00\x01c\x00\x01u");
+        }
+        broker.settle();
+        Control(Arc::clone(&broker.shared)).ban(pattern, 60, "a test").unwrap();
+        broker.settle();
+        plugins.let_go();
+        broker.settle();
+        let (first, body) = client.packet().unwrap();
+        assert!(first == DISCONNECT || body[1] >= 0x80 || client.packet().unwrap().0 == DISCONNECT);
+        assert_eq!(broker.sessions(), 0);
+    }
+}
