@@ -268,3 +268,21 @@ fn a_plugin_cannot_forge_lines() {
     assert!(said.contains("forged") && !said.contains('\u{1b}') && said.len() < 4_000, "{said}");
     assert!(!said.lines().any(|line| line.starts_with("2026-01-01")), "{said}");
 }
+
+/// A fresh instance takes the place of one that traps, but its lines are those that the other one had left.
+#[test]
+fn a_trap_gives_no_further_log_lines() {
+    let hoard = wasmqtt_guests::component("hoard");
+    let broker = Broker::start(&format!(
+        "shards = 1\n[[plugin]]\nname = \"hoard\"\npath = \"{}\"\ngrants = {{ publish = [\"granted\"] }}\n",
+        hoard.display()
+    ));
+    let begun = Instant::now();
+    for n in 0..4 {
+        assert_eq!(try_login(&broker, &format!("c{n}"), "shout:100"), 0x88, "it traps");
+    }
+    broker.await_log("plugin call failed", 1);
+    let most = 100 * (begun.elapsed().as_secs() as usize + 1);
+    let lines = broker.log().matches("shout ").count();
+    assert!((100..=most).contains(&lines), "{lines} lines and at most {most}");
+}

@@ -262,7 +262,8 @@ pub struct PluginLimits {
     /// Percent of a shard's thread that the plugin may compute while other clients are connected there; 1..=100, default
     /// 50. Calls that compute less than about a millisecond do not count.
     pub cpu_share: u8,
-    /// Calls of the broker's functions an instance may make in a second, log lines apart; default 1,000.
+    /// Calls of the broker's functions the plugin may make in a second on each shard, and as many where no client waits,
+    /// log lines apart; default 1,000.
     pub host_calls_per_sec: u32,
     /// Sockets that all instances together may have; default 16.
     pub sockets: usize,

@@ -9,6 +9,7 @@ use wasmtime::Engine;
 use wasmtime::component::{Component, InstancePre, Linker};
 use wasmtime_wasi::WasiCtxBuilder;
 
+use crate::allowance::Allowance;
 use crate::bindings::failure;
 use crate::bindings::handover::exports::wasmqtt::plugin::handover::State;
 use crate::bindings::types::Pair;
@@ -288,7 +289,8 @@ impl Generation {
         };
         let old = old.filter(hands_over);
         for shard in 0..self.idle.len() {
-            let mut pooled = self.in_time("init", self.instantiate(&self.plugin.loading)).await?;
+            let mut pooled =
+                self.in_time("init", self.instantiate(&self.plugin.loading, self.plugin.allowance(shard))).await?;
             if shard == 0 {
                 self.in_time("health", self.check_health(&mut pooled)).await?;
             }
@@ -403,8 +405,8 @@ impl Generation {
         }
     }
 
-    /// `share`: of the thread that it is made on.
-    pub(crate) async fn instantiate(&self, share: &Share) -> Result<Pooled, String> {
+    /// `share`: of the thread that it is made on; `allowance`: of where it is to serve.
+    pub(crate) async fn instantiate(&self, share: &Share, allowance: &Arc<Allowance>) -> Result<Pooled, String> {
         // What one plugin has too many of must not be lacking for another.
         if self.plugin.counters.instances.load(Ordering::Relaxed) >= self.instances_max {
             let (instances, most) = (self.config.limits.instances, self.instances_max);
@@ -417,7 +419,8 @@ impl Generation {
         self.mounts.open(&mut wasi)?;
         wasi.envs(&self.config.grants.environment);
         let memory_bytes_max = self.config.limits.memory_mib as usize * 1024 * 1024;
-        let (mut store, meter) = Running::store(&self.engine, Guest::new(&self.services, wasi, memory_bytes_max));
+        let (mut store, meter) =
+            Running::store(&self.engine, Guest::new(&self.services, allowance, wasi, memory_bytes_max));
         store.set_epoch_deadline(1);
         let begun = self.pre.instantiate_async(&mut store);
         let instance = metered(&self.clock, &meter, self.budget(share), begun).await;

@@ -1,11 +1,10 @@
 //! What a guest finds around it: its bounds, its way to the log, and the functions it can import.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
-use wasmqtt_protocol::text::escaped;
 use wasmtime::component::{HasSelf, Linker, Resource, ResourceTable};
 use wasmtime::{Engine, ResourceLimiter};
 use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
@@ -17,6 +16,7 @@ use wasmtime_wasi_config::WasiConfig;
 use wasmtime_wasi_http::{WasiHttpCtx, WasiHttpCtxView, WasiHttpView};
 
 use crate::HostError;
+use crate::allowance::{Allowance, LOG_LINE_BYTES_MAX};
 use crate::bindings::imports;
 use crate::bindings::imports::wasmqtt::plugin::host::{self as wit, Level};
 use crate::bindings::types::Pair;
@@ -28,7 +28,6 @@ use crate::metrics::Kind;
 use crate::network::allow_addresses;
 use crate::plugin::Plugin;
 use crate::services::Services;
-use crate::share::Pace;
 use crate::sockets;
 
 /// Table elements an instance may have, over all its tables.
@@ -42,16 +41,8 @@ const RESOURCES_MAX: usize = 256;
 const LISTINGS_MAX: usize = 16;
 /// Random bytes a guest may ask for at once.
 const RANDOM_BYTES_MAX: u64 = 64 * 1024;
-/// Log lines per second and instance, printed ones included. More are left out, and counted.
-const LOG_LINES_MAX: u32 = 100;
-/// Bytes of one log line; the rest is cut.
-const LOG_LINE_BYTES_MAX: usize = 4096;
 /// Requests to the broker in one call.
-const CALLS_MAX: u32 = 10_000;
-/// Calls of anything the broker offers, WASI included, that an instance may make in a second before it has to wait, and
-/// how many it may be ahead.
-const HOST_CALLS_PER_SEC: u64 = 100_000;
-const HOST_CALLS_AHEAD: Duration = Duration::from_millis(100);
+const REQUESTS_MAX: u32 = 10_000;
 /// Bytes a guest may print in one piece.
 const PRINT_BYTES_MAX: usize = 64 * 1024;
 
@@ -60,15 +51,15 @@ pub(crate) struct Guest {
     wasi: WasiCtx,
     pub(crate) table: ResourceTable,
     pub(crate) limits: Limits,
-    log: Log,
+    allowance: Arc<Allowance>,
     pub(crate) denials: Denials,
     pub(crate) services: Arc<Services>,
     http: WasiHttpCtx,
     hooks: Http,
-    calls: Allowance,
+    /// Requests to the broker in this call.
+    requested: u32,
     /// Calls since the last look.
     called: u32,
-    pace: Pace,
     held: Held,
     /// Folders it is listing.
     listings: usize,
@@ -78,35 +69,40 @@ impl Guest {
     /// `wasi` brings the grants; output goes to the log.
     pub(crate) fn new(
         services: &Arc<Services>,
+        allowance: &Arc<Allowance>,
         mut wasi: wasmtime_wasi::WasiCtxBuilder,
         memory_bytes_max: usize,
     ) -> Self {
-        let log = Log::new(&services.plugin.name);
-        wasi.stdout(Printed { log: log.clone(), level: Level::Debug })
-            .stderr(Printed { log: log.clone(), level: Level::Warn });
+        let allowance = Arc::clone(allowance);
+        wasi.stdout(Printed { log: Arc::clone(&allowance), level: Level::Debug })
+            .stderr(Printed { log: Arc::clone(&allowance), level: Level::Warn });
         wasi.max_random_size(RANDOM_BYTES_MAX);
         let mut table = ResourceTable::new();
         table.set_max_capacity(RESOURCES_MAX);
         let limits = Limits { memory_bytes_max, ..Limits::default() };
-        let calls = Allowance::new(services.calls_per_sec);
-        let denials = Denials { plugin: Arc::clone(&services.plugin), log: log.clone() };
+        let denials = Denials { plugin: Arc::clone(&services.plugin), log: Arc::clone(&allowance) };
         allow_addresses(&mut wasi, services, &denials);
         let hooks = Http::new(&services.http, &denials);
         let mut http = WasiHttpCtx::new();
         http.set_field_size_limit(FIELDS_BYTES_MAX);
         let (services, held) = (Arc::clone(services), Held::new(&services.plugin));
         let wasi = wasi.build();
-        let (called, pace) = (0, Pace::default());
-        Self { wasi, table, limits, log, denials, services, http, hooks, calls, called, pace, held, listings: 0 }
+        let (requested, called) = (0, 0);
+        Self { wasi, table, limits, allowance, denials, services, http, hooks, requested, called, held, listings: 0 }
     }
 
     /// How long a guest must wait that called the broker more often than it may. Asked while it computes.
     pub(crate) fn pause(&mut self) -> Option<Duration> {
-        let called = std::mem::take(&mut self.called) as usize;
-        if called == 0 {
-            return None;
+        let called = std::mem::take(&mut self.called);
+        if called == 0 { None } else { self.allowance.pause(called) }
+    }
+
+    fn take_request(&mut self) -> Result<(), wit::Refusal> {
+        if self.requested >= REQUESTS_MAX || !self.allowance.take_request(self.services.calls_per_sec) {
+            return Err(wit::Refusal::Busy);
         }
-        self.pace.take(Pace::price(called, HOST_CALLS_PER_SEC), HOST_CALLS_AHEAD)
+        self.requested += 1;
+        Ok(())
     }
 
     fn count_call(&mut self) {
@@ -120,7 +116,7 @@ impl Guest {
         }
         let max = self.services.sockets_max;
         if !self.held.take_socket(max) {
-            self.log.write(Level::Warn, &format!("no more than limits.sockets = {max} sockets at a time"));
+            self.allowance.log(Level::Warn, &format!("no more than limits.sockets = {max} sockets at a time"));
             return Err(ErrorCode::NewSocketLimit);
         }
         Ok(())
@@ -141,7 +137,7 @@ impl Guest {
         let max = self.services.files_max;
         let may = self.held.take_file(&mut self.table, max);
         if !may {
-            self.log.write(Level::Warn, &format!("no more than limits.files = {max} open files at a time"));
+            self.allowance.log(Level::Warn, &format!("no more than limits.files = {max} open files at a time"));
         }
         may
     }
@@ -158,7 +154,7 @@ impl Guest {
         let may = self.listings < LISTINGS_MAX;
         self.listings += usize::from(may);
         if !may {
-            self.log.write(Level::Warn, &format!("no more than {LISTINGS_MAX} folders are listed at a time"));
+            self.allowance.log(Level::Warn, &format!("no more than {LISTINGS_MAX} folders are listed at a time"));
         }
         may
     }
@@ -175,7 +171,7 @@ impl Guest {
 
     /// A call into the guest begins.
     pub(crate) fn begin_call(&mut self) {
-        self.calls.in_call = 0;
+        self.requested = 0;
     }
 }
 
@@ -247,86 +243,43 @@ impl ResourceLimiter for Limits {
     }
 }
 
-/// A guest's lines on their way to the broker's log. All ways of one instance share one allowance.
-#[derive(Clone)]
-struct Log(Arc<Mutex<Lines>>);
-
-struct Lines {
-    plugin: Arc<str>,
-    since: Instant,
-    count: u32,
-}
-
-impl Log {
-    fn new(plugin: &Arc<str>) -> Self {
-        Self(Arc::new(Mutex::new(Lines { plugin: Arc::clone(plugin), since: Instant::now(), count: 0 })))
-    }
-
-    fn write(&self, level: Level, message: &str) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).write(level, message);
-    }
-}
-
 /// Counts what a guest tried without a grant, and says so in the log.
 #[derive(Clone)]
 pub(crate) struct Denials {
     plugin: Arc<Plugin>,
-    log: Log,
+    log: Arc<Allowance>,
 }
 
 impl Denials {
     pub(crate) fn note(&self, what: impl std::fmt::Display) {
         self.plugin.counters.denied.fetch_add(1, Ordering::Relaxed);
-        self.log.write(Level::Warn, &format!("denied: {what}"));
-    }
-}
-
-impl Lines {
-    fn write(&mut self, level: Level, message: &str) {
-        if self.since.elapsed() >= Duration::from_secs(1) {
-            if let Some(left_out) = self.count.checked_sub(LOG_LINES_MAX + 1) {
-                tracing::warn!(target: "plugin", plugin = %self.plugin, left_out = left_out + 1, "too many log lines");
-            }
-            (self.since, self.count) = (Instant::now(), 0);
-        }
-        self.count = self.count.saturating_add(1);
-        if self.count > LOG_LINES_MAX {
-            return;
-        }
-        let (plugin, message) = (&self.plugin, escaped(message.trim_end(), LOG_LINE_BYTES_MAX));
-        match level {
-            Level::Trace => tracing::trace!(target: "plugin", %plugin, "{message}"),
-            Level::Debug => tracing::debug!(target: "plugin", %plugin, "{message}"),
-            Level::Info => tracing::info!(target: "plugin", %plugin, "{message}"),
-            Level::Warn => tracing::warn!(target: "plugin", %plugin, "{message}"),
-            Level::Error => tracing::error!(target: "plugin", %plugin, "{message}"),
-        }
+        self.log.log(Level::Warn, &format!("denied: {what}"));
     }
 }
 
 impl imports::wasmqtt::plugin::host::Host for Guest {
     fn log(&mut self, level: Level, message: String) {
         self.count_call();
-        self.log.write(level, &message);
+        self.allowance.log(level, &message);
     }
 
     fn publish(&mut self, message: wit::Outgoing) -> Result<(), wit::Refusal> {
-        self.calls.take()?;
+        self.take_request()?;
         self.services.publish(message, &self.denials)
     }
 
     fn disconnect(&mut self, client_id: String, reason: u8) -> Result<(), wit::Refusal> {
-        self.calls.take()?;
+        self.take_request()?;
         self.services.disconnect(&client_id, reason)
     }
 
     fn ban(&mut self, who: String, seconds: u32, note: String) -> Result<(), wit::Refusal> {
-        self.calls.take()?;
+        self.take_request()?;
         self.services.ban(&who, seconds, &note)
     }
 
     fn revoke(&mut self, client_id: String) -> Result<(), wit::Refusal> {
-        self.calls.take()?;
+        self.take_request()?;
         self.services.revoke(&client_id)
     }
 }
@@ -348,38 +301,10 @@ impl imports::wasmqtt::plugin::metrics::Host for Guest {
     }
 }
 
-/// Requests to the broker that one instance may make.
-struct Allowance {
-    /// In the call under way.
-    in_call: u32,
-    /// In this second.
-    in_second: u32,
-    since: Instant,
-    per_sec: u32,
-}
-
-impl Allowance {
-    fn new(per_sec: u32) -> Self {
-        Self { in_call: 0, in_second: 0, since: Instant::now(), per_sec }
-    }
-
-    fn take(&mut self) -> Result<(), wit::Refusal> {
-        if self.in_second >= self.per_sec && self.since.elapsed() >= Duration::from_secs(1) {
-            (self.since, self.in_second) = (Instant::now(), 0);
-        }
-        if self.in_call >= CALLS_MAX || self.in_second >= self.per_sec {
-            return Err(wit::Refusal::Busy);
-        }
-        self.in_call += 1;
-        self.in_second += 1;
-        Ok(())
-    }
-}
-
 /// stdout and stderr of a guest: a log line for each line.
 #[derive(Clone)]
 struct Printed {
-    log: Log,
+    log: Arc<Allowance>,
     level: Level,
 }
 
@@ -408,7 +333,7 @@ struct Printer {
 
 impl Printer {
     fn end_line(&mut self) {
-        self.to.log.write(self.to.level, &String::from_utf8_lossy(&self.line));
+        self.to.log.log(self.to.level, &String::from_utf8_lossy(&self.line));
         self.line.clear();
     }
 }
@@ -472,17 +397,6 @@ pub(crate) fn linker(engine: &Engine) -> Result<Linker<Guest>, HostError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn requests_are_bounded_per_call_and_per_second() {
-        let mut allowance = Allowance::new(u32::MAX);
-        assert!((0..CALLS_MAX).all(|_| allowance.take().is_ok()));
-        assert!(allowance.take().is_err());
-        let mut slow = Allowance::new(2);
-        assert!(slow.take().is_ok() && slow.take().is_ok() && slow.take().is_err());
-        slow.since = Instant::now().checked_sub(Duration::from_secs(1)).expect("the machine runs for a second");
-        assert!(slow.take().is_ok());
-    }
 
     #[test]
     fn memories_of_one_store_share_the_limit() {

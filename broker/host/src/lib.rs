@@ -4,6 +4,7 @@
 //! clients' sockets, only those of plugins.
 
 mod acl;
+mod allowance;
 mod auth;
 mod background;
 mod bindings;

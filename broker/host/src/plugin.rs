@@ -8,6 +8,7 @@ use arc_swap::ArcSwapOption;
 use wasmqtt_protocol::ports::{Buckets as Store, Event};
 
 use crate::HostError;
+use crate::allowance::Allowance;
 use crate::config::PluginLimits;
 use crate::counters::Counters;
 use crate::feed::Feed;
@@ -45,6 +46,9 @@ pub(crate) struct Plugin {
     pub(crate) interest: Queue<(String, bool)>,
     /// What it computes on the thread of each shard.
     shares: Box<[Share]>,
+    /// What its instances may ask of the broker, by shard, and where no client waits for it.
+    allowances: Box<[Arc<Allowance>]>,
+    pub(crate) background_allowance: Arc<Allowance>,
     /// What it computes where no client waits for it, and while it is loaded.
     pub(crate) background: Share,
     pub(crate) loading: Share,
@@ -76,6 +80,8 @@ impl Plugin {
             events: Queue::new(EVENTS_MAX, EVENTS_BYTES_MAX),
             interest: Queue::new(INTEREST_MAX, INTEREST_BYTES_MAX),
             shares: (0..shards.max(1)).map(|_| Share::default()).collect(),
+            allowances: (0..shards.max(1)).map(|_| Allowance::new(&name)).collect(),
+            background_allowance: Allowance::new(&name),
             background: Share::crowded(),
             loading: Share::default(),
             serving: ArcSwapOption::empty(),
@@ -87,6 +93,10 @@ impl Plugin {
 
     pub(crate) fn share(&self, shard: usize) -> &Share {
         &self.shares[shard % self.shares.len()]
+    }
+
+    pub(crate) fn allowance(&self, shard: usize) -> &Arc<Allowance> {
+        &self.allowances[shard % self.allowances.len()]
     }
 
     fn all_shares(&self) -> impl Iterator<Item = &Share> {

@@ -2,12 +2,17 @@
 
 mod common;
 
+use std::time::Instant;
+
 use common::{Broker, allowed, plugin};
-use wasmqtt_host::{FileGrant, Mode, PluginConfig};
+use wasmqtt_host::{FileGrant, Grants, Mode, PluginConfig, PluginLimits};
 use wasmqtt_protocol::ports::AuthOutcome;
+use wasmqtt_protocol::topic::Filter;
 
 fn hoard(settings: &[(&str, &str)]) -> PluginConfig {
-    plugin("h", wasmqtt_guests::component("hoard"), settings)
+    // It imports `publish`, so that must be granted.
+    let grants = Grants { publish: vec![Filter::parse("granted").expect("a filter")], ..Grants::default() };
+    PluginConfig { grants, ..plugin("h", wasmqtt_guests::component("hoard"), settings) }
 }
 
 /// What the guest says it got.
@@ -48,4 +53,27 @@ fn what_is_handed_over_in_init_is_bounded() {
     let started = Broker::try_start(tempfile::tempdir().expect("a temporary folder"), vec![hoard(&[("init", "long")])]);
     let error = started.err().expect("is refused").to_string();
     assert!(error.contains("init: ") && error.contains("fuel"), "{error}");
+}
+
+#[test]
+fn requests_to_the_broker_are_bounded_per_call() {
+    let limits = PluginLimits { host_calls_per_sec: 1_000_000, cpu_ms: 20_000, ..PluginLimits::default() };
+    let broker = Broker::start(vec![PluginConfig { limits, ..hoard(&[]) }]);
+    assert_eq!(broker.ask("c", "publish:12000"), allowed("10000"));
+}
+
+#[test]
+fn a_trap_gives_no_further_requests() {
+    let limits = PluginLimits { host_calls_per_sec: 100, ..PluginLimits::default() };
+    let broker = Broker::start(vec![PluginConfig { limits, ..hoard(&[]) }]);
+    let begun = Instant::now();
+    let asked: usize = (0..5)
+        .map(|n| {
+            let asked = got(&broker, "publish:1000");
+            assert_eq!(broker.ask(&format!("villain-{n}"), "shout:0"), AuthOutcome::Unavailable);
+            asked
+        })
+        .sum();
+    let most = 100 * (begun.elapsed().as_secs() as usize + 1);
+    assert!((100..=most).contains(&asked), "{asked} and at most {most}");
 }

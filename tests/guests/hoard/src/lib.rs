@@ -2,7 +2,7 @@
 //! Name. What it got is the principal.
 
 use wasip2::http::types::{Fields, Method, OutgoingRequest};
-use wasmqtt_sdk::host::{self, Level};
+use wasmqtt_sdk::host::{self, Level, Outgoing, Refusal};
 use wasmqtt_sdk::{Auth, Outcome, Plugin, Request, Settings, Step};
 
 const MIB: usize = 1 << 20;
@@ -27,6 +27,8 @@ impl Auth for Hoard {
             "request" => unsent_request(),
             "resources" => resources(count),
             "listings" => listings(count),
+            "publish" => (0..count).filter(|_| is_asked()).count(),
+            "shout" => shout(count),
             _ => 0,
         };
         Ok(Outcome::allow(got.to_string()))
@@ -64,6 +66,17 @@ fn listings(count: usize) -> usize {
     let Some((folder, _)) = folders.first() else { return 0 };
     let held: Vec<_> = (0..count).filter_map(|_| folder.read_directory().ok()).collect();
     held.len()
+}
+
+/// The broker looks at a message, which it must not publish; it may be too busy for that.
+fn is_asked() -> bool {
+    host::publish(&Outgoing::new("not/granted", "x")) == Err(Refusal::Denied)
+}
+
+/// Lines, and then a trap.
+fn shout(count: usize) -> ! {
+    (0..count).for_each(|line| host::info(&format!("shout {line}")));
+    panic!("as told")
 }
 
 wasmqtt_sdk::export_plugin!(Hoard: auth);
