@@ -42,7 +42,7 @@ impl Loader {
         let old = self.chain.load_full();
         let wanted = self.wanted(false)?;
         let mut links = old.links.clone();
-        let (mut built, mut files) = (Vec::new(), Files::default());
+        let (mut built, mut files) = (Vec::new(), Files::new(self.journal()));
         for Deployed { name, bytes, compiled } in deployed {
             let failed = |error: HostError| HostError::new(format!("plugin {name:?}: {error}"));
             let mut config = match wanted.iter().find(|config| config.name == name) {

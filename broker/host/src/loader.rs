@@ -31,6 +31,7 @@ use crate::services::Door;
 use crate::source::{Seen, Source, is_young};
 use crate::swap::{Built, place};
 use crate::threads::Watched;
+use crate::transaction;
 use crate::versions::Versions;
 
 /// Order of plugins that merely lie in the folder: the default of those with an entry.
@@ -97,6 +98,7 @@ impl Loader {
     ) -> Result<(Self, Reaper), HostError> {
         let cache = Cache::open(&config.cache_dir, config.cache_key.as_deref())?;
         grants::clean(&copies(&cache));
+        transaction::recover(&journal(&cache));
         let in_folder = names_in(config.dir.as_deref())?.len();
         let pool = pool::pool(&config, in_folder);
         if pool.is_none() {
@@ -133,6 +135,11 @@ impl Loader {
     /// Where earlier versions are.
     pub(crate) fn versions(&self) -> Versions {
         self.versions.clone()
+    }
+
+    /// What says, while files are written, which ones.
+    pub(crate) fn journal(&self) -> PathBuf {
+        journal(&self.compilers.cache)
     }
 
     pub(crate) fn compilers(&self) -> Arc<Compilers> {
@@ -518,6 +525,10 @@ pub(crate) fn unnamed(path: &Path) -> Option<PluginConfig> {
 /// Where copies of granted files lie.
 fn copies(cache: &Cache) -> PathBuf {
     cache.dir().join("files")
+}
+
+fn journal(cache: &Cache) -> PathBuf {
+    cache.dir().join("deploying")
 }
 
 fn parent(file: &Path) -> Option<PathBuf> {
