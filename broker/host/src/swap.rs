@@ -65,7 +65,12 @@ impl Loader {
             if let Some(bytes) = bytes {
                 self.versions.keep(&generation.name, &generation.digest, &bytes);
             }
-            if let Some(old) = old.filter(|_| chain.serving().any(|serving| Arc::ptr_eq(serving, &generation))) {
+            if !chain.serving().any(|serving| Arc::ptr_eq(serving, &generation)) {
+                self.versions.is_unproven(&generation.name, &generation.digest);
+                continue;
+            }
+            self.versions.serves(&generation.name, &generation.digest);
+            if let Some(old) = old {
                 self.probations.push(Probation::new(&old, &generation));
             }
         }

@@ -80,6 +80,7 @@ impl Loader {
         warn!(%plugin, generation = new.number, failures, back_to = old.number, "plugin rolled back, it keeps failing");
         new.plugin.counters.rolled_back.fetch_add(1, Ordering::Relaxed);
         self.refuse(plugin, &new.made_from);
+        self.versions.is_unproven(plugin, &new.digest);
         let back = |link: &Link| {
             if Arc::ptr_eq(&link.serving, new) {
                 Link { serving: Arc::clone(old), candidate: None }

@@ -116,6 +116,8 @@ fn a_build_that_traps_goes_back_to_its_predecessor() {
     }
     assert_eq!((broker.generation("p"), broker.status("p").expect("serves").rolled_back), (1, 1));
     assert!(good(&broker));
+    let failed = broker.host.roll_back("p", None).expect_err("there is none before the first").to_string();
+    assert!(failed.contains("no such earlier version") && broker.generation("p") == 1, "{failed}");
     broker.host.rescan();
     std::thread::sleep(Duration::from_millis(500));
     assert_eq!(broker.generation("p"), 1, "the same file is not tried again");
@@ -161,6 +163,7 @@ fn a_canary_that_fails_goes() {
     }
     broker.wait("it is gone", |broker| broker.status("p").expect("serves").candidate.is_none());
     assert_eq!(broker.generation("p"), 1);
+    assert!(broker.host.roll_back("p", None).is_err(), "it never served everybody");
 }
 
 #[test]
@@ -260,6 +263,46 @@ fn a_deploy_that_fails_half_way_leaves_nothing() {
     assert!(left.is_empty(), "{left:?}");
 }
 
+/// Which of two builds should lie in it afterwards, nobody could say.
+#[test]
+fn plugins_with_the_same_file_are_not_deployed_together() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let mut plugins = with_two(folder.path());
+    plugins[1].path = plugins[0].path.clone();
+    let file = plugins[0].path.clone();
+    let broker = Broker::try_start(folder, plugins).expect("loads");
+    let deployed = ["a", "b"].map(|name| (name.to_owned(), another_build("misbehave")));
+    let refused = broker.host.deploy(deployed.to_vec()).expect_err("is refused").to_string();
+    assert!(refused.contains("the same file") && refused.contains("nothing was changed"), "{refused}");
+    assert_eq!(std::fs::read(&file).expect("readable"), original("misbehave"));
+}
+
+/// One has its new content, the other one has not: both are as they were when the broker starts again.
+#[test]
+fn a_deploy_that_was_interrupted_is_undone_by_the_next_start() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let plugins = with_two(folder.path());
+    let beside = |n: usize, what: &str| {
+        let name = plugins[n].path.file_name().expect("has one").to_string_lossy();
+        plugins[n].path.with_file_name(format!(".{name}.{what}"))
+    };
+    for n in 0..2 {
+        std::fs::hard_link(&plugins[n].path, beside(n, "old")).expect("can link");
+        std::fs::write(beside(n, "new"), another_build("misbehave")).expect("can write");
+    }
+    std::fs::rename(beside(0, "new"), &plugins[0].path).expect("can rename");
+    std::fs::create_dir(folder.path().join("cache")).expect("can make a folder");
+    let journal = folder.path().join("cache/deploying");
+    let entry = |plugin: &PluginConfig| format!("+{}\0", plugin.path.display());
+    std::fs::write(&journal, plugins.iter().map(entry).collect::<String>()).expect("can write");
+    let broker = Broker::try_start(folder, plugins.clone()).expect("loads");
+    for n in 0..2 {
+        assert_eq!(std::fs::read(&plugins[n].path).expect("readable"), original("misbehave"));
+        assert!(!beside(n, "old").exists() && !beside(n, "new").exists());
+    }
+    assert!(!journal.exists() && broker.generation("a") == 1);
+}
+
 #[test]
 fn a_deploy_can_be_cancelled() {
     let (broker, file) = start("misbehave", misbehave("p", &[]));
@@ -308,7 +351,7 @@ fn an_operator_goes_back_to_an_earlier_version() {
     replace(&file, &another_build("misbehave"));
     broker.wait("the new build serves", |broker| broker.generation("p") == 2);
     let second = broker.status("p").expect("serves").digest;
-    assert_eq!(broker.host.versions("p"), [second.clone(), first.clone()]);
+    broker.wait("both are kept", |broker| broker.host.versions("p") == [second.clone(), first.clone()]);
     broker.host.roll_back("p", None).expect("there is one");
     assert_eq!(broker.status("p").expect("serves").digest, first);
     assert_eq!(std::fs::read(&file).expect("readable"), original("misbehave"));
