@@ -201,12 +201,15 @@ fn meant_plugin_path(plugin: &mut Section<'_>, name: Option<&Text<'_>>, root: &P
     Some(path)
 }
 
-/// Pairs, as plugins take their settings: `config = { a = { b = 1 } }` becomes `a.b` and `1`. Lists count from 0.
+/// Pairs, as plugins take their settings: `config = { a = { b = 1 } }` becomes `a.b` and `1`. Lists count from 0. What is
+/// empty becomes an empty text: without it a plugin would take its default, which may be to check nothing.
 fn flatten(table: toml::Table) -> Vec<(String, String)> {
     let mut pairs = Vec::new();
     let mut open: Vec<(String, toml::Value)> = table.into_iter().rev().collect();
     while let Some((name, value)) = open.pop() {
         match value {
+            toml::Value::Table(inner) if inner.is_empty() => pairs.push((name, String::new())),
+            toml::Value::Array(items) if items.is_empty() => pairs.push((name, String::new())),
             toml::Value::Table(inner) => {
                 open.extend(inner.into_iter().rev().map(|(key, value)| (format!("{name}.{key}"), value)));
             }

@@ -96,6 +96,18 @@ level = "info,wasmqtt_host=debug"
 format = "json"
 "#;
 
+/// Left out, they would have the plugin take its default, which may be to allow everything.
+#[test]
+fn empty_settings_of_a_plugin_arrive_as_empty_texts() {
+    let folder = folder();
+    let config = r#"config = { audience = [], claims = {}, secret = "x", more = [[], { a = [] }] }"#;
+    let text = format!("[[plugin]]\nname = \"auth-file\"\npath = \"auth-file.wasm\"\n{config}\n");
+    let settings = read(&text, folder.path()).expect("valid");
+    let pairs: Vec<_> =
+        settings.plugins[0].config.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    assert_eq!(pairs, [("audience", ""), ("claims", ""), ("more.0", ""), ("more.1.a", ""), ("secret", "x")]);
+}
+
 #[test]
 fn each_key_of_a_full_file_arrives() {
     let folder = folder();

@@ -83,6 +83,10 @@ fn words(settings: &Settings, name: &str) -> Result<Vec<String>, String> {
 impl Plugin for AuthJwt {
     fn new(settings: &Settings) -> Result<Self, String> {
         settings.only(&NAMES)?;
+        // Such as the name of a claim that no token has: what it stands for would not be checked.
+        if let Some((name, _)) = settings.iter().find(|(_, value)| value.trim().is_empty()) {
+            return Err(format!("setting `{name}` is empty"));
+        }
         let from = match settings.get("from").unwrap_or("password") {
             "password" => From::Password,
             "username" => From::Username,

@@ -392,7 +392,7 @@ fn wrong_settings_are_named() {
     let wrong = |settings: &[(&str, &str)]| AuthJwt::new(&Settings::from_pairs(settings)).err().expect("is refused");
     assert!(wrong(&[]).contains("secret, secret_file, key_file, jwks_file"));
     assert!(wrong(&[("secret", "x"), ("key_file", RSA_PUBLIC)]).contains("and only one"));
-    assert!(wrong(&[("secret", "")]).contains("the secret is empty"), "everybody could sign with that");
+    assert!(wrong(&[("secret", "")]).contains("`secret` is empty"), "everybody could sign with that");
     let contradiction = [("secret", "x"), ("from", "username"), ("username_claim", "user")];
     assert!(wrong(&contradiction).contains("`username_claim`"), "the user name is the token");
     assert!(wrong(&[("jwks_url", "https://idp"), ("secret", "x")]).contains("none of secret"));
@@ -405,4 +405,16 @@ fn wrong_settings_are_named() {
     assert!(mistyped.contains("`audiance` does not exist"), "tokens for others would be taken: {mistyped}");
     assert!(wrong(&[("secret", "x"), ("audience", " ")]).contains("`audience` is empty"));
     assert!(wrong(&[("jwks_file", here)]).contains("not a JSON Web Key Set"));
+}
+
+/// An empty list in the configuration is an empty text here, and a table has names with dots.
+#[test]
+fn no_empty_setting_switches_a_check_off() {
+    let wrong = |name: &str, value: &str| {
+        AuthJwt::new(&Settings::from_pairs(&[("secret", "x"), (name, value)])).err().expect(name)
+    };
+    for name in ["issuer", "audience", "audience.0", "username_claim", "client_id_claim", "acl_claim"] {
+        assert!(wrong(name, "").contains(&format!("`{name}` is empty")), "{name}");
+    }
+    assert!(wrong("issuer.url", "https://idp").contains("`issuer` is not a list of texts"));
 }

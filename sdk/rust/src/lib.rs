@@ -106,11 +106,18 @@ impl Settings {
     /// The texts of a name: a list, or one text with spaces between them. `None`: it is not set.
     ///
     /// # Errors
-    /// If it is set and empty, naming it: an empty list of what is allowed must not mean everything.
+    /// If it is set and empty, or no list, naming it: an empty list of what is allowed must not mean everything.
     pub fn list(&self, name: &str) -> Result<Option<Vec<&str>>, String> {
-        let texts: Vec<&str> = match self.get(name) {
+        let items: Vec<&str> = (0..).map_while(|at| self.get(&format!("{name}.{at}"))).collect();
+        let is_below = |other: &str| other.strip_prefix(name).is_some_and(|rest| rest.starts_with('.'));
+        let below: Vec<&str> = self.iter().map(|(other, _)| other).filter(|other| is_below(other)).collect();
+        if below.len() != items.len() {
+            return Err(format!("setting `{name}` is not a list of texts: there are {}", below.join(", ")));
+        }
+        let texts = match self.get(name) {
+            Some(_) if !items.is_empty() => return Err(format!("setting `{name}` is a list and a text")),
             Some(text) => text.split_whitespace().collect(),
-            None => (0..).map_while(|at| self.get(&format!("{name}.{at}"))).collect(),
+            None => items,
         };
         match texts[..] {
             [] if self.get(name).is_some() => Err(format!("setting `{name}` is empty")),
@@ -411,6 +418,19 @@ mod tests {
         assert_eq!(list(&[("a.0", "x"), ("a.1", "y z")]), Ok(Some("x,y z".into())));
         assert_eq!(list(&[("ab", "x")]), Ok(None));
         assert_eq!(list(&[("a", " ")]), Err("setting `a` is empty".into()));
+    }
+
+    /// What nobody reads would be taken for what is not there.
+    #[test]
+    fn a_table_is_no_list() {
+        for pairs in [
+            &[("a.url", "x")][..],
+            &[("a.0", "x"), ("a.2", "y")],
+            &[("a.0", "x"), ("a.1.url", "y")],
+            &[("a", "x"), ("a.0", "y")],
+        ] {
+            assert!(Settings::from_pairs(pairs).list("a").is_err(), "{pairs:?}");
+        }
     }
 
     #[test]
