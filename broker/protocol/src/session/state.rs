@@ -415,14 +415,10 @@ impl Session {
         }
     }
 
-    /// As [`Session::published`], for a QoS 2 message that came over an earlier Network Connection. `out` belongs to the
-    /// present one, where it is acknowledged if the client has sent PUBLISH again; if it does so later, what is noted
-    /// here answers. [MQTT-4.3.3-10]
-    pub fn published_earlier(&mut self, packet_id: PacketId, reason: ReasonCode, out: Option<&mut Outbox>) {
-        let is_repeated = self.take_over(packet_id, reason);
-        if let Some(out) = out.filter(|_| is_repeated) {
-            self.send_ack(Packet::Pubrec, packet_id, reason, out);
-        }
+    /// A QoS 2 message that came over an earlier Network Connection was taken over, or refused. `true`: the client has
+    /// sent PUBLISH again, and is to be acknowledged; if it does so later, what is noted here answers. [MQTT-4.3.3-10]
+    pub fn published_earlier(&mut self, packet_id: PacketId, reason: ReasonCode) -> bool {
+        self.take_over(packet_id, reason)
     }
 
     /// A QoS 2 message waits no more; `true`: the client has repeated it meanwhile.

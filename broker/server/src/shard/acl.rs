@@ -189,7 +189,7 @@ impl Shard {
             self.learn(key, &asked, decisions);
             return true;
         }
-        self.conns[id].gate.close(Reason::Asking);
+        self.conns[id].gate.close(Reason::Asking, self.now_ms);
         false
     }
 

@@ -140,7 +140,7 @@ impl Shard {
                 if auth.authentication_method != opening.request.method.as_deref() {
                     return self.refuse(id, ReasonCode::PROTOCOL_ERROR);
                 }
-                conn.gate.close(Reason::Opening);
+                conn.gate.close(Reason::Opening, self.now_ms);
                 let step = AuthStep {
                     request: Arc::clone(&opening.request),
                     data: Bytes::copy_from_slice(auth.authentication_data.unwrap_or_default()),

@@ -11,6 +11,7 @@ use wasmqtt_protocol::session::Session;
 
 use super::Shard;
 use super::conn::{State, is_fault};
+use super::gate::Reason;
 use super::read::Inbox;
 use super::timers::Timer;
 
@@ -61,7 +62,8 @@ impl Shard {
             State::Lingering => return self.remove(id),
         };
         let conn = &mut self.conns[id];
-        if conn.auth.take().is_some() {
+        let (has_auth, is_asking) = (conn.auth.take().is_some(), conn.gate.is_closed_for(Reason::Asking));
+        if has_auth || is_asking {
             self.calls.cancel(id, epoch);
         }
         if let Ending::Server(reason, text) = ending {
@@ -75,6 +77,8 @@ impl Shard {
         }
         if let Some(slot) = live {
             self.event(EventKind::ClientDisconnected, slot, || vec![("reason", ending.text().into())]);
+            let mut promises = std::mem::take(&mut self.conns[id].promises);
+            self.break_promises(&mut promises, slot);
             self.leave_session(slot, ending.publishes_will());
         }
         match ending {
@@ -144,6 +148,10 @@ impl Shard {
             self.calls.cancel(id, conn.epoch);
         }
         if let State::Live { slot } = conn.state {
+            if conn.gate.is_closed_for(Reason::Asking) {
+                self.calls.cancel(id, conn.epoch);
+            }
+            self.break_promises(&mut conn.promises, slot);
             self.event(EventKind::ClientDisconnected, slot, || vec![("reason", Ending::Lost.text().into())]);
             self.leave_session(slot, true);
         }

@@ -142,11 +142,11 @@ impl Conn {
     }
 
     /// What belongs to a shard stays there.
-    pub(super) fn leave_shard(&mut self) {
+    pub(super) fn leave_shard(&mut self, now_ms: u64) {
         self.dirty = false;
         self.held = false;
         self.blocked = false;
-        self.gate.leave_shard();
+        self.gate.leave_shard(now_ms);
     }
 }
 
@@ -244,7 +244,7 @@ impl Shard {
         if !PAUSES.iter().any(|pause| conn.gate.is_closed_for(*pause)) {
             self.paused.push((id, conn.epoch));
         }
-        conn.gate.close(reason);
+        conn.gate.close(reason, self.now_ms);
     }
 
     /// Goes on with those that were paused, as far as others keep up by now.

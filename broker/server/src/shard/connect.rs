@@ -122,7 +122,7 @@ impl Shard {
         let conn = &mut self.conns[id];
         let epoch = conn.epoch;
         conn.state = State::Opening(Box::new(opening));
-        conn.gate.close(Reason::Opening);
+        conn.gate.close(Reason::Opening, self.now_ms);
         if self.plugins.has_auth() {
             let call = self.plugins.authenticate(request);
             self.call_auth(id, epoch, call);
@@ -237,7 +237,7 @@ impl Shard {
     fn hand_over(&mut self, id: usize, opening: Box<Opening>, grant: Grant, key: SessionKey) {
         let conn = &mut self.conns[id];
         conn.state = State::Leaving { opening, grant, to: key.shard };
-        conn.gate.close(Reason::Leaving);
+        conn.gate.close(Reason::Leaving, self.now_ms);
         self.leaving.push(id);
     }
 
@@ -256,7 +256,7 @@ impl Shard {
             self.timers.cancel(at, timer);
         }
         let _ = self.poll.registry().deregister(&mut conn.stream);
-        conn.leave_shard();
+        conn.leave_shard(self.now_ms);
         self.shared.load[usize::from(self.index)].fetch_sub(1, Ordering::Relaxed);
         self.shared.load[usize::from(to)].fetch_add(1, Ordering::Relaxed);
         self.shared.mailboxes[usize::from(to)].send(Mail::Adopt(Box::new(Adopted { conn, opening, grant })));
@@ -354,7 +354,7 @@ impl Shard {
         // What an earlier connection sent comes before what this one sends.
         conn.submitted = self.hooks.waiting_of(key);
         if conn.submitted > 0 {
-            conn.gate.close(Reason::Hook);
+            conn.gate.close(Reason::Hook, self.now_ms);
         }
         let keep_alive = opening.link.keep_alive_ms();
         if let Some((session, _)) = self.sessions.resolve(key) {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 use tracing::{debug, warn};
 use wasmqtt_protocol::access::{Action, Verdict};
-use wasmqtt_protocol::codec::Qos;
+use wasmqtt_protocol::codec::{PacketId, Qos};
 use wasmqtt_protocol::ports::{
     Accepted, BanPattern, Change, Client, Load, Loaded, Receiver, ShardStore, Submission, Ticket,
 };
@@ -35,6 +35,10 @@ pub(super) struct Durable {
     failed: Vec<Ticket>,
     /// Connections that wait for a commit: their gates are closed for [`Reason::Commit`].
     waiting: Vec<(usize, u32)>,
+    /// QoS 2 messages that nobody waits for any more, since their connections are gone. Their Packet Identifiers are
+    /// known to the Sessions; those whose messages cannot be kept are forgotten, so that they are taken when they are
+    /// sent again.
+    orphans: Vec<(Receipt, SessionKey, PacketId)>,
 }
 
 /// Where the changes begin that belong to one packet.
@@ -79,6 +83,7 @@ impl Durable {
             failed: Vec::new(),
             store,
             waiting: Vec::new(),
+            orphans: Vec::new(),
         }
     }
 
@@ -148,11 +153,6 @@ impl Durable {
         id
     }
 
-    /// Retained messages have come further on their way to a subscription; nobody waits for that to be stored.
-    pub(super) fn write_replay(&mut self, change: Change<'_>) {
-        self.write(change);
-    }
-
     /// A plugin has a message that was kept for it.
     pub(super) fn write_fed(&mut self, plugin: &str, id: MessageId) {
         self.write(Change::FedDone { plugin, id });
@@ -215,7 +215,7 @@ impl Shard {
             self.durable.waiting.push((id, conn.epoch));
         }
         if self.durable.waits(conn.barrier) {
-            conn.gate.close(Reason::Commit);
+            conn.gate.close(Reason::Commit, self.now_ms);
         }
     }
 
@@ -224,6 +224,7 @@ impl Shard {
         if !self.durable.settles() {
             return;
         }
+        self.settle_orphans();
         for (id, epoch) in std::mem::take(&mut self.durable.waiting) {
             if self.is_current(id, epoch) {
                 self.conns[id].waits = false;
@@ -231,6 +232,28 @@ impl Shard {
             }
         }
         self.durable.failed.clear();
+    }
+
+    /// Nobody will be told whether a QoS 2 message of this Session is kept.
+    pub(super) fn orphan(&mut self, key: SessionKey, packet_id: PacketId, receipt: Receipt) {
+        if self.durable.waits(receipt) {
+            self.durable.orphans.push((receipt, key, packet_id));
+        }
+    }
+
+    fn settle_orphans(&mut self) {
+        let (waiting, settled): (Vec<_>, Vec<_>) = std::mem::take(&mut self.durable.orphans)
+            .into_iter()
+            .partition(|(receipt, ..)| self.durable.waits(*receipt));
+        self.durable.orphans = waiting;
+        for (receipt, key, packet_id) in settled {
+            if self.durable.has_failed(receipt)
+                && let Some((session, _)) = self.sessions.resolve(key)
+            {
+                session.forget_received(packet_id);
+                self.tell(key.slot, None);
+            }
+        }
     }
 
     fn release(&mut self, id: usize) {
@@ -288,6 +311,9 @@ impl Shard {
         conn.after(receipt);
         conn.is_unanswered = self.durable.waits(receipt);
         conn.has_new_session = !is_present;
+        if conn.is_unanswered {
+            self.wait_for_commit(id);
+        }
     }
 
     /// Has the store know how a Session stands: connected or not, with its will or without.

@@ -43,8 +43,11 @@ const FOR_LATER: u16 = Reason::Commit as u16
 pub(super) struct Gate {
     /// Set of [`Reason`].
     reasons: u16,
-    /// When the last packet came, or the gate opened again; on the broker's clock.
+    /// When the last packet came, on the broker's clock; later by as long as the gate was closed since then, but for
+    /// what the client itself is the reason of.
     heard_ms: u64,
+    /// Since when it is closed like that; `u64::MAX`: it is not.
+    paused_ms: u64,
     /// Bytes of the client that the kernel had when the Keep Alive last looked, while its answers piled up.
     unread: u32,
 }
@@ -52,33 +55,39 @@ pub(super) struct Gate {
 impl Gate {
     /// Open.
     pub(super) fn new(now_ms: u64) -> Self {
-        Self { reasons: 0, heard_ms: now_ms, unread: 0 }
+        Self { reasons: 0, heard_ms: now_ms, paused_ms: u64::MAX, unread: 0 }
     }
 
-    pub(super) fn close(&mut self, reason: Reason) {
+    pub(super) fn close(&mut self, reason: Reason, now_ms: u64) {
         if reason == Reason::Outbox && !self.is_closed_for(reason) {
             self.unread = 0;
         }
         self.reasons |= reason as u16;
+        if reason != Reason::Outbox && self.paused_ms == u64::MAX {
+            self.paused_ms = now_ms;
+        }
     }
 
-    /// One reason is gone; `true`: it was there and was the last one, so that the client is to be read again. Then a
-    /// full Keep Alive begins, except if the client itself kept the gate closed.
+    /// One reason is gone; `true`: it was there and was the last one, so that the client is to be read again. The Keep
+    /// Alive goes on from where it stood.
     pub(super) fn open(&mut self, reason: Reason, now_ms: u64) -> bool {
         let left = self.reasons & !(reason as u16);
         let before = std::mem::replace(&mut self.reasons, left);
-        if before == 0 || self.reasons != 0 {
-            return false;
-        }
-        if reason != Reason::Outbox {
-            self.heard_ms = now_ms;
-        }
-        true
+        self.end_pause(now_ms);
+        before != 0 && left == 0
     }
 
     /// The connection goes to another shard: what kept this one from reading it stays here.
-    pub(super) fn leave_shard(&mut self) {
+    pub(super) fn leave_shard(&mut self, now_ms: u64) {
         self.reasons &= STOPS;
+        self.end_pause(now_ms);
+    }
+
+    fn end_pause(&mut self, now_ms: u64) {
+        if self.reasons & !(Reason::Outbox as u16) == 0 && self.paused_ms != u64::MAX {
+            self.heard_ms += now_ms.saturating_sub(self.paused_ms);
+            self.paused_ms = u64::MAX;
+        }
     }
 
     /// The client is read.
@@ -107,6 +116,9 @@ impl Gate {
     #[inline]
     pub(super) fn heard(&mut self, now_ms: u64) {
         self.heard_ms = now_ms;
+        if self.paused_ms != u64::MAX {
+            self.paused_ms = now_ms;
+        }
     }
 
     /// When the client became silent, as far as that is its own doing; `None`: it may have sent something that was not
@@ -136,9 +148,9 @@ mod tests {
     fn the_gate_opens_with_its_last_reason() {
         let mut gate = Gate::new(0);
         assert!(gate.is_open());
-        gate.close(Reason::Hook);
-        gate.close(Reason::Commit);
-        gate.close(Reason::Hook);
+        gate.close(Reason::Hook, 0);
+        gate.close(Reason::Commit, 0);
+        gate.close(Reason::Hook, 0);
         assert!(!gate.open(Reason::Hook, 10), "the store has not committed");
         assert!(!gate.is_open() && gate.passes_packets());
         assert!(gate.open(Reason::Commit, 20));
@@ -150,12 +162,12 @@ mod tests {
     fn packets_wait_for_the_answer_to_the_one_before() {
         for reason in [Reason::Opening, Reason::Leaving, Reason::Asking] {
             let mut gate = Gate::new(0);
-            gate.close(reason);
+            gate.close(reason, 0);
             assert!(!gate.passes_packets() && !gate.is_open_for_the_last_time(), "{reason:?}");
         }
         for reason in [Reason::Hook, Reason::Commit, Reason::Outbox, Reason::Congested, Reason::Store] {
             let mut gate = Gate::new(0);
-            gate.close(reason);
+            gate.close(reason, 0);
             assert!(gate.passes_packets() && gate.is_open_for_the_last_time(), "{reason:?}");
         }
     }
@@ -166,17 +178,23 @@ mod tests {
         let mut gate = Gate::new(0);
         gate.heard(1000);
         assert_eq!(gate.silent_since_ms(|| 0), Some(1000));
-        gate.close(Reason::Hook);
+        gate.close(Reason::Hook, 3000);
+        gate.close(Reason::Commit, 4000);
         assert_eq!(gate.silent_since_ms(|| 0), None);
         gate.open(Reason::Hook, 5000);
-        assert_eq!(gate.silent_since_ms(|| 0), Some(5000), "a full Keep Alive begins");
+        gate.open(Reason::Commit, 6000);
+        assert_eq!(gate.silent_since_ms(|| 0), Some(4000), "two of five seconds were its own");
+        gate.close(Reason::Hook, 7000);
+        gate.heard(8000);
+        gate.open(Reason::Hook, 9000);
+        assert_eq!(gate.silent_since_ms(|| 0), Some(9000));
     }
 
     /// A client that takes nothing and sends nothing is gone; one that takes nothing and sends is not.
     #[test]
     fn a_client_that_takes_no_answers_is_known_by_what_it_sends() {
         let mut gate = Gate::new(0);
-        gate.close(Reason::Outbox);
+        gate.close(Reason::Outbox, 0);
         assert_eq!(gate.silent_since_ms(|| 2), None);
         assert_eq!(gate.silent_since_ms(|| 4), None);
         assert_eq!(gate.silent_since_ms(|| 4), Some(0), "nothing came since");

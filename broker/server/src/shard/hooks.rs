@@ -149,7 +149,7 @@ impl Shard {
         *self.hooks.waiting.entry(pending.publisher).or_insert(0) += 1;
         if let Some(conn) = self.conn_of(pending.publisher).and_then(|id| self.conns.get_mut(id)) {
             conn.submitted += 1;
-            conn.gate.close(Reason::Hook);
+            conn.gate.close(Reason::Hook, self.now_ms);
         }
         self.hooks.collected.push(pending);
         self.hooks.is_changed = true;
@@ -255,17 +255,17 @@ impl Shard {
     ) {
         let (Qos::ExactlyOnce, Some(packet_id)) = (qos, packet_id) else { return };
         let Some((session, id)) = self.sessions.resolve(key) else { return };
-        let mut conn = id.and_then(|id| self.conns.get_mut(id));
-        let is_v5 = conn.as_ref().is_none_or(|conn| conn.version == Version::V5);
+        let conn = id.and_then(|id| self.conns.get(id));
+        let is_v5 = conn.is_none_or(|conn| conn.version == Version::V5);
         let reason = if is_v5 { reason.for_puback() } else { ReasonCode::SUCCESS };
-        if let Some(conn) = &mut conn {
-            conn.outbox.lend(&mut self.pool);
-            conn.after(receipt);
-        }
-        session.published_earlier(packet_id, reason, conn.map(|conn| &mut conn.outbox));
-        self.tell(key.slot, id);
-        if let Some(id) = id {
-            self.mark_dirty(id);
+        let mark = self.durable.mark();
+        let is_repeated = session.published_earlier(packet_id, reason);
+        self.tell(key.slot, None);
+        let receipt = receipt.and(self.durable.since(mark));
+        match id {
+            Some(id) if is_repeated => self.promise_publish(id, key.slot, (qos, packet_id), reason, receipt),
+            _ if reason.is_error() => {}
+            _ => self.orphan(key, packet_id, receipt),
         }
     }
 

@@ -11,6 +11,7 @@ use std::collections::VecDeque;
 
 use wasmqtt_protocol::codec::{Packet, PacketId, Qos, ReasonCode, Suback, UserProperties, Version};
 use wasmqtt_protocol::ports::EventKind;
+use wasmqtt_protocol::router::Subscription;
 use wasmqtt_protocol::session::Outbox;
 use wasmqtt_protocol::topic::Filter;
 
@@ -44,8 +45,9 @@ enum Answer {
 pub(super) struct Subscribed {
     pub(super) packet_id: PacketId,
     pub(super) reasons: Vec<ReasonCode>,
-    /// The subscriptions that were made; without the store they do not stay. `None`: it is an UNSUBACK.
-    pub(super) made: Option<Vec<Filter>>,
+    /// The subscriptions that were made, with those that they replaced; without the store they do not stay. `None`: it
+    /// is an UNSUBACK.
+    pub(super) made: Option<Vec<(Filter, Option<Subscription>)>>,
 }
 
 /// Those of one connection, oldest first.
@@ -113,7 +115,7 @@ impl Shard {
         let receipt = promise.receipt;
         conn.promises.push(promise);
         if conn.promises.is_full() {
-            conn.gate.close(Reason::Commit);
+            conn.gate.close(Reason::Commit, self.now_ms);
         }
         self.wait_for_commit(id);
         self.note_written(id, receipt);
@@ -141,7 +143,24 @@ impl Shard {
     pub(super) fn promise_at_last(&mut self, id: usize, slot: u32) {
         while let Some(promise) = self.conns[id].promises.pop_if(|_| true) {
             self.conns[id].after(promise.receipt);
+            self.orphan_promise(slot, &promise);
             self.give(id, slot, promise);
+        }
+    }
+
+    /// The connection is gone, and with it the answers.
+    pub(super) fn break_promises(&mut self, promises: &mut Promises, slot: u32) {
+        while let Some(promise) = promises.pop_if(|_| true) {
+            self.orphan_promise(slot, &promise);
+        }
+    }
+
+    fn orphan_promise(&mut self, slot: u32, promise: &Promise) {
+        if let Answer::Publish { qos: Qos::ExactlyOnce, packet_id, reason } = promise.answer
+            && !reason.is_error()
+            && let Some(key) = self.sessions.get(slot).map(|session| session.key)
+        {
+            self.orphan(key, packet_id, promise.receipt);
         }
     }
 
@@ -172,8 +191,11 @@ impl Shard {
         let version = self.conns[id].version;
         if is_refused {
             let Some(key) = self.sessions.get(slot).map(|session| session.key) else { return };
-            for filter in answer.made.iter().flatten() {
-                self.unsubscribe(key, filter);
+            for (filter, replaced) in answer.made.iter().flatten() {
+                match replaced {
+                    Some(subscription) => drop(self.subscribe(key, filter, *subscription)),
+                    None => drop(self.unsubscribe(key, filter)),
+                }
             }
             let reason = match (version, &answer.made) {
                 (Version::V5, Some(_)) => ReasonCode::QUOTA_EXCEEDED,

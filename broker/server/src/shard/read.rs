@@ -123,7 +123,7 @@ impl Shard {
         let congested = self.is_congested();
         let conn = &mut self.conns[id];
         if conn.outbox.len() >= self.limits.outbound_bytes_max {
-            conn.gate.close(Reason::Outbox);
+            conn.gate.close(Reason::Outbox, self.now_ms);
         }
         if congested {
             self.pause(id, Reason::Congested);
@@ -159,7 +159,7 @@ impl Shard {
         let mut reads = 0;
         while let Some(conn) = self.conns.get_mut(id) {
             if conn.outbox.len() >= outbound_max {
-                conn.gate.close(Reason::Outbox);
+                conn.gate.close(Reason::Outbox, self.now_ms);
             }
             if matches!(conn.state, State::Lingering) || !conn.passes_packets() || !conn.is_read() {
                 return false;

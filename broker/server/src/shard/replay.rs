@@ -45,8 +45,12 @@ impl Shard {
                 continue;
             }
             let is_stored = session.subscription(&filter).is_some_and(is_stored);
-            if let Some(name) = session.stored().filter(|_| is_stored) {
-                self.durable.write(Change::Replay { session: name, filter: &filter, replay: &replay });
+            if let Some(name) = session.stored() {
+                if is_stored {
+                    self.durable.write(Change::Replay { session: name, filter: &filter, replay: &replay });
+                } else if session.replay(&filter).is_some() {
+                    self.durable.write(Change::ReplayEnded { session: name, filter: &filter });
+                }
             }
             session.begin_replay(filter, replay);
         }
@@ -128,13 +132,15 @@ impl Shard {
         next: Option<Position>,
     ) {
         let Some(session) = self.sessions.get_mut(key.slot) else { return };
-        if let Some(session) = session.stored().filter(|_| is_stored(subscription)) {
+        if let Some(session) = session.stored() {
             match &next {
-                Some(from) => {
+                Some(from) if is_stored(subscription) => {
                     let replay = Replay { from: from.clone(), until };
-                    self.durable.write_replay(Change::Replay { session, filter, replay: &replay });
+                    self.durable.write(Change::Replay { session, filter, replay: &replay });
                 }
-                None => self.durable.write_replay(Change::ReplayEnded { session, filter }),
+                Some(_) => {}
+                // It may have begun with another QoS.
+                None => self.durable.write(Change::ReplayEnded { session, filter }),
             }
         }
         session.advance_replay(filter, next);
@@ -181,7 +187,7 @@ impl Shard {
     /// The Session ends, or its subscription.
     pub(super) fn forget_replay(&mut self, session: Option<SessionId>, filter: &Filter) {
         if let Some(session) = session {
-            self.durable.write_replay(Change::ReplayEnded { session, filter });
+            self.durable.write(Change::ReplayEnded { session, filter });
         }
     }
 }

@@ -71,9 +71,10 @@ impl Shard {
                 options.retain_as_published = true;
             }
             let subscription = Subscription { options, id: subscribe.subscription_id };
-            let is_new = self.subscribe(key, &filter, subscription);
+            let replaced = self.subscribe(key, &filter, subscription);
+            let is_new = replaced.is_none();
             if self.is_stored(slot) {
-                made.push(filter.clone());
+                made.push((filter.clone(), replaced));
             }
             reasons.push(ReasonCode(options.qos as u8));
             let wanted = match options.retain_handling {
@@ -114,10 +115,15 @@ impl Shard {
         self.sessions.get(slot).map_or("", |session| &session.client_id)
     }
 
-    /// `true`: the Session had no such subscription.
-    fn subscribe(&mut self, key: SessionKey, filter: &Filter, subscription: Subscription) -> bool {
-        let Some(session) = self.sessions.get_mut(key.slot) else { return false };
-        let is_new = session.subscribe(filter.clone(), subscription).is_none();
+    /// Gives back the subscription that it replaces.
+    pub(super) fn subscribe(
+        &mut self,
+        key: SessionKey,
+        filter: &Filter,
+        subscription: Subscription,
+    ) -> Option<Subscription> {
+        let session = self.sessions.get_mut(key.slot)?;
+        let replaced = session.subscribe(filter.clone(), subscription);
         let availability = Arc::clone(session.availability());
         if let Some(outbox) =
             self.sessions.conn(key.slot).and_then(|id| self.conns.get(id)).map(|conn| conn.outbox.len())
@@ -149,10 +155,10 @@ impl Shard {
         self.event(EventKind::Subscribed, key.slot, || {
             vec![("filter", filter.to_string()), ("qos", (subscription.options.qos as u8).to_string())]
         });
-        if is_new {
+        if replaced.is_none() {
             self.shared.stats.subscriptions.fetch_add(1, Ordering::Relaxed);
         }
-        is_new
+        replaced
     }
 
     pub(super) fn on_unsubscribe(&mut self, id: usize, slot: u32, unsubscribe: &Unsubscribe<'_>) {

@@ -36,7 +36,7 @@ impl Shard {
         }
         let conn = &mut self.conns[id];
         conn.state = State::TakingOver { opening, grant };
-        conn.gate.close(Reason::Leaving);
+        conn.gate.close(Reason::Leaving, self.now_ms);
         let new = (id, conn.epoch);
         self.read_to_end(old, Some(new));
     }

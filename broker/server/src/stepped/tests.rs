@@ -32,8 +32,9 @@ const AUTH: u8 = 0xf0;
 
 #[derive(Default)]
 struct State {
-    /// Answers wait until they are let go.
+    /// Answers wait until they are let go, all or those about permissions.
     holds: bool,
+    holds_acl: bool,
     waiting: Vec<Waker>,
     has_acl: bool,
     /// What begins with it is denied, if it is not empty.
@@ -57,16 +58,20 @@ impl Script {
 
     fn let_go(&self) {
         self.set(|state| {
-            state.holds = false;
+            (state.holds, state.holds_acl) = (false, false);
             state.waiting.drain(..).for_each(Waker::wake);
         });
     }
 
     fn answer<T: Unpin + 'static>(&self, value: T) -> Call<T> {
+        self.answer_when(value, |state| !state.holds)
+    }
+
+    fn answer_when<T: Unpin + 'static>(&self, value: T, may: impl Fn(&State) -> bool + 'static) -> Call<T> {
         let (state, mut value) = (Arc::clone(&self.0), Some(value));
         Box::pin(std::future::poll_fn(move |context| {
             let mut state = state.lock().unwrap();
-            if state.holds {
+            if !may(&state) {
                 state.waiting.push(context.waker().clone());
                 return Poll::Pending;
             }
@@ -110,7 +115,8 @@ impl ShardPlugins for Script {
             let verdict = if is_denied { Verdict::Deny(ReasonCode::NOT_AUTHORIZED) } else { Verdict::Allow };
             Decision { verdict: Some(verdict), lease: Some(Lease { scope: None, seconds: 1000 }), failed: false }
         };
-        self.answer(accesses.iter().map(decide).collect())
+        let decisions = accesses.iter().map(decide).collect();
+        self.answer_when(decisions, |state| !state.holds && !state.holds_acl)
     }
     fn interest(&self, topic: &str) -> Interest {
         Interest { before: u64::from(topic.starts_with("hook/")), committed: 0 }
@@ -193,6 +199,13 @@ impl Client {
             body.push(qos);
         }
         self.send(0x82, &body);
+    }
+
+    fn retain(&mut self, topic: &str) {
+        let mut body = Vec::new();
+        text(&mut body, topic);
+        body.extend_from_slice(&[0, b'x']);
+        self.send(0x31, &body);
     }
 
     /// `packet_id` 0: QoS 0.
@@ -394,4 +407,144 @@ fn a_ban_holds_for_a_client_that_is_just_coming() {
         assert!(first == DISCONNECT || body[1] >= 0x80 || client.packet().unwrap().0 == DISCONNECT);
         assert_eq!(broker.sessions(), 0);
     }
+}
+
+/// Two clients with Sessions in a store that commits when it is told to: `s` is subscribed to `t`, QoS 2.
+fn start_stored() -> (Stepped, Script, Slow, Client, Client) {
+    let (plugins, store) = (Script::default(), Slow::at_once());
+    let mut broker = start_with(&plugins, &store, Limits::default());
+    let mut subscriber = client(&mut broker, "s", 100);
+    subscriber.subscribe(1, &["t"], 2);
+    let publisher = client(&mut broker, "p", 100);
+    subscriber.expect(SUBACK);
+    store.hang();
+    store.take();
+    (broker, plugins, store, subscriber, publisher)
+}
+
+fn fail(broker: &mut Stepped, store: &Slow) {
+    broker.settle();
+    store.fail_all();
+    broker.settle();
+}
+
+fn commit(broker: &mut Stepped, store: &Slow) {
+    broker.settle();
+    store.commit_all();
+    broker.settle();
+}
+
+/// The disk refuses a QoS 2 message when its publisher is gone already, with or without DISCONNECT from the broker.
+#[test]
+fn what_could_not_be_kept_is_taken_when_it_is_sent_again() {
+    for is_ended in [false, true] {
+        let (mut broker, _, store, subscriber, mut publisher) = start_stored();
+        drop(subscriber);
+        commit(&mut broker, &store);
+        publisher.publish("t", 2, 1, "x");
+        if is_ended {
+            // CONNECT is for the begin. [MQTT-3.1.0-2]
+            publisher.send(0x10, b"\x00\x04MQTT\x05\x02\x00\x00\x00\x00\x00");
+        }
+        broker.settle();
+        drop(publisher);
+        fail(&mut broker, &store);
+        assert!(store.take().iter().any(|change| change.starts_with("queued")));
+        let mut publisher = Client::connect(&broker, "p", 100);
+        commit(&mut broker, &store);
+        assert_eq!(publisher.expect(CONNACK)[0], 1, "the Session is present");
+        publisher.publish("t", 2, 1, "x");
+        commit(&mut broker, &store);
+        assert_eq!(publisher.expect(PUBREC)[..2], [0, 1]);
+        assert!(store.take().iter().any(|change| change.starts_with("queued")), "ended: {is_ended}");
+    }
+}
+
+/// A client that is not heard of is gone, however much is sent to it. [MQTT-3.1.2-22]
+#[test]
+fn commits_do_not_keep_a_silent_client_alive() {
+    let (mut broker, _, store, _subscriber, mut publisher) = start_stored();
+    let mut silent = Client::connect_with(&broker, "silent", 100, 10, None);
+    commit(&mut broker, &store);
+    silent.expect(CONNACK);
+    silent.subscribe(1, &["t"], 2);
+    commit(&mut broker, &store);
+    assert_eq!(broker.connections(), 3);
+    for packet_id in 1..=4 {
+        publisher.publish("t", 2, packet_id, "x");
+        commit(&mut broker, &store);
+        broker.skip(Duration::from_secs(5));
+        broker.settle();
+    }
+    assert_eq!(broker.connections(), 2);
+}
+
+#[test]
+fn a_subscription_stays_as_it_was_when_another_cannot_be_kept() {
+    let (mut broker, _, store, mut subscriber, mut publisher) = start_stored();
+    subscriber.subscribe(2, &["t", "new"], 0);
+    fail(&mut broker, &store);
+    assert_eq!(subscriber.expect(SUBACK)[3..], [0x97, 0x97]);
+    publisher.publish("t", 0, 0, "x");
+    publisher.publish("new", 0, 0, "x");
+    publisher.publish("t", 1, 1, "x");
+    commit(&mut broker, &store);
+    subscriber.expect(PUBLISH);
+    let (first, body) = subscriber.packet().unwrap();
+    assert_eq!((first, &body[1..2]), (0x32, &b"\x01"[..]), "QoS 1, although QoS 0 was wanted");
+    assert!(subscriber.is_quiet());
+}
+
+/// CONNACK waits for plugins and for the store; the store is done first.
+#[test]
+fn a_session_that_cannot_be_kept_is_refused_though_plugins_think_longer() {
+    let (mut broker, plugins, store, subscriber, mut publisher) = start_stored();
+    drop(subscriber);
+    commit(&mut broker, &store);
+    plugins.set(|state| (state.has_acl, state.holds_acl) = (true, true));
+    plugins.set(|state| state.epoch += 1);
+    let mut refused = Client::connect(&broker, "s", 100);
+    fail(&mut broker, &store);
+    plugins.let_go();
+    broker.settle();
+    assert_eq!(refused.expect(CONNACK)[1], 0x97);
+    drop(refused);
+    commit(&mut broker, &store);
+
+    plugins.set(|state| state.holds_acl = true);
+    let mut subscriber = Client::connect(&broker, "s", 100);
+    commit(&mut broker, &store);
+    plugins.let_go();
+    broker.settle();
+    assert_eq!(subscriber.expect(CONNACK)[1], 0);
+    publisher.publish("t", 2, 1, "x");
+    commit(&mut broker, &store);
+    let id = subscriber.expect(PUBLISH)[3..5].to_vec();
+    subscriber.send(PUBREC, &id);
+    fail(&mut broker, &store);
+    while let Some((first, _)) = subscriber.packet() {
+        assert_ne!(first, CONNACK, "it is in already");
+    }
+}
+
+/// Retained messages are on their way with QoS 1, and then with QoS 0, which the store need not know of.
+#[test]
+fn a_replay_in_the_store_ends_with_the_subscription_it_was_for() {
+    let (mut broker, _, store, mut subscriber, mut publisher) = start_stored();
+    for n in 0..3000 {
+        publisher.retain(&format!("r/{n}"));
+        if n % 100 == 0 {
+            commit(&mut broker, &store);
+        }
+    }
+    subscriber.subscribe(2, &["r/+"], 1);
+    commit(&mut broker, &store);
+    assert!(store.was_told("replay 1 r/+"));
+    store.take();
+    subscriber.subscribe(3, &["r/+"], 0);
+    for _ in 0..50 {
+        commit(&mut broker, &store);
+        while subscriber.packet().is_some() {}
+    }
+    assert!(store.was_told("replayed 1 r/+"));
 }
