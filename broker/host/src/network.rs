@@ -126,14 +126,11 @@ impl SocketGrant {
 }
 
 /// Not of this machine, this network or nobody. An IPv6 address that carries an IPv4 address, for a translator or a
-/// tunnel, is as public as that one.
+/// tunnel, is no more public than that one.
 pub(crate) fn is_public(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(v4) => is_public_v4(v4),
-        IpAddr::V6(v6) => match carried(v6) {
-            Some(v4) => is_public_v4(v4),
-            None => is_public_v6(v6),
-        },
+        IpAddr::V6(v6) => is_public_v6(v6) && carried(v6).is_none_or(is_public_v4),
     }
 }
 
@@ -261,6 +258,10 @@ mod tests {
             "fec0::1",
             "100::1",
             "2a00::5efe:10.0.0.1",
+            // ISATAP of this network, though what it carries is public.
+            "fd00::5efe:1.1.1.1",
+            "fe80::5efe:1.1.1.1",
+            "fe80::200:5efe:1.1.1.1",
             "192.0.2.1",
             "198.18.0.1",
             "240.0.0.1",
