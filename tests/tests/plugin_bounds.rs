@@ -58,6 +58,14 @@ fn misbehave(grants: &str, limits: &str) -> String {
     )
 }
 
+/// It imports `publish`, so that must be granted.
+fn hoard(grants: &str) -> String {
+    format!(
+        "shards = 1\n[[plugin]]\nname = \"hoard\"\npath = \"{}\"\ngrants = {{ publish = [\"granted\"], {grants} }}\n",
+        wasmqtt_guests::component("hoard").display()
+    )
+}
+
 fn login(client_id: &str, username: &str) -> Options {
     Options { username: Some(username.into()), password: Some(b"secret".into()), ..Options::new(V5, client_id) }
 }
@@ -272,11 +280,7 @@ fn a_plugin_cannot_forge_lines() {
 /// A fresh instance takes the place of one that traps, but its lines are those that the other one had left.
 #[test]
 fn a_trap_gives_no_further_log_lines() {
-    let hoard = wasmqtt_guests::component("hoard");
-    let broker = Broker::start(&format!(
-        "shards = 1\n[[plugin]]\nname = \"hoard\"\npath = \"{}\"\ngrants = {{ publish = [\"granted\"] }}\n",
-        hoard.display()
-    ));
+    let broker = Broker::start(&hoard(""));
     let begun = Instant::now();
     for n in 0..4 {
         assert_eq!(try_login(&broker, &format!("c{n}"), "shout:100"), 0x88, "it traps");
@@ -285,4 +289,19 @@ fn a_trap_gives_no_further_log_lines() {
     let most = 100 * (begun.elapsed().as_secs() as usize + 1);
     let lines = broker.log().matches("shout ").count();
     assert!((100..=most).contains(&lines), "{lines} lines and at most {most}");
+}
+
+/// What a plugin wanted without a grant is named in short, so that a name of megabytes is not formatted for the log.
+#[test]
+fn long_names_are_cut_before_they_are_logged() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    std::fs::create_dir(folder.path().join("granted")).expect("make a folder");
+    let files = "files = [{ host = \"granted\", guest = \"/granted\" }]";
+    let broker = Broker::start_in(folder, &hoard(files));
+    assert_eq!(try_login(&broker, "c", "names:500000"), 0);
+    broker.await_log("denied: publishing to", 1);
+    broker.await_log("denied: opening", 1);
+    let log = broker.log();
+    let denials: Vec<&str> = log.lines().filter(|line| line.contains("denied: ")).collect();
+    assert!(denials.len() == 2 && denials.iter().all(|line| line.len() < 600), "{denials:?}");
 }

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use wasmqtt_protocol::access::{Action, Decision, Lease, Verdict};
 use wasmqtt_protocol::codec::ReasonCode;
 use wasmqtt_protocol::ports::{Access, Client};
+use wasmqtt_protocol::text::escaped;
 use wasmqtt_protocol::topic::Filter;
 
 use crate::bindings::acl::exports::wasmqtt::plugin::acl as wit;
-use crate::bindings::{failure, types};
+use crate::bindings::{NAME_BYTES_MAX, failure, types};
 use crate::call::{Question, Said};
 use crate::config::{OnError, PluginLimits};
 use crate::instance::Running;
@@ -92,8 +93,23 @@ fn decision(from: wit::Decision) -> Result<Decision, String> {
     }
     let scope = match from.scope.as_str() {
         "" => None,
-        text => Some(Filter::parse(text).map_err(|error| format!("scope {text:?}: {error}"))?),
+        text => {
+            let shown = escaped(text, NAME_BYTES_MAX);
+            Some(Filter::parse(text).map_err(|error| format!("scope {shown:?}: {error}"))?)
+        }
     };
     let lease = Lease { scope, seconds: from.ttl.min(LEASE_SECS_MAX) };
     Ok(Decision { verdict, lease: Some(lease), failed: false })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wrong_scope_is_named_in_short() {
+        let scope = "\u{1}".repeat(1 << 20) + "#";
+        let error = decision(wit::Decision { verdict: wit::Verdict::Allow, scope, ttl: 1 }).err();
+        assert!(error.is_some_and(|error| error.len() < 500));
+    }
 }

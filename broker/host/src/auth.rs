@@ -6,11 +6,12 @@ use bytes::Bytes;
 use wasmqtt_protocol::access::{Action, Rule};
 use wasmqtt_protocol::codec::{ReasonCode, Version};
 use wasmqtt_protocol::ports::{AuthOutcome, AuthRequest, AuthStep, Grant};
+use wasmqtt_protocol::text::escaped;
 use wasmqtt_protocol::topic::Filter;
 
 use crate::bindings::auth::exports::wasmqtt::plugin::auth as wit;
-use crate::bindings::failure;
 use crate::bindings::types::Pair;
+use crate::bindings::{NAME_BYTES_MAX, failure};
 use crate::call::{Question, Said};
 use crate::config::{OnError, PluginLimits};
 use crate::instance::Running;
@@ -89,7 +90,8 @@ impl Question for Authentication {
 
 /// `None`: about nothing.
 fn rule_of(from: wit::Rule) -> Result<Option<Rule>, String> {
-    let filter = Filter::parse(&from.filter).map_err(|error| format!("rule for {:?}: {error}", from.filter))?;
+    let shown = escaped(&from.filter, NAME_BYTES_MAX);
+    let filter = Filter::parse(&from.filter).map_err(|error| format!("rule for {shown:?}: {error}"))?;
     let action = match (from.publish, from.subscribe) {
         (true, true) => None,
         (true, false) => Some(Action::Publish),
@@ -173,4 +175,16 @@ fn allowed(grant: wit::Grant, request: &AuthRequest) -> Result<Grant, String> {
     }
     let rules = grant.rules.into_iter().filter_map(|rule| rule_of(rule).transpose()).collect::<Result<_, _>>()?;
     Ok(Grant { principal, data, rules, complete: grant.complete, expires: grant.expires })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wrong_rule_is_named_in_short() {
+        let filter = "\u{1}".repeat(1 << 20) + "#";
+        let error = rule_of(wit::Rule { filter, publish: true, subscribe: true, allow: true }).err();
+        assert!(error.is_some_and(|error| error.len() < 500));
+    }
 }

@@ -34,6 +34,8 @@ exported! {
 
 /// Bytes of a text of a plugin in errors, explanations and the log.
 pub(crate) const TEXT_BYTES_MAX: usize = 1024;
+/// Bytes of a name of its in them: a topic, a filter, a path. It must not be formatted whole, it may be megabytes.
+pub(crate) const NAME_BYTES_MAX: usize = 256;
 
 /// What a plugin says about a call it could not answer.
 pub(crate) fn failure(from: types::Failure) -> String {

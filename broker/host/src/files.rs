@@ -1,6 +1,7 @@
 //! Opening files of granted folders. What leads out of them, or must not be written, is refused by wasmtime; here it is
 //! also counted and named in the log, and the number of open files has a bound.
 
+use wasmqtt_protocol::text::escaped;
 use wasmtime::StoreContextMut;
 use wasmtime::component::{Linker, Resource, ResourceType};
 use wasmtime_wasi::filesystem::WasiFilesystemView;
@@ -10,6 +11,7 @@ use wasmtime_wasi::p2::bindings::filesystem::types::{
 use wasmtime_wasi::p2::{DynInputStream, DynOutputStream, ReaddirIterator};
 
 use crate::HostError;
+use crate::bindings::NAME_BYTES_MAX;
 use crate::guest::Guest;
 use crate::shadow::linked_name;
 
@@ -91,7 +93,7 @@ async fn open_at(guest: &mut Guest, (folder, path_flags, path, open_flags, flags
         }
     };
     if matches!(code, ErrorCode::Access | ErrorCode::NotPermitted | ErrorCode::ReadOnly) {
-        guest.denials.note(format_args!("opening {name:?}"));
+        guest.denials.note(format_args!("opening {:?}", escaped(&name, NAME_BYTES_MAX)));
     }
     Ok((Err(code),))
 }

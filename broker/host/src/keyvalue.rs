@@ -198,12 +198,12 @@ type Answer<T> = wasmtime::Result<Result<T, store::Error>>;
 
 impl store::Host for Guest {
     fn open(&mut self, identifier: String) -> Answer<Resource<Bucket>> {
+        if identifier.len() > NAME_BYTES_MAX {
+            return Ok(other(format!("a name of more than {NAME_BYTES_MAX} bytes")));
+        }
         if self.services.grants.keyvalue_mib == 0 {
             self.denials.note(format_args!("the bucket {identifier:?}; grants.keyvalue_mib is not set"));
             return Ok(Err(store::Error::AccessDenied));
-        }
-        if identifier.len() > NAME_BYTES_MAX {
-            return Ok(other(format!("a name of more than {NAME_BYTES_MAX} bytes")));
         }
         Ok(Ok(self.table.push(Bucket { name: identifier, listed: None })?))
     }

@@ -1,8 +1,10 @@
 //! What a plugin wants to be shown.
 
 use wasmqtt_protocol::ports::EventKind;
+use wasmqtt_protocol::text::escaped;
 use wasmqtt_protocol::topic::Filter;
 
+use crate::bindings::NAME_BYTES_MAX;
 use crate::bindings::lifecycle::exports::wasmqtt::plugin::lifecycle as wit;
 
 /// Topic Filters one plugin may register.
@@ -39,7 +41,9 @@ impl Registration {
         if from.filters.len() > FILTERS_MAX {
             return Err(format!("{} filters; at most {FILTERS_MAX} are allowed", from.filters.len()));
         }
-        let filter = |text: &String| Filter::parse(text).map_err(|error| format!("filter {text:?}: {error}"));
+        let filter = |text: &String| {
+            Filter::parse(text).map_err(|error| format!("filter {:?}: {error}", escaped(text, NAME_BYTES_MAX)))
+        };
         // A kind that this broker does not know will not happen here.
         let kind = |name: &String| EventKind::ALL.into_iter().find(|kind| kind.name() == name);
         Ok(Self {
@@ -67,5 +71,18 @@ impl Registration {
 
     pub(crate) fn wants_topic(&self, topic: &str) -> bool {
         self.filters.iter().any(|filter| filter.matches(topic))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wrong_filter_is_named_in_short() {
+        let filters = vec!["\u{1}".repeat(1 << 20) + "#"];
+        let (before_store, at_rest, committed, payload, events) = (false, false, false, false, Vec::new());
+        let from = wit::Registration { filters, before_store, at_rest, committed, payload, events, extra: Vec::new() };
+        assert!(Registration::checked(from).is_err_and(|error| error.len() < 500));
     }
 }

@@ -6,13 +6,15 @@ use std::sync::{Arc, OnceLock};
 use bytes::Bytes;
 use wasmqtt_protocol::codec::{PublishPropertiesBuilder, Qos, ReasonCode};
 use wasmqtt_protocol::ports::{BanPattern, Broker, Outgoing, Refusal};
+use wasmqtt_protocol::text::escaped;
 use wasmtime_wasi_config::WasiConfigVariables;
 
+use crate::bindings::NAME_BYTES_MAX;
 use crate::bindings::imports::wasmqtt::plugin::host as wit;
 use crate::bindings::types::Pair;
 use crate::config::Grants;
 use crate::guest::Denials;
-use crate::metrics::{Kind, NAME_BYTES_MAX, series_name};
+use crate::metrics::{self, Kind, series_name};
 use crate::network::HttpGrant;
 use crate::plugin::Plugin;
 
@@ -56,7 +58,8 @@ impl Services {
 
     pub(crate) fn publish(&self, from: wit::Outgoing, denials: &Denials) -> Result<(), wit::Refusal> {
         if !self.grants.publish.iter().any(|filter| filter.matches(&from.topic)) {
-            denials.note(format_args!("publishing to {:?}; grants.publish does not cover it", from.topic));
+            let topic = escaped(&from.topic, NAME_BYTES_MAX);
+            denials.note(format_args!("publishing to {topic:?}; grants.publish does not cover it"));
             return Err(wit::Refusal::Denied);
         }
         let Some(qos) = Qos::from_bits(from.qos) else { return invalid("qos is 0, 1 or 2") };
@@ -114,7 +117,7 @@ impl Services {
     pub(crate) fn record(&self, kind: Kind, name: &str, labels: &[Pair], value: f64) {
         // Before anything is made of it: what a guest hands over may be megabytes.
         let bytes = name.len() + labels.iter().map(|Pair { name, value }| name.len() + value.len() + 4).sum::<usize>();
-        if bytes > NAME_BYTES_MAX {
+        if bytes > metrics::NAME_BYTES_MAX {
             return self.plugin.metrics.lose();
         }
         let labels = labels.iter().map(|Pair { name, value }| (name.as_str(), value.as_str()));

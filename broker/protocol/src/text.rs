@@ -118,7 +118,9 @@ impl fmt::Write for Escaper<'_> {
         let mut rest = text;
         while !self.cut && !rest.is_empty() {
             let quoted = self.quoted;
-            let plain = rest.find(|c| is_unsafe(c) || quoted && matches!(c, '"' | '\\')).unwrap_or(rest.len());
+            // No more than may be shown, and a character: the rest may be megabytes.
+            let head = &rest[..rest.floor_char_boundary(self.left.saturating_add(4))];
+            let plain = head.find(|c| is_unsafe(c) || quoted && matches!(c, '"' | '\\')).unwrap_or(head.len());
             let (harmless, after) = rest.split_at(plain);
             if harmless.len() > self.left {
                 let fits = &harmless[..harmless.floor_char_boundary(self.left)];

@@ -1,9 +1,10 @@
 //! A plugin that takes as much of the broker as it gets: in `init` by its setting `init`, in `authenticate` by the User
 //! Name. What it got is the principal.
 
+use wasip2::filesystem::types::{DescriptorFlags, OpenFlags, PathFlags};
 use wasip2::http::types::{Fields, Method, OutgoingRequest};
 use wasmqtt_sdk::host::{self, Level, Outgoing, Refusal};
-use wasmqtt_sdk::{Auth, Outcome, Plugin, Request, Settings, Step};
+use wasmqtt_sdk::{Auth, Bucket, Outcome, Plugin, Request, Settings, Step};
 
 const MIB: usize = 1 << 20;
 
@@ -28,6 +29,7 @@ impl Auth for Hoard {
             "resources" => resources(count),
             "listings" => listings(count),
             "publish" => (0..count).filter(|_| is_asked()).count(),
+            "names" => names(count),
             "shout" => shout(count),
             _ => 0,
         };
@@ -71,6 +73,17 @@ fn listings(count: usize) -> usize {
 /// The broker looks at a message, which it must not publish; it may be too busy for that.
 fn is_asked() -> bool {
     host::publish(&Outgoing::new("not/granted", "x")) == Err(Refusal::Denied)
+}
+
+/// Long names of what it may not have; whether a bucket's was taken for too long.
+fn names(length: usize) -> usize {
+    let name = "\u{1}".repeat(length);
+    let _ = host::publish(&Outgoing::new(name.as_str(), "x"));
+    if let Some((folder, _)) = wasip2::filesystem::preopens::get_directories().first() {
+        let path = format!("/{name}");
+        let _ = folder.open_at(PathFlags::empty(), &path, OpenFlags::empty(), DescriptorFlags::READ);
+    }
+    usize::from(Bucket::open(&name).is_err_and(|error| error.contains("more than 1024 bytes")))
 }
 
 /// Lines, and then a trap.
