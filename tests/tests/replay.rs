@@ -160,6 +160,61 @@ fn the_same_filter_many_times_in_one_packet_is_one_replay() {
     }
 }
 
+/// A client that acknowledges nothing: so many messages of a replay are queued for it, and no more; the others wait where
+/// they are retained. With a small queue, half of that is left for messages that are published.
+#[test]
+fn queued_messages_of_a_replay_are_bounded() {
+    for (queue_messages_max, queued) in [(10_000, 256), (100, 50)] {
+        let broker = Broker::start(&format!("[limits]\nqueue_messages_max = {queue_messages_max}\n"));
+        retain(&broker, 600, 1);
+        let mut reader = broker.connect(&Options { receive_maximum: Some(1), ..Options::new(V5, "reader") });
+        assert_eq!(reader.subscribe("ret/#", 1), 1);
+        let first = reader.recv_publish();
+        // Until the replay has gone as far as it goes.
+        std::thread::sleep(Duration::from_millis(500));
+        assert_eq!(reader.unsubscribe(&["ret/#"]), [0]);
+        reader.ack(Packet::Puback, first.id, 0);
+        let rest = std::iter::from_fn(|| match reader.recv_within(Duration::from_millis(500))? {
+            Got::Publish(message) => {
+                reader.ack(Packet::Puback, message.id, 0);
+                Some(message)
+            }
+            got => panic!("{got:?}"),
+        });
+        assert_eq!(rest.count(), queued, "of {queue_messages_max}");
+        assert_eq!(reader.subscribe("ret/#", 1), 1);
+        let mut all: Vec<String> = (0..600).map(|_| reader.message().topic).collect();
+        all.dedup();
+        assert_eq!(all.len(), 600, "they are still there");
+    }
+}
+
+/// Another SUBSCRIBE with the same filter has the replay begin again, and there is one of it. [MQTT-3.8.4-3]
+#[test]
+fn a_subscription_has_one_replay() {
+    const SUBSCRIBES: usize = 20;
+    let broker = Broker::start("");
+    retain(&broker, 600, 1);
+    let mut reader = broker.connect(&Options { receive_maximum: Some(1), ..Options::new(V5, "reader") });
+    for _ in 0..SUBSCRIBES {
+        assert_eq!(reader.subscribe("ret/#", 1), 1);
+    }
+    let mut seen = BTreeMap::new();
+    loop {
+        match reader.recv_within(Duration::from_millis(500)) {
+            Some(Got::Publish(message)) => {
+                reader.ack(Packet::Puback, message.id, 0);
+                *seen.entry(message.topic).or_insert(0) += 1;
+            }
+            got => break assert_eq!(got, None),
+        }
+    }
+    assert_eq!(seen.len(), 600);
+    // What was queued before it began again still comes; the rest comes once.
+    let again = seen.values().filter(|count| **count > 1).count();
+    assert!(again <= 300, "{again} of 600 came more than once");
+}
+
 /// Replays of others, and packets made to cost as much as possible, do not make anybody wait.
 #[test]
 fn replays_do_not_hold_up_other_clients() {

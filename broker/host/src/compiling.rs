@@ -185,3 +185,43 @@ impl Drop for Turn<'_> {
         self.compilers.freed.notify_all();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+    use crate::engine::engine;
+
+    /// `plugins.compile_at_once`: one more waits for its turn, and is shown so.
+    #[test]
+    fn only_so_many_are_compiled_at_a_time() {
+        const AT_ONCE: usize = 3;
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let cache = Cache::open(folder.path(), None).expect("a folder");
+        let (engine, limits) = (engine(None).expect("an engine"), CompileLimits::default());
+        let (cancel, stop) = (Cancel::default(), Cancel::default());
+        let compilers = Compilers::new(cache, engine, Compiler::InProcess, limits, AT_ONCE, stop);
+        let turn = |name: &str| compilers.turn(name, 1, &cancel);
+        let waiting = || compilers.jobs().iter().filter(|job| job.waits).count();
+        let mut turns: Vec<_> = (0..AT_ONCE).map(|_| turn("first").expect("there is room")).collect();
+        thread::scope(|scope| {
+            let others: Vec<_> = (0..2).map(|_| scope.spawn(|| turn("other").is_ok())).collect();
+            while waiting() < 2 {
+                thread::yield_now();
+            }
+            thread::sleep(5 * LOOK_EVERY);
+            assert_eq!((waiting(), compilers.jobs().len()), (2, AT_ONCE + 2));
+            assert!(others.iter().all(|other| !other.is_finished()), "they wait");
+            turns.pop();
+            for other in others {
+                assert!(other.join().expect("ends"), "one after the other");
+            }
+        });
+        drop(turns);
+        assert!(compilers.jobs().is_empty());
+        let _turns: Vec<_> = (0..AT_ONCE).map(|_| turn("last").expect("there is room")).collect();
+        cancel.cancel();
+        assert!(turn("cancelled").is_err(), "who waits can be told not to");
+    }
+}

@@ -426,6 +426,18 @@ mod tests {
     }
 
     #[test]
+    fn what_is_set_aside_is_bounded_in_messages() {
+        let feed = feed(16);
+        let mut gone = 0;
+        for number in 1..=ASIDE_MAX as u64 + 5 {
+            feed.waiting.push(std::iter::once(shown("t", 0, 0)));
+            gone += feed.set_aside(number).len();
+        }
+        assert_eq!((feed.aside().0, feed.dropped(), gone), (ASIDE_MAX, 5, 5));
+        assert_eq!(feed.all_aside().first().map(String::as_str), Some("a6"), "the oldest are dropped");
+    }
+
+    #[test]
     fn what_is_set_aside_is_bounded_in_bytes() {
         let feed = feed(1);
         for number in 1..=3 {

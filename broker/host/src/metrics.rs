@@ -167,6 +167,11 @@ mod tests {
         }
         metrics.record(Kind::Count, "c0".into(), 1.0);
         assert_eq!((metrics.snapshot().len(), metrics.lost()), (SERIES_MAX, 1000 - SERIES_MAX as u64));
+        let metrics = Metrics::default();
+        for bytes in [NAME_BYTES_MAX, NAME_BYTES_MAX + 1] {
+            metrics.record(Kind::Count, "n".repeat(bytes), 1.0);
+        }
+        assert_eq!((metrics.snapshot().len(), metrics.lost()), (1, 1));
     }
 
     #[test]

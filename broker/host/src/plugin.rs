@@ -136,3 +136,53 @@ impl Plugin {
         self.gone.load(Ordering::Acquire)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use wasmqtt_protocol::ports::{Client, EventKind};
+
+    use super::*;
+    use crate::background::{BATCH_BYTES_MAX, BATCH_MAX, next};
+
+    fn plugin() -> Arc<Plugin> {
+        Plugin::new("p", 1, 1, &PluginLimits::default(), None).expect("nothing was kept")
+    }
+
+    fn event(bytes: usize) -> Event {
+        let client = Arc::new(Client { client_id: "c".into(), principal: "".into(), listener: "".into() });
+        Event { kind: EventKind::Subscribed, at_ms: 0, client, fields: vec![("filter", "x".repeat(bytes))] }
+    }
+
+    #[test]
+    fn events_and_filters_that_wait_are_bounded_in_number() {
+        let plugin = plugin();
+        plugin.events.push((0..EVENTS_MAX + 7).map(|_| event(0)));
+        assert_eq!((plugin.events.len(), plugin.events.dropped()), (EVENTS_MAX, 7));
+        plugin.interest.push((0..INTEREST_MAX + 7).map(|_| (String::new(), true)));
+        assert_eq!((plugin.interest.len(), plugin.interest.dropped()), (INTEREST_MAX, 7));
+    }
+
+    /// One call is shown so many items, or so many bytes, and the rest waits for the next call.
+    #[tokio::test]
+    async fn a_batch_is_bounded_in_items_and_bytes() {
+        let plugin = plugin();
+        plugin.events.push((0..2 * BATCH_MAX + 1).map(|_| event(0)));
+        let mut batches = Vec::new();
+        while plugin.events.len() > 0 {
+            let batch = next(&plugin, &plugin.events, BATCH_MAX).await.expect("the plugin is there");
+            batches.push(batch.len());
+            plugin.events.pass(batch.last().expect("never empty").0);
+        }
+        assert_eq!(batches, [BATCH_MAX, BATCH_MAX, 1]);
+        for bytes in [BATCH_BYTES_MAX / 2, BATCH_BYTES_MAX / 3, BATCH_BYTES_MAX / 3, 2 * BATCH_BYTES_MAX, 0] {
+            plugin.events.push(std::iter::once(event(bytes)));
+        }
+        batches.clear();
+        while plugin.events.len() > 0 {
+            let batch = next(&plugin, &plugin.events, BATCH_MAX).await.expect("the plugin is there");
+            batches.push(batch.len());
+            plugin.events.pass(batch.last().expect("never empty").0);
+        }
+        assert_eq!(batches, [2, 1, 1, 1], "one that is larger comes alone");
+    }
+}

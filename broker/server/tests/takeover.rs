@@ -5,16 +5,20 @@ mod common;
 
 use std::io::Write;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use wasmqtt_protocol::ports::{Memory, NoPlugins};
 
+use self::common::store::Slow;
 use self::common::{Broker, CONNACK, Client, PUBACK, PUBLISH, SUBACK, connect, packet, publish};
 
 const DISCONNECT: [u8; 2] = [0xe0, 0];
 /// Will Flag, Clean Session.
 const WITH_WILL: u8 = 0b110;
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a connection that loses its Session is read at most.
+const LAST_TIME: Duration = Duration::from_secs(2);
 
 /// How often a client comes back; more with this in the environment.
 fn rounds() -> u16 {
@@ -112,4 +116,80 @@ fn the_newest_connection_has_the_session() {
     older.expect(CONNACK);
     assert!(older.is_closed(), "the newer one has the Session");
     newer.ping();
+}
+
+/// A client whose messages are stored: a test can have it not read, and stop the store.
+fn stored_publisher(broker: &Broker, client_id: &str) -> Client {
+    let mut keeper = broker.connect("keeper", false);
+    keeper.expect(CONNACK);
+    keeper.subscribe("t", 1);
+    keeper.expect(SUBACK);
+    let mut publisher = broker.connect(client_id, true);
+    publisher.expect(CONNACK);
+    publisher
+}
+
+/// What `$SYS` says when it says the same for a while.
+fn settled(watcher: &mut Client) -> usize {
+    let mut last = (0, 0);
+    while last.1 < 3 {
+        let body = watcher.expect(PUBLISH);
+        let number = std::str::from_utf8(&body[2 + usize::from(body[1])..]).unwrap().parse().unwrap();
+        last = (number, if number == last.0 { last.1 + 1 } else { 0 });
+    }
+    last.0
+}
+
+/// What somebody goes on sending is read up to a number of bytes, however fast it comes.
+#[test]
+fn a_connection_that_is_taken_over_has_its_last_bytes() {
+    const LAST_BYTES: usize = 16 << 20;
+    const READ_BYTES: usize = 64 << 10;
+    let store = Slow::at_once();
+    let broker = Broker::start_config(Arc::new(NoPlugins), Arc::new(store.clone()), |config| {
+        config.sys_interval = Duration::from_millis(100);
+    });
+    let mut watcher = subscriber(&broker, "$SYS/broker/bytes/received", 0);
+    let old = stored_publisher(&broker, "same");
+    let pauses = Arc::new(AtomicBool::new(false));
+    let flooding = std::thread::spawn({
+        let pauses = Arc::clone(&pauses);
+        move || {
+            // Sending them is less work than reading them: there are always more.
+            let bytes = publish(PUBLISH, "nobody", None, &[b'x'; 500]).repeat(200);
+            let stored = publish(PUBLISH | 2, "t", Some(7), b"x");
+            while old.stream().write_all(&bytes).is_ok() {
+                if pauses.swap(false, Ordering::SeqCst) {
+                    old.stream().write_all(&stored).unwrap();
+                }
+            }
+        }
+    });
+    // The kernel makes room for a client that sends so much.
+    std::thread::sleep(Duration::from_millis(500));
+    // Who writes to a store that does not keep up is not read, until another connection takes the Session over.
+    store.congest(true);
+    pauses.store(true, Ordering::SeqCst);
+    let before = settled(&mut watcher);
+    broker.connect("same", true).expect(CONNACK);
+    flooding.join().unwrap();
+    let last = settled(&mut watcher) - before;
+    assert!((1..=LAST_BYTES + 2 * READ_BYTES).contains(&last), "{last} bytes");
+}
+
+/// What somebody has sent and cannot be handled is waited for no longer than that: here, the store hangs.
+#[test]
+fn a_connection_that_is_taken_over_has_its_last_seconds() {
+    let store = Slow::at_once();
+    let broker = Broker::start(Arc::new(NoPlugins), Arc::new(store.clone()));
+    let mut old = stored_publisher(&broker, "same");
+    store.hang();
+    old.write(&publish(PUBLISH | 2, "t", Some(1), b"x").repeat(3000));
+    old.expect_silence();
+    let begun = Instant::now();
+    let mut new = broker.connect("same", true);
+    new.expect(CONNACK);
+    assert!((LAST_TIME..2 * LAST_TIME).contains(&begun.elapsed()), "{:?}", begun.elapsed());
+    assert!(store.take().iter().filter(|change| change.starts_with("queued")).count() < 1500, "the rest is left");
+    new.ping();
 }

@@ -266,6 +266,18 @@ fn only_so_many_keys_are_tried() {
     assert_eq!((found(None), found(Some("19"))), (super::keys::TRIED_MAX, 1));
     let lines = testing::take().lines;
     assert!(lines.iter().any(|(_, line)| line.contains("20 keys for HS256")), "{lines:?}");
+    // The last one that is tried, and the first one that is not unless the token names it.
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("jwks.json");
+    for (place, is_tried) in [(super::keys::TRIED_MAX - 1, true), (super::keys::TRIED_MAX, false)] {
+        let key = |at: usize| json!({ "kty": "oct", "kid": at.to_string(), "alg": "HS256", "k": if at == place { "czNjcmV0" } else { "b3RoZXI" } });
+        let set = json!({ "keys": (0..20).map(key).collect::<Vec<_>>() });
+        std::fs::write(&file, set.to_string()).expect("write");
+        let plugin = plugin(&[("jwks_file", file.to_str().expect("UTF-8"))]);
+        let claims = json!({ "sub": "ann", "exp": later() });
+        let is_let_in = |kid| matches!(ask(&plugin, &token(Algorithm::HS256, kid, &claims)), Outcome::Allow(_));
+        assert_eq!((is_let_in(None), is_let_in(Some(&*place.to_string()))), (is_tried, true), "key {place}");
+    }
 }
 
 #[test]

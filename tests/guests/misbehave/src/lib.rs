@@ -52,6 +52,10 @@ impl Auth for Misbehave {
             "recurse" => log(Level::Info, &recurse(1).to_string()),
             "big" => return Ok(Outcome::allow("x".repeat(4 << 20))),
             "chatter" => (0..100_000).for_each(|line| log(Level::Info, &format!("line {line}\nand \u{1b}[31mred"))),
+            "clock" => (0..200_000).for_each(|_| {
+                std::hint::black_box(std::time::Instant::now());
+            }),
+            "long" => log(Level::Info, &"y".repeat(100_000)),
             "print" => (0..100_000).for_each(|line| println!("line {line}")),
             "sleep" => std::thread::sleep(std::time::Duration::from_mins(1)),
             "connect" => return Ok(answer(std::net::TcpStream::connect("127.0.0.1:1").is_err_and(is_refused_by_host))),
@@ -74,6 +78,12 @@ impl Auth for Misbehave {
                 return Ok(answer(std::net::TcpStream::connect(&address["dial:".len()..]).is_ok()));
             }
             "listen" => return Ok(answer(std::net::TcpListener::bind("127.0.0.1:0").is_err_and(is_refused_by_host))),
+            what if what.starts_with("requests:") => {
+                return Ok(Outcome::allow(requests(&what["requests:".len()..]).to_string()));
+            }
+            what if what.starts_with("streams:") => {
+                return Ok(Outcome::allow(streams(&what["streams:".len()..]).to_string()));
+            }
             most if most.starts_with("sockets:") => {
                 return Ok(answer(most["sockets:".len()..] == sockets().to_string()));
             }
@@ -133,6 +143,38 @@ fn sockets() -> usize {
 fn files(path: &str) -> usize {
     let opened: Vec<_> = (0..1000).filter_map(|_| std::fs::File::open(path).ok()).collect();
     opened.len()
+}
+
+/// How many streams of one file of the first granted folder it can have, the file itself closed.
+fn streams(name: &str) -> usize {
+    use wasip2::filesystem::types::{DescriptorFlags, OpenFlags, PathFlags};
+    let folders = wasip2::filesystem::preopens::get_directories();
+    let open = || {
+        let (folder, _) = folders.first()?;
+        let file = folder.open_at(PathFlags::empty(), name, OpenFlags::empty(), DescriptorFlags::READ).ok()?;
+        file.read_via_stream(0).ok()
+    };
+    (0..100).filter_map(|_| open()).collect::<Vec<_>>().len()
+}
+
+/// How many of a dozen requests are refused because of the others, which nobody answers.
+fn requests(url: &str) -> usize {
+    use wasip2::http::outgoing_handler::handle;
+    use wasip2::http::types::{ErrorCode, Fields, OutgoingRequest, Scheme};
+    let authority = url.trim_start_matches("http://");
+    let begin = || {
+        let request = OutgoingRequest::new(Fields::new());
+        request.set_scheme(Some(&Scheme::Http)).ok()?;
+        request.set_authority(Some(authority)).ok()?;
+        request.set_path_with_query(Some("/")).ok()?;
+        handle(request, None).ok()
+    };
+    let begun: Vec<_> = (0..12).filter_map(|_| begin()).collect();
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    let ends: Vec<_> = begun.iter().map(|answer| answer.subscribe()).collect();
+    wasip2::io::poll::poll(&ends.iter().collect::<Vec<_>>());
+    let is_refused = |ended| matches!(ended, Some(Ok(Err(ErrorCode::ConnectionLimitReached))));
+    begun.iter().filter(|answer| is_refused(answer.get())).count()
 }
 
 /// How many large values it can keep in a fifth of a second.
