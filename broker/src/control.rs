@@ -178,7 +178,7 @@ fn handle(stream: &UnixStream, reach: &Reach) -> anyhow::Result<()> {
     };
     let cancel = Cancel::default();
     std::thread::scope(|scope| {
-        if matches!(request, Request::Deploy { .. } | Request::RollBack { .. }) {
+        if matches!(request, Request::Deploy { .. } | Request::RollBack { .. } | Request::Ctl(CtlRequest::Reload)) {
             scope.spawn(|| await_end(stream, &cancel));
         }
         let answer = files.and_then(|files| answer(request, files, reach, &cancel));
@@ -205,7 +205,7 @@ fn send(mut stream: &UnixStream, message: &impl Serialize) -> anyhow::Result<()>
 
 fn answer(request: Request, files: Vec<(String, Vec<u8>)>, reach: &Reach, cancel: &Cancel) -> anyhow::Result<Answer> {
     if let Request::Ctl(request) = &request {
-        return ctl::answer(request, &reach.running, &reach.server);
+        return ctl::answer(request, &reach.running, &reach.server, cancel);
     }
     if let Request::Backup { dir } = &request {
         let Some(store) = &reach.store else { bail!("[store] durability = \"memory\": there is no store") };

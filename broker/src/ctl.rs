@@ -3,6 +3,7 @@
 use anyhow::{Context, bail};
 use clap::Subcommand;
 use serde::{Deserialize, Serialize};
+use wasmqtt_host::Cancel;
 use wasmqtt_server::{Inspector, Status};
 
 use crate::control::{Answer, Request, ask};
@@ -47,9 +48,14 @@ pub(crate) enum CtlRequest {
 }
 
 /// In the broker.
-pub(crate) fn answer(request: &CtlRequest, running: &Running, server: &Inspector) -> anyhow::Result<Answer> {
+pub(crate) fn answer(
+    request: &CtlRequest,
+    running: &Running,
+    server: &Inspector,
+    cancel: &Cancel,
+) -> anyhow::Result<Answer> {
     Ok(Answer::Ctl(match request {
-        CtlRequest::Reload => serde_json::to_value(running.reload()?)?,
+        CtlRequest::Reload => serde_json::to_value(running.reload(cancel)?)?,
         CtlRequest::Status => serde_json::to_value(server.status())?,
     }))
 }

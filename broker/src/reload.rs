@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use tracing::{error, info};
-use wasmqtt_host::{PluginConfig, PluginHost, PluginLimits};
+use wasmqtt_host::{Cancel, PluginConfig, PluginHost, PluginLimits};
 use wasmqtt_server::Reloader;
 
 use crate::log::LogLevel;
@@ -94,10 +94,10 @@ impl Running {
     /// Reads the configuration again, and does what it says or nothing.
     ///
     /// # Errors
-    /// The file is wrong, or something it names cannot be used. Nothing has changed then.
-    pub(crate) fn reload(&self) -> anyhow::Result<Report> {
+    /// The file is wrong, or something it names cannot be used; it was cancelled. Nothing has changed then.
+    pub(crate) fn reload(&self, cancel: &Cancel) -> anyhow::Result<Report> {
         let mut settings = self.settings.lock().unwrap_or_else(PoisonError::into_inner);
-        let reloaded = self.origin.load().and_then(|wanted| self.apply(&mut settings, wanted));
+        let reloaded = self.origin.load().and_then(|wanted| self.apply(&mut settings, wanted, cancel));
         match &reloaded {
             Ok(report) => {
                 let (changed, needs_restart) = (report.changed.join("; "), report.needs_restart.join("; "));
@@ -108,7 +108,7 @@ impl Running {
         reloaded
     }
 
-    fn apply(&self, settings: &mut Settings, wanted: Settings) -> anyhow::Result<Report> {
+    fn apply(&self, settings: &mut Settings, wanted: Settings, cancel: &Cancel) -> anyhow::Result<Report> {
         let mut report = Report { from: self.origin.shown(), ..Report::default() };
         differences(settings, &wanted, &mut report)?;
         let wanted = Settings {
@@ -121,16 +121,17 @@ impl Running {
             ..wanted
         };
         let listeners = self.server.prepare(wanted.listeners.clone())?;
-        let (now, later) = plugin_differences(settings, &wanted)?;
+        let made = Settings { plugins: self.as_made(&settings.plugins, &wanted.plugins), ..wanted.clone() };
+        let (now, later) = (plugin_differences(settings, &made)?, plugin_differences(&made, &wanted)?);
         let are_different = !now.is_empty() || !later.is_empty();
         let wanted = if self.plugins.is_some() || !are_different {
-            Settings { plugins: as_made(&settings.plugins, wanted.plugins), ..wanted }
+            made
         } else {
             let reason = "plugins: there were none at the start, so nothing is there to run them";
             report.needs_restart.push(reason.to_owned());
             Settings { plugins: settings.plugins.clone(), ..wanted }
         };
-        self.reconfigure_plugins(settings, &wanted, are_different)?;
+        self.reconfigure_plugins(settings, &wanted, are_different, cancel)?;
         // From here on nothing can fail: the level was checked with the file.
         let added = listeners.added();
         self.log.set(&wanted.log.level).context("set the log level")?;
@@ -145,10 +146,16 @@ impl Running {
     }
 
     /// All of them serve as wanted and it is known who may connect, or everything is as before.
-    fn reconfigure_plugins(&self, settings: &Settings, wanted: &Settings, are_different: bool) -> anyhow::Result<()> {
+    fn reconfigure_plugins(
+        &self,
+        settings: &Settings,
+        wanted: &Settings,
+        are_different: bool,
+        cancel: &Cancel,
+    ) -> anyhow::Result<()> {
         let Some(plugins) = &self.plugins else { return check_exposure(wanted, false) };
         if are_different {
-            plugins.reconfigure(wanted.plugins.clone())?;
+            plugins.reconfigure_with(wanted.plugins.clone(), cancel)?;
         }
         let checked = check_exposure(wanted, plugins.has_auth());
         if checked.is_err() && are_different {
@@ -156,26 +163,28 @@ impl Running {
         }
         checked
     }
+
+    /// `wanted`, with the values in force of what is made once: the queue of a plugin outlives its builds, and is as large
+    /// as it was made; and so are the rooms for instances.
+    fn as_made(&self, now: &[PluginConfig], wanted: &[PluginConfig]) -> Vec<PluginConfig> {
+        let mut made = wanted.to_vec();
+        for plugin in &mut made {
+            if let Some(made) = now.iter().find(|other| other.name == plugin.name) {
+                let PluginLimits { feed_messages_max, feed_mib, feed_aside_mib, feed_tries, .. } = made.limits;
+                plugin.limits =
+                    PluginLimits { feed_messages_max, feed_mib, feed_aside_mib, feed_tries, ..plugin.limits };
+            }
+        }
+        if let Some(plugins) = &self.plugins {
+            plugins.fit(now, &mut made);
+        }
+        made
+    }
 }
 
 /// Keys that a running broker takes over; the others need a restart.
 fn is_tunable(key: &str) -> bool {
     key.starts_with("limits.") || key.starts_with("auth.") || key == "log.level"
-}
-
-/// Keys of `[[plugin]]` that need one: the queue of a plugin outlives its builds, and is as large as it was made.
-const MADE_ONCE: [&str; 4] =
-    ["limits.feed_messages_max", "limits.feed_mib", "limits.feed_aside_mib", "limits.feed_tries"];
-
-/// `wanted`, with the values of [`MADE_ONCE`] that are in force.
-fn as_made(now: &[PluginConfig], mut wanted: Vec<PluginConfig>) -> Vec<PluginConfig> {
-    for plugin in &mut wanted {
-        if let Some(made) = now.iter().find(|other| other.name == plugin.name) {
-            let PluginLimits { feed_messages_max, feed_mib, feed_aside_mib, feed_tries, .. } = made.limits;
-            plugin.limits = PluginLimits { feed_messages_max, feed_mib, feed_aside_mib, feed_tries, ..plugin.limits };
-        }
-    }
-    wanted
 }
 
 /// Single values, and listeners but new ones, which have their real port when they are bound.
@@ -222,11 +231,10 @@ fn flatten(key: &str, value: toml::Value, values: &mut BTreeMap<String, String>)
     }
 }
 
-/// Plugins by name, with the keys that are different; no values, since there are secrets among them. Those that need a
-/// restart come second.
-fn plugin_differences(old: &Settings, new: &Settings) -> anyhow::Result<(Vec<String>, Vec<String>)> {
+/// Plugins by name, with the keys that are different; no values, since there are secrets among them.
+fn plugin_differences(old: &Settings, new: &Settings) -> anyhow::Result<Vec<String>> {
     let (was, is) = (by_name(old)?, by_name(new)?);
-    let (mut lines, mut made_once) = (Vec::new(), Vec::new());
+    let mut lines = Vec::new();
     for (name, plugin) in &was {
         let Some(other) = is.get(name) else {
             lines.push(format!("plugin {name}: removed"));
@@ -234,15 +242,12 @@ fn plugin_differences(old: &Settings, new: &Settings) -> anyhow::Result<(Vec<Str
         };
         let keys = plugin.keys().chain(other.keys().filter(|key| !plugin.contains_key(*key)));
         let changed: Vec<&str> = keys.filter(|key| plugin.get(*key) != other.get(*key)).map(String::as_str).collect();
-        let (later, now): (Vec<&str>, Vec<&str>) = changed.into_iter().partition(|key| MADE_ONCE.contains(key));
-        for (keys, lines) in [(now, &mut lines), (later, &mut made_once)] {
-            if !keys.is_empty() {
-                lines.push(format!("plugin {name}: {}", keys.join(", ")));
-            }
+        if !changed.is_empty() {
+            lines.push(format!("plugin {name}: {}", changed.join(", ")));
         }
     }
     lines.extend(is.keys().filter(|name| !was.contains_key(*name)).map(|name| format!("plugin {name}: added")));
-    Ok((lines, made_once))
+    Ok(lines)
 }
 
 fn by_name(settings: &Settings) -> anyhow::Result<BTreeMap<String, BTreeMap<String, String>>> {
@@ -263,7 +268,7 @@ pub(crate) fn on_wish(running: Arc<Running>) -> anyhow::Result<(SyncSender<()>, 
     let serve = move || {
         for () in wishes {
             // It is in the log, and who wished it is not here to be told.
-            let _ = running.reload();
+            let _ = running.reload(&Cancel::default());
         }
     };
     let thread = std::thread::Builder::new().name("reload".into()).spawn(serve);

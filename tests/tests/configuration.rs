@@ -226,12 +226,13 @@ fn plugins_take_other_settings_while_clients_stay() {
     broker.connect(&login("c", "two")).ping();
     stays.ping();
     // Its queue is as large as it was made, and that is said as long as it is so.
-    let smaller = demo("two", "limits = { feed_mib = 7, feed_tries = 9 }\n");
+    let smaller = demo("two", "limits = { feed_mib = 7, feed_tries = 9, memory_mib = 64, cpu_ms = 900 }\n");
     rewrite(&broker, &smaller);
     for _ in 0..2 {
         let (ok, said) = ctl(broker.folder(), &["reload"]);
         let (_, restart) = said.split_once("needs a restart:\n").expect("something does");
-        assert!(ok && restart.contains("plugin auth-demo: limits.feed_mib, limits.feed_tries\n"), "{said}");
+        let made_once = "plugin auth-demo: limits.feed_mib, limits.feed_tries, limits.memory_mib\n";
+        assert!(ok && restart.contains(made_once), "{said}");
     }
     // One that cannot be had changes nothing, not even what could be.
     let more = "[[plugin]]\nname = \"broken\"\npath = \"wasmqtt.toml\"\n";

@@ -64,6 +64,11 @@ impl Default for HostConfig {
     }
 }
 
+/// Whether a plugin may be called so: 1 to 64 letters, digits, `-` or `_`, which fit into topics, paths and tables.
+pub fn is_plugin_name(name: &str) -> bool {
+    (1..=64).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte))
+}
+
 /// One plugin. Its settings and environment may be secrets: `Debug` leaves them out.
 #[derive(Clone)]
 pub struct PluginConfig {

@@ -2,10 +2,12 @@
 
 use std::sync::{Arc, PoisonError};
 
+use bytes::Bytes;
+
 use crate::HostError;
-use crate::cache;
 use crate::cancel::Cancel;
-use crate::compiling::Compiled;
+use crate::chain::Chain;
+use crate::compiling::{Compiled, Compilers};
 use crate::config::PluginConfig;
 use crate::loader::Loader;
 use crate::source::Source;
@@ -31,27 +33,28 @@ pub(crate) struct Done {
 }
 
 impl Loader {
-    /// The component of a file; `None`: somebody compiles it now.
+    /// The component of a file; `None`: somebody compiles it now. `waits`: it is compiled here unless that is done.
     pub(crate) fn compiled(
         &mut self,
         config: &PluginConfig,
-        bytes: &[u8],
-        made_from: &str,
+        bytes: &Bytes,
+        (digest, made_from): (&str, &str),
         done: &mut Vec<Done>,
-        strict: bool,
+        waits: bool,
     ) -> Option<Result<Compiled, HostError>> {
-        let (compilers, digest) = (Arc::clone(&self.compilers), cache::digest(bytes));
+        let compilers = Arc::clone(&self.compilers);
         if let Some(at) = done.iter().position(|done| done.name == config.name && done.made_from == made_from) {
             return Some(done.swap_remove(at).compiled);
         }
-        if strict {
-            return Some(compilers.component(&config.name, bytes, &digest, &self.stop));
+        if waits {
+            return Some(compilers.component(&config.name, bytes, digest, &self.stop));
         }
-        if let Some(compiled) = compilers.cached(&digest) {
+        if let Some(compiled) = compilers.cached(digest) {
             return Some(Ok(compiled));
         }
         let (cancel, nudge) = (Cancel::default(), self.nudge.clone());
-        let (name, made_from, bytes) = (config.name.clone(), made_from.to_owned(), bytes.to_vec());
+        let (name, bytes) = (config.name.clone(), bytes.clone());
+        let (digest, made_from) = (digest.to_owned(), made_from.to_owned());
         let job = Job { made_from: made_from.clone(), cancel: cancel.clone() };
         let finished = Arc::clone(&self.done);
         let compile = move || {
@@ -89,24 +92,21 @@ impl Loader {
         };
         done.into_iter().filter(is_wanted).collect()
     }
+}
 
-    /// At the start: all at a time, as far as there are compilers.
-    pub(crate) fn compile_all(&self, wanted: &[PluginConfig], done: &mut Vec<Done>) {
-        let chain = self.chain.load_full();
-        let chain = &chain;
-        std::thread::scope(|scope| {
-            let compile = |config: &PluginConfig| {
-                let source = Source::read(config);
-                if chain.link(&config.name).is_some_and(|link| link.serving.made_from == source.made_from) {
-                    return None;
-                }
-                let bytes = source.bytes?.ok()?;
-                let digest = cache::digest(&bytes);
-                let compiled = self.compilers.component(&config.name, &bytes, &digest, &self.stop);
-                Some(Done { name: config.name.clone(), made_from: source.made_from, compiled })
-            };
-            let threads: Vec<_> = wanted.iter().map(|config| scope.spawn(move || compile(config))).collect();
-            done.extend(threads.into_iter().filter_map(|thread| thread.join().ok().flatten()));
-        });
-    }
+/// The components of what does not serve yet, all at a time, as far as there are compilers.
+pub(crate) fn compile_all(compilers: &Compilers, chain: &Chain, wanted: &[PluginConfig], cancel: &Cancel) -> Vec<Done> {
+    std::thread::scope(|scope| {
+        let compile = |config: &PluginConfig| {
+            let source = Source::read(config);
+            if chain.link(&config.name).is_some_and(|link| link.serving.made_from == source.made_from) {
+                return None;
+            }
+            let bytes = source.bytes?.ok()?;
+            let compiled = compilers.component(&config.name, &bytes, &source.digest, cancel);
+            Some(Done { name: config.name.clone(), made_from: source.made_from, compiled })
+        };
+        let threads: Vec<_> = wanted.iter().map(|config| scope.spawn(move || compile(config))).collect();
+        threads.into_iter().filter_map(|thread| thread.join().ok().flatten()).collect()
+    })
 }

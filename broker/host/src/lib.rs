@@ -73,7 +73,7 @@ use wasmqtt_protocol::ports::{Access, Broker, Client, Plugins, ShardPlugins, Sub
 pub use cancel::Cancel;
 pub use compile::{COMPILE_SUBCOMMAND, CompileLimits, Compiler, compile_child};
 pub use compiling::Compiling;
-pub use config::{FileGrant, Grants, HostConfig, Mode, OnError, PluginConfig, PluginLimits, Rollout};
+pub use config::{FileGrant, Grants, HostConfig, Mode, OnError, PluginConfig, PluginLimits, Rollout, is_plugin_name};
 pub use explain::{Opinion, Outcome};
 pub use feed::{FedMessage, FeedList};
 pub use imports::check_grants;
@@ -89,7 +89,8 @@ use compiling::Compilers;
 use deploy::Deployed;
 use generation::HandOver;
 use hook::Shown;
-use loader::Loader;
+use loader::{Loader, Occasion};
+use pool::Room;
 use reaper::Reaper;
 use services::Door;
 use versions::Versions;
@@ -120,6 +121,8 @@ pub struct PluginHost {
     runtime: tokio::runtime::Handle,
     versions: Versions,
     compilers: Arc<Compilers>,
+    /// `None`: each instance is allocated alone.
+    room: Option<Room>,
     /// Until it is stopped.
     threads: Mutex<Option<(JoinHandle<()>, Reaper)>>,
 }
@@ -248,8 +251,8 @@ impl PluginHost {
         let door = Door::default();
         let (mut loader, reaper) =
             Loader::new(config, Arc::clone(&chain), Arc::clone(&door), stop.clone(), runtime.clone())?;
-        let (versions, compilers) = (loader.versions(), loader.compilers());
-        let started = match loader.load_all(true) {
+        let (versions, compilers, room) = (loader.versions(), loader.compilers(), loader.room);
+        let started = match loader.load_all(Occasion::Start, Vec::new()) {
             Ok(()) => watch::start(loader, debounce, stop.clone()),
             Err(error) => {
                 drop(loader);
@@ -259,7 +262,7 @@ impl PluginHost {
         match started {
             Ok((signal, thread)) => {
                 let threads = Mutex::new(Some((thread, reaper)));
-                Ok(Arc::new(Self { chain, door, signal, runtime, versions, compilers, threads }))
+                Ok(Arc::new(Self { chain, door, signal, runtime, versions, compilers, room, threads }))
             }
             Err(error) => {
                 // Instances that were made keep the store open, and the caller may end the process at once.
@@ -319,9 +322,10 @@ impl PluginHost {
     /// All at a time, as far as there are compilers.
     fn compile_all(&self, files: Vec<(String, Vec<u8>)>, cancel: &Cancel) -> Result<Vec<Deployed>, HostError> {
         let compile = |(name, bytes): (String, Vec<u8>)| {
-            let compiled = self.compilers.component(&name, &bytes, &cache::digest(&bytes), cancel);
+            let digest = cache::digest(&bytes);
+            let compiled = self.compilers.component(&name, &bytes, &digest, cancel);
             match compiled {
-                Ok(compiled) => Ok(Deployed { name, bytes, compiled }),
+                Ok(compiled) => Ok(Deployed { name, bytes: bytes.into(), digest, compiled }),
                 Err(error) => {
                     let error = diagnosis::memory(&error.to_string(), self.memory_mib(&name)).unwrap_or(error);
                     Err(HostError::new(format!("plugin {name:?}: {error}; nothing was changed")))
@@ -380,7 +384,28 @@ impl PluginHost {
     /// # Errors
     /// One of them cannot serve.
     pub fn reconfigure(&self, plugins: Vec<PluginConfig>) -> Result<(), HostError> {
-        self.signal.order(Order::Reconfigure(plugins))
+        self.reconfigure_with(plugins, &Cancel::default())
+    }
+
+    /// Like [`Self::reconfigure`]. It may take as long as compiling does, on this thread; others may deploy meanwhile,
+    /// and it can be cancelled.
+    ///
+    /// # Errors
+    /// One of them cannot serve; it was cancelled.
+    pub fn reconfigure_with(&self, plugins: Vec<PluginConfig>, cancel: &Cancel) -> Result<(), HostError> {
+        let compiled = jobs::compile_all(&self.compilers, &self.chain.load_full(), &plugins, cancel);
+        if cancel.is_cancelled() {
+            return Err(HostError::new("it was cancelled"));
+        }
+        self.signal.order(Order::Reconfigure { plugins, compiled })
+    }
+
+    /// What other settings ask for and cannot have before a restart stays as it is `now`: rooms for instances were made
+    /// at the start.
+    pub fn fit(&self, now: &[PluginConfig], wanted: &mut [PluginConfig]) {
+        if let Some(room) = &self.room {
+            room.fit(now, wanted);
+        }
     }
 
     /// What each `acl` plugin would say, in the order in which they are asked.

@@ -9,22 +9,25 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use bytes::Bytes;
 use tracing::warn;
+use wasmqtt_protocol::text::escaped;
 
 use crate::HostError;
-use crate::cache::{self, Cache};
+use crate::cache::Cache;
 use crate::cancel::Cancel;
 use crate::chain::{Chain, Link, Trial};
 use crate::compiling::{Compiled, Compilers};
-use crate::config::{HostConfig, PluginConfig};
+use crate::config::{HostConfig, PluginConfig, is_plugin_name};
+use crate::deploy::not_handed_over;
 use crate::diagnosis;
 use crate::engine::{self, Clock};
 use crate::generation::{Generation, HandOver, Identity, Loading, Parts, Unready};
 use crate::grants::{self, Mounts};
 use crate::guest::linker;
-use crate::jobs::{Done, Job};
+use crate::jobs::{Done, Job, compile_all};
 use crate::plugin::Plugin;
-use crate::pool::{self, PLUGINS_MAX};
+use crate::pool::{self, PLUGINS_MAX, Room};
 use crate::probation::Probation;
 use crate::reaper::Reaper;
 use crate::services::Door;
@@ -40,6 +43,8 @@ const UNNAMED_ORDER: i32 = 100;
 const GONE: Duration = Duration::from_secs(1);
 /// How long the start waits for a file that is being written.
 const STARTING: Duration = Duration::from_secs(5);
+/// Bytes of the name of a file in the log.
+const NAME_SHOWN_BYTES: usize = 256;
 /// How often a running build is asked for what it knows, before its successor begins without that.
 const SNAPSHOTS: u32 = 3;
 
@@ -77,6 +82,19 @@ pub(crate) struct Loader {
     pub(crate) nudge: Option<Arc<dyn Fn() + Send + Sync>>,
     pub(crate) stop: Cancel,
     pub(crate) runtime: tokio::runtime::Handle,
+    /// For instances; `None`: each is allocated alone.
+    pub(crate) room: Option<Room>,
+}
+
+/// Why plugins are loaded, and so what it means that one cannot be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Occasion {
+    /// The broker starts: without one of them, clients might be allowed what it would have denied.
+    Start,
+    /// There are other settings: plugins with an entry serve as it says, or nothing changes.
+    Settings,
+    /// Files may have changed: what runs goes on.
+    Files,
 }
 
 /// What a plugin's files are good for.
@@ -105,6 +123,7 @@ impl Loader {
             let shards = config.shards;
             warn!(shards, "limits.instances of all plugins, on all shards, are too many for a pool of instances");
         }
+        let room = pool.map(|pool| Room::new(&config, pool));
         let engine = engine::engine(pool)?;
         let linker = linker(&engine)?;
         let watched = |name| Watched::new(name, config.thread_died.as_ref());
@@ -128,6 +147,7 @@ impl Loader {
             nudge: None,
             stop,
             runtime,
+            room,
         };
         Ok((loader, reaper))
     }
@@ -169,13 +189,12 @@ impl Loader {
         folders
     }
 
-    /// Brings the chain in line with the files. With `strict`, a plugin that cannot be loaded is an error; later it is a
-    /// warning, and what runs goes on.
-    pub(crate) fn load_all(&mut self, strict: bool) -> Result<(), HostError> {
+    /// Brings the chain in line with files and settings. `compiled`: components that it may need.
+    pub(crate) fn load_all(&mut self, occasion: Occasion, compiled: Vec<Done>) -> Result<(), HostError> {
         self.look_again = false;
-        let wanted = match self.wanted(strict) {
+        let wanted = match self.wanted(occasion) {
             Ok(wanted) => wanted,
-            Err(error) if strict => return Err(error),
+            Err(error) if occasion != Occasion::Files => return Err(error),
             Err(error) => {
                 self.complain(Some(format!("{error}; what was loaded from it goes on")));
                 return Ok(());
@@ -183,13 +202,15 @@ impl Loader {
         };
         let old = self.chain.load_full();
         let mut done = self.take_done();
-        if strict {
-            self.compile_all(&wanted, &mut done);
+        done.extend(compiled);
+        if occasion == Occasion::Start {
+            done.extend(compile_all(&self.compilers, &old, &wanted, &self.stop));
         }
         let (mut links, mut built) = (Vec::new(), Vec::new());
         for config in &wanted {
             let running = old.link(&config.name);
-            match self.find(config, running, &mut done, strict) {
+            let must = self.must_serve(&config.name, occasion);
+            match self.find(config, running, &mut done, must) {
                 Ok(Found::Link(link)) => {
                     self.end_job(&config.name);
                     links.extend(link);
@@ -200,7 +221,7 @@ impl Loader {
                     links.push(place(&new, running));
                     built.push(new);
                 }
-                Err(error) if strict => {
+                Err(error) if must => {
                     let (name, path) = (&config.name, config.path.display());
                     return Err(HostError::new(format!("plugin {name:?} ({path}): {error}")));
                 }
@@ -211,11 +232,20 @@ impl Loader {
                 }
             }
         }
-        if !strict {
+        if occasion == Occasion::Files {
             links.extend(self.going(&wanted, &old));
         }
         self.publish(links, built);
         Ok(())
+    }
+
+    /// If it cannot, that is an error; otherwise a warning, and what runs goes on.
+    fn must_serve(&self, name: &str, occasion: Occasion) -> bool {
+        match occasion {
+            Occasion::Start => true,
+            Occasion::Settings => self.config.plugins.iter().any(|plugin| plugin.name == name),
+            Occasion::Files => false,
+        }
     }
 
     /// Says that what is there does not serve, unless it may not be whole yet.
@@ -296,15 +326,24 @@ impl Loader {
         });
     }
 
-    /// Configured plugins, and files in the folder that no entry names. There can be no more than [`PLUGINS_MAX`]: with
-    /// `strict` more are an error, later those that run go first.
-    pub(crate) fn wanted(&mut self, strict: bool) -> Result<Vec<PluginConfig>, HostError> {
+    /// Configured plugins, and files in the folder that no entry names. There can be no more than [`PLUGINS_MAX`]: more
+    /// are an error if they must serve; later those that run go first.
+    pub(crate) fn wanted(&mut self, occasion: Occasion) -> Result<Vec<PluginConfig>, HostError> {
         let mut wanted = self.config.plugins.clone();
         let taken: Vec<PathBuf> = wanted.iter().filter_map(|plugin| plugin.path.canonicalize().ok()).collect();
         let mut unnamed = names_in(self.config.dir.as_deref())?;
         unnamed.retain(|found| {
             !wanted.iter().any(|plugin| plugin.name == found.name || plugin.path == found.path)
                 && !found.path.canonicalize().is_ok_and(|path| taken.contains(&path))
+        });
+        // What such a name is put into, it may break: topics for instance.
+        let wrong: Vec<String> = unnamed
+            .extract_if(.., |found| !is_plugin_name(&found.name))
+            .map(|found| format!("{:?}", escaped(&found.name, NAME_SHOWN_BYTES)))
+            .collect();
+        let misnamed = (!wrong.is_empty()).then(|| {
+            let wrong = wrong.join(", ");
+            format!("not loaded from the plugin folder: {wrong}; a name must be 1 to 64 letters, digits, `-` or `_`")
         });
         let chain = self.chain.load_full();
         unnamed.sort_by_key(|found| (chain.link(&found.name).is_none(), found.name.clone()));
@@ -315,10 +354,16 @@ impl Loader {
                 "{count} plugins, and there can be {PLUGINS_MAX}: {name:?} and those after it by name are not loaded"
             )
         });
-        if strict && let Some(complaint) = &complaint {
+        let must = wanted.get(PLUGINS_MAX).is_some_and(|first| self.must_serve(&first.name, occasion));
+        if must && let Some(complaint) = &complaint {
             return Err(HostError::new(complaint));
         }
-        self.complain(complaint);
+        if occasion == Occasion::Start
+            && let Some(misnamed) = &misnamed
+        {
+            return Err(HostError::new(misnamed));
+        }
+        self.complain(complaint.or(misnamed));
         wanted.truncate(PLUGINS_MAX);
         Ok(wanted)
     }
@@ -361,13 +406,13 @@ impl Loader {
         config: &PluginConfig,
         running: Option<&Link>,
         done: &mut Vec<Done>,
-        strict: bool,
+        must: bool,
     ) -> Result<Found, HostError> {
         let begun = Instant::now();
         loop {
-            match self.try_find(config, running, done, strict) {
+            match self.try_find(config, running, done, must) {
                 // Perhaps it is still being written: then it should not end the start.
-                Err(_) if strict && is_young(&config.path) && begun.elapsed() < STARTING => {
+                Err(_) if must && is_young(&config.path) && begun.elapsed() < STARTING => {
                     self.forgive(&config.name);
                     std::thread::sleep(Duration::from_millis(100));
                 }
@@ -381,7 +426,7 @@ impl Loader {
         config: &PluginConfig,
         running: Option<&Link>,
         done: &mut Vec<Done>,
-        strict: bool,
+        must: bool,
     ) -> Result<Found, HostError> {
         let mut seen = self.known.get_mut(&config.name).and_then(|known| known.seen.take());
         let mut source = Source::look(config, &mut seen);
@@ -391,7 +436,9 @@ impl Loader {
         if link.is_some() {
             return Ok(Found::Link(link));
         }
-        if known.refused.as_ref() == Some(&source.made_from) && (!strict || running.is_some()) {
+        let is_as_wanted =
+            || running.is_some_and(|running| running.serving.config.fingerprint() == config.fingerprint());
+        if known.refused.as_ref() == Some(&source.made_from) && (!must || is_as_wanted()) {
             return Ok(Found::Link(running.cloned()));
         }
         if known.job.as_ref().is_some_and(|job| job.made_from == source.made_from)
@@ -402,11 +449,11 @@ impl Loader {
         if source.bytes.is_none() {
             source = Source::read(config);
         }
-        let made_from = source.made_from.clone();
-        let result = match source.bytes {
+        let Source { bytes, digest, made_from } = source;
+        let result = match bytes {
             None => return Ok(Found::Link(running.cloned())),
             Some(Err(error)) => Err(Unready::Failed(error)),
-            Some(Ok(bytes)) => match self.compiled(config, &bytes, &made_from, done, strict) {
+            Some(Ok(bytes)) => match self.compiled(config, &bytes, (&digest, &made_from), done, must) {
                 None => return Ok(Found::Pending(running.cloned())),
                 Some(Err(error)) => {
                     let memory_mib = config.limits.memory_mib;
@@ -415,7 +462,8 @@ impl Loader {
                 Some(Ok(compiled)) => {
                     let hand_over = self.hand_over(&config.name, &made_from);
                     let stop = self.stop.clone();
-                    self.build(config, bytes, made_from.clone(), running, compiled, hand_over, &stop)
+                    let identity = (digest, made_from.clone());
+                    self.build(config, bytes, identity, running, compiled, hand_over, &stop)
                 }
             },
         };
@@ -423,11 +471,11 @@ impl Loader {
             Ok(built) => Ok(Found::Built(built)),
             Err(Unready::Snapshot(error)) => {
                 self.note_snapshot(&config.name, made_from, &error);
-                Ok(Found::Link(running.cloned()))
+                if must { Err(not_handed_over(&error)) } else { Ok(Found::Link(running.cloned())) }
             }
             Err(Unready::Failed(error)) => {
                 // Whoever gave an order is told, and may give it again.
-                if !strict {
+                if !must {
                     self.refuse(&config.name, &made_from);
                 }
                 Err(error)
@@ -462,8 +510,8 @@ impl Loader {
     pub(crate) fn build(
         &mut self,
         config: &PluginConfig,
-        bytes: Vec<u8>,
-        made_from: String,
+        bytes: Bytes,
+        (digest, made_from): (String, String),
         running: Option<&Link>,
         compiled: Compiled,
         hand_over: HandOver,
@@ -476,7 +524,6 @@ impl Loader {
         let identity = Identity { number: known.builds + 1, made_from, plugin: Arc::clone(&known.plugin) };
         let Compiled { component, cached, compile_ms } = compiled;
         let mounts = Mounts::new(&config.files, &copies(&self.compilers.cache))?;
-        let digest = cache::digest(&bytes);
         let generation = Generation::new(&self.parts, &component, config.clone(), identity, mounts, &digest)?;
         let generation = Arc::new(generation);
         let old = running.map(|link| &link.serving);

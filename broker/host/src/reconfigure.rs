@@ -5,16 +5,20 @@ use wasmqtt_protocol::topic::Filter;
 use crate::HostError;
 use crate::cache;
 use crate::config::{Grants, PluginConfig};
-use crate::loader::Loader;
+use crate::jobs::Done;
+use crate::loader::{Loader, Occasion};
 
 impl Loader {
     /// Builds every plugin anew whose settings are others, and lets all of them serve in one step; or changes nothing.
-    /// Those without an entry any more go.
-    pub(crate) fn reconfigure(&mut self, plugins: Vec<PluginConfig>) -> Result<(), HostError> {
+    /// Those without an entry any more go. `compiled`: their components, as far as they have others.
+    pub(crate) fn reconfigure(&mut self, plugins: Vec<PluginConfig>, compiled: Vec<Done>) -> Result<(), HostError> {
         let old = std::mem::replace(&mut self.config.plugins, plugins);
-        let loaded = self.load_all(true);
+        let loaded = self.load_all(Occasion::Settings, compiled);
         if loaded.is_err() {
             self.config.plugins = old;
+            // What was compiled for files meanwhile may have been taken, and was not used.
+            self.known.values_mut().for_each(|known| known.job = None);
+            self.forget();
         }
         loaded
     }

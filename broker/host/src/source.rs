@@ -9,6 +9,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use bytes::Bytes;
 use rustix::fs::OFlags;
 
 use crate::HostError;
@@ -100,8 +101,8 @@ impl Stamp {
     /// Another content would have another stamp.
     fn is_settled(self, now: Duration) -> bool {
         self.0.is_none_or(|state| {
-            let last = state.modified.0.max(state.changed.0);
-            u64::try_from(last).is_ok_and(|last| Duration::from_secs(last + 1) + SETTLED <= now)
+            // Whatever changes the content changes this time too, and nobody can set it, to next year for instance.
+            u64::try_from(state.changed.0).is_ok_and(|last| Duration::from_secs(last + 1) + SETTLED <= now)
         })
     }
 }
@@ -116,7 +117,9 @@ pub(crate) struct Seen {
 /// `made_from` is what a build is made from, or what is wrong with that.
 pub(crate) struct Source {
     /// `None`: not read, since nothing has changed.
-    pub(crate) bytes: Option<Result<Vec<u8>, HostError>>,
+    pub(crate) bytes: Option<Result<Bytes, HostError>>,
+    /// SHA-256 of the bytes, if there are any.
+    pub(crate) digest: String,
     pub(crate) made_from: String,
 }
 
@@ -126,7 +129,7 @@ impl Source {
         let stamps = stamps(config);
         let settings = config.fingerprint();
         if let Some(seen) = seen.as_ref().filter(|seen| seen.stamps == stamps && seen.settings == settings) {
-            return Self { bytes: None, made_from: seen.made_from.clone() };
+            return Self { bytes: None, digest: String::new(), made_from: seen.made_from.clone() };
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let source = Self::read(config);
@@ -136,20 +139,27 @@ impl Source {
     }
 
     pub(crate) fn read(config: &PluginConfig) -> Self {
-        Self::of(config, read_file(&config.path, COMPONENT_BYTES_MAX))
+        match read_file(&config.path, COMPONENT_BYTES_MAX) {
+            Ok(bytes) => {
+                let digest = cache::digest(&bytes);
+                Self::of(config, bytes.into(), digest)
+            }
+            Err(error) => Self { made_from: error.to_string(), digest: String::new(), bytes: Some(Err(error)) },
+        }
     }
 
-    pub(crate) fn of(config: &PluginConfig, bytes: Result<Vec<u8>, HostError>) -> Self {
-        let bytes = bytes.and_then(|bytes| pinned(config, bytes));
+    /// `digest`: of these bytes.
+    pub(crate) fn of(config: &PluginConfig, bytes: Bytes, digest: String) -> Self {
+        let bytes = check_pin(config, &digest).map(|()| bytes);
         let made_from = match &bytes {
-            Ok(bytes) => config.files.iter().fold(build_of(config, bytes), |made_from, grant| {
+            Ok(_) => config.files.iter().fold(build_of(config, &digest), |made_from, grant| {
                 let file = if grant.host.is_dir() { Ok(Vec::new()) } else { read_file(&grant.host, FILE_BYTES_MAX) };
                 let file = file.map_or_else(|error| error.to_string(), |file| cache::digest(&file));
                 format!("{made_from}-{file}")
             }),
             Err(error) => error.to_string(),
         };
-        Self { bytes: Some(bytes), made_from }
+        Self { bytes: Some(bytes), digest, made_from }
     }
 }
 
@@ -159,17 +169,16 @@ fn stamps(config: &PluginConfig) -> Vec<Stamp> {
 }
 
 /// Another component, or other settings, is another build.
-fn build_of(config: &PluginConfig, bytes: &[u8]) -> String {
-    format!("{}-{}", cache::digest(bytes), config.fingerprint())
+fn build_of(config: &PluginConfig, digest: &str) -> String {
+    format!("{digest}-{}", config.fingerprint())
 }
 
-fn pinned(config: &PluginConfig, bytes: Vec<u8>) -> Result<Vec<u8>, HostError> {
-    let digest = cache::digest(&bytes);
+fn check_pin(config: &PluginConfig, digest: &str) -> Result<(), HostError> {
     match &config.sha256 {
-        Some(pin) if !pin.eq_ignore_ascii_case(&digest) => {
+        Some(pin) if !pin.eq_ignore_ascii_case(digest) => {
             Err(HostError::new(format!("its SHA-256 is {digest}, but the configuration says sha256 = {pin:?}")))
         }
-        _ => Ok(bytes),
+        _ => Ok(()),
     }
 }
 
@@ -185,6 +194,7 @@ mod tests {
 
     use super::*;
     use crate::config::{FileGrant, Mode};
+    use crate::grants::Mounts;
 
     fn plugin(folder: &Path) -> PluginConfig {
         let files = vec![FileGrant { host: folder.join("users"), guest: "/users".into(), mode: Mode::Read }];
@@ -223,6 +233,30 @@ mod tests {
         assert_eq!(read_file(&path, 1).expect("is read"), b"x");
     }
 
+    /// Both bounds of a plugin's files: a byte more is refused, and what is refused is not read.
+    #[test]
+    fn components_and_granted_files_are_bounded_in_bytes() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let config = plugin(folder.path());
+        let copies = folder.path().join("copies");
+        let make = |path: &Path, bytes: u64| {
+            // A hole, without the bytes.
+            File::create(path).and_then(|file| file.set_len(bytes)).expect("a sparse file");
+        };
+        let component = || Source::read(&config).bytes.expect("it was looked at");
+        make(&config.path, COMPONENT_BYTES_MAX + 1);
+        let error = component().expect_err("is refused").to_string();
+        assert!(error.contains("67108865 bytes; at most 67108864 are allowed") && error.contains("p.wasm"), "{error}");
+        make(&config.path, COMPONENT_BYTES_MAX);
+        assert_eq!(component().map(|bytes| bytes.len() as u64).ok(), Some(COMPONENT_BYTES_MAX));
+        let granted = &config.files[0].host;
+        make(granted, FILE_BYTES_MAX + 1);
+        let error = Mounts::new(&config.files, &copies).err().expect("is refused").to_string();
+        assert!(error.contains("67108865 bytes; at most 67108864 are allowed") && error.contains("users"), "{error}");
+        make(granted, FILE_BYTES_MAX);
+        assert!(Mounts::new(&config.files, &copies).is_ok());
+    }
+
     #[test]
     fn files_that_did_not_change_are_not_read_again() {
         let folder = tempfile::tempdir().expect("a temporary folder");
@@ -239,6 +273,18 @@ mod tests {
         }
         std::fs::write(folder.path().join("users"), "bob").expect("can write");
         assert!(Source::look(&config, &mut seen).bytes.is_some());
+    }
+
+    /// As `touch -d 2099` says: it would be read every two seconds until then.
+    #[test]
+    fn a_file_with_a_time_in_the_future_settles() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("x.wasm");
+        let file = File::create(&path).expect("can write");
+        file.set_modified(UNIX_EPOCH + Duration::from_secs(4_000_000_000)).expect("can set the time");
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("is later");
+        assert!(!Stamp::of(&path).is_settled(now));
+        assert!(Stamp::of(&path).is_settled(now + Duration::from_secs(5)));
     }
 
     #[test]

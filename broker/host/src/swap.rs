@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use bytes::Bytes;
 use tracing::{debug, error, warn};
 
 use crate::background;
@@ -17,7 +18,7 @@ pub(crate) struct Built {
     /// The one that serves until then.
     pub(crate) old: Option<Arc<Generation>>,
     /// To be kept as a version.
-    pub(crate) bytes: Option<Vec<u8>>,
+    pub(crate) bytes: Option<Bytes>,
 }
 
 impl Built {

@@ -16,7 +16,8 @@ use crate::cancel::Cancel;
 use crate::config::PluginConfig;
 use crate::deploy::Deployed;
 use crate::generation::HandOver;
-use crate::loader::Loader;
+use crate::jobs::Done;
+use crate::loader::{Loader, Occasion};
 use crate::threads::Watched;
 
 /// How often files are looked at without notice of a change, and folders whether they are still the same.
@@ -50,7 +51,11 @@ pub(crate) enum Order {
     DropCandidate(String),
     Promote(String),
     /// Other settings for configured plugins.
-    Reconfigure(Vec<PluginConfig>),
+    Reconfigure {
+        plugins: Vec<PluginConfig>,
+        /// Components that they need.
+        compiled: Vec<Done>,
+    },
 }
 
 /// Tells the loader's thread something.
@@ -96,9 +101,7 @@ pub(crate) fn start(
     debounce: Duration,
     stop: Cancel,
 ) -> Result<(Signal, JoinHandle<()>), HostError> {
-    let (wake, woken) = sync_channel(WAITING_MAX);
-    // What changed between the first load and the watch was not noticed.
-    let signal = Signal { wake, changed: Arc::new(AtomicBool::new(true)), stop: stop.clone() };
+    let (signal, woken) = channel(stop.clone());
     let nudge = signal.clone();
     loader.set_nudge(move || nudge.rescan());
     let mut watched = WatchedFolders::new(loader.folders());
@@ -119,6 +122,12 @@ pub(crate) fn start(
     });
     let thread = thread.map_err(|error| HostError::new(format!("cannot start the plugin loader: {error}")))?;
     Ok((signal, thread))
+}
+
+fn channel(stop: Cancel) -> (Signal, Receiver<Wake>) {
+    let (wake, woken) = sync_channel(WAITING_MAX);
+    // What changed between the first load and the watch was not noticed.
+    (Signal { wake, changed: Arc::new(AtomicBool::new(true)), stop }, woken)
 }
 
 fn watch(watched: &mut WatchedFolders, signal: Signal) -> notify::Result<RecommendedWatcher> {
@@ -160,7 +169,7 @@ impl Watch {
             self.loader.check_probations();
             match woken.recv_timeout(if self.loader.is_restless() { LOOK_AFTER_EVERY } else { LOOK_EVERY }) {
                 Ok(Wake::Order(order, reply)) => {
-                    let moves = matches!(order, Order::Reconfigure(_));
+                    let moves = matches!(order, Order::Reconfigure { .. });
                     drop(reply.send(obey(&mut self.loader, order)));
                     if moves {
                         // Files of other folders may be granted now.
@@ -201,7 +210,7 @@ impl Watch {
 }
 
 fn load(loader: &mut Loader) {
-    if let Err(error) = loader.load_all(false) {
+    if let Err(error) = loader.load_all(Occasion::Files, Vec::new()) {
         warn!(%error, "plugins not reloaded");
     }
 }
@@ -216,7 +225,7 @@ fn obey(loader: &mut Loader, order: Order) -> Result<(), HostError> {
             Ok(())
         }
         Order::Promote(name) => loader.promote(&name),
-        Order::Reconfigure(plugins) => loader.reconfigure(plugins),
+        Order::Reconfigure { plugins, compiled } => loader.reconfigure(plugins, compiled),
     }
 }
 
@@ -279,5 +288,37 @@ fn lower_priority() {
     const NICE: i32 = 10;
     if let Err(error) = rustix::process::setpriority_process(Some(rustix::thread::gettid()), NICE) {
         debug!(%error, "the plugin loader keeps its priority");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    /// While the loader does something else for long, so much waits for it. A command with one order more waits as well,
+    /// and whoever merely nudges it does not.
+    #[test]
+    fn orders_for_the_loader_are_bounded() {
+        let (signal, woken) = channel(Cancel::default());
+        let taken = (0..1000).take_while(|_| signal.wake.try_send(Wake::Nudge).is_ok()).count();
+        assert_eq!(taken, WAITING_MAX);
+        thread::scope(|scope| {
+            let command = scope.spawn(|| signal.order(Order::Promote("p".into())));
+            signal.rescan();
+            thread::sleep(Duration::from_millis(50));
+            assert!(!command.is_finished(), "it waits");
+            let mut waited = 0;
+            let reply = loop {
+                match woken.recv().expect("the signal is there") {
+                    Wake::Nudge => waited += 1,
+                    Wake::Order(_, reply) => break reply,
+                }
+            };
+            assert_eq!(waited, WAITING_MAX, "in the order in which they came");
+            reply.send(Err(HostError::new("as told"))).expect("somebody waits");
+            assert_eq!(command.join().expect("ends").expect_err("is told").to_string(), "as told");
+        });
     }
 }

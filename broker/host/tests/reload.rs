@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::{Broker, allowed, another_build, denied, misbehave, plugin, replace, request};
-use wasmqtt_host::{Compiler, FileGrant, Grants, HostConfig, Mode, PluginConfig, PluginLimits, inspect};
+use wasmqtt_host::{Cancel, Compiler, FileGrant, Grants, HostConfig, Mode, PluginConfig, PluginLimits, inspect};
 use wasmqtt_protocol::ports::AuthOutcome;
 
 /// A broker whose folder holds the misbehaving guest as `m.wasm`.
@@ -337,6 +337,72 @@ fn a_folder_that_is_another_one_by_now_is_watched_again() {
     std::thread::sleep(Duration::from_secs(4));
     std::fs::write(two.join("m.wasm"), another_build("misbehave")).expect("can write");
     broker.wait("what lies in the new folder serves", |broker| broker.generation("m") > 0);
+}
+
+/// The loader does other things while components are compiled for new settings, and who gave the order can end it.
+#[test]
+fn other_settings_are_compiled_beside_the_loader() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let with = |file: &str| plugin("m", wasmqtt_guests::component(file), &[("user", "x")]);
+    let broker = Broker::try_start(folder, vec![with("misbehave")]).expect("loads");
+    let cancel = Cancel::default();
+    cancel.cancel();
+    let refused = broker.host.reconfigure_with(vec![with("auth-demo")], &cancel).expect_err("was cancelled");
+    assert!(refused.to_string().contains("cancelled") && broker.generation("m") == 1, "{refused}");
+    std::thread::scope(|scope| {
+        let reload = scope.spawn(|| broker.host.reconfigure(vec![with("auth-jwt")]));
+        broker.wait("it is compiled", |broker| !broker.host.compiling().is_empty());
+        broker.host.promote("m").expect_err("nothing is on trial");
+        assert!(!broker.host.compiling().is_empty(), "the loader has waited for the compiler");
+        let failed = reload.join().expect("ends").expect_err("other settings are wrong for it").to_string();
+        assert!(failed.contains("`user`"), "{failed}");
+    });
+    broker.host.reconfigure(vec![with("auth-demo")]).expect("it serves");
+    assert_eq!((broker.generation("m"), broker.ask("c", "alice")), (2, denied(0x86)));
+}
+
+/// It was a warning when it came, and has nothing to do with other settings.
+#[test]
+fn a_file_in_the_folder_that_is_no_plugin_keeps_nobody_from_other_settings() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let dir = folder.path().join("plugins");
+    std::fs::create_dir(&dir).expect("can make a folder");
+    let config = |order: i32| PluginConfig { order, ..misbehave("m", &[]) };
+    let broker = Broker::try_start(folder, vec![config(1)]).expect("loads");
+    std::fs::write(dir.join("junk.wasm"), "junk").expect("can write");
+    std::thread::sleep(Duration::from_secs(1));
+    broker.host.reconfigure(vec![config(2)]).expect("it serves");
+    assert_eq!((broker.generation("m"), broker.status("junk").is_none()), (2, true));
+}
+
+/// Its places would be taken for ever, by plugins that never were.
+#[test]
+fn settings_that_were_refused_leave_nothing() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let broker = Broker::try_start(folder, vec![misbehave("m", &[])]).expect("loads");
+    for n in 0..70 {
+        let missing = plugin(&format!("p{n}"), format!("/nowhere/{n}.wasm"), &[]);
+        let error = broker.host.reconfigure(vec![misbehave("m", &[]), missing]).expect_err("is refused").to_string();
+        assert!(error.contains("cannot read"), "{error}");
+    }
+}
+
+/// What it is put into would be another topic.
+#[test]
+fn a_file_whose_name_is_none_for_a_plugin_is_not_loaded() {
+    let (broker, file) = with_folder();
+    for name in ["a+#.wasm", "a b.wasm", "a.b.wasm", &format!("{}.wasm", "x".repeat(65))] {
+        std::fs::copy(&file, file.with_file_name(name)).expect("can copy");
+    }
+    replace(&file, &another_build("misbehave"));
+    broker.wait("the new build serves", |broker| broker.generation("m") == 2);
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(broker.host.status().len(), 1);
+    let Broker { host, shard, folder, .. } = broker;
+    drop(shard);
+    host.stop();
+    let error = Broker::try_start(folder, Vec::new()).err().expect("is refused").to_string();
+    assert!(error.contains("\"a+#\"") && error.contains("letters, digits"), "{error}");
 }
 
 /// Settings are part of what a build is made from; what cannot serve changes nothing.

@@ -98,6 +98,16 @@ fn a_running_build_that_hands_nothing_over_does_not_keep_an_operator_from_anythi
     assert_ne!(broker.status("p").expect("serves").digest, second);
 }
 
+/// Whoever reloads settings is told that they are not in force.
+#[test]
+fn settings_that_a_build_does_not_get_are_an_error() {
+    let (broker, file) = start("probe", probe(&[("snapshot", "fail")]));
+    let other = PluginConfig { path: file, ..probe(&[("snapshot", "fail"), ("other", "1")]) };
+    let refused = broker.host.reconfigure(vec![other]).expect_err("is refused").to_string();
+    assert!(refused.contains("does not hand over"), "{refused}");
+    assert_eq!(broker.generation("p"), 1);
+}
+
 /// Within two seconds, without an operator; and it is not tried again until its file changes.
 #[test]
 fn a_build_that_traps_goes_back_to_its_predecessor() {

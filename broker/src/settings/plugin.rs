@@ -33,7 +33,7 @@ pub(super) fn meant_plugin<'a>(mut plugin: Section<'a>, plugins: &mut Plugins<'_
     let base = plugins.base;
     let name = plugin.required("name", "a name such as \"auth-file\"");
     if let Some(name) = &name {
-        if !is_plugin_name(name.value) {
+        if !wasmqtt_host::is_plugin_name(name.value) {
             plugin.problem(name, "must be 1 to 64 letters, digits, `-` or `_`");
         } else if !plugins.names.insert(name.value) {
             plugin.problem(name, "another [[plugin]] has this name already");
@@ -242,8 +242,4 @@ fn meant_file_grant<'a>(mut grant: Section<'a>, base: &Path, granted: &mut Vec<G
     let guest = guest.value.to_owned();
     granted.push(Granted { section: grant, host, path: path.clone(), mode });
     Some(FileGrant { host: path, guest, mode })
-}
-
-fn is_plugin_name(name: &str) -> bool {
-    (1..=64).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte))
 }
