@@ -330,11 +330,18 @@ async fn exchange(
         }
     })
     .await?;
+    check_head(answer.headers())?;
     let mut pause = tokio::time::interval(times.between_bytes);
     pause.reset();
     let response = answer.map(|incoming| Answer { incoming, pause }.boxed_unsync());
     let io = if ended.is_some() { Box::pin(std::future::ready(Ok(()))) } else { io };
     Ok((response, io))
+}
+
+/// hyper looks at the length of a head while it is not complete, and what comes last may be another buffer's worth.
+fn check_head(fields: &http::HeaderMap) -> Result<(), Error> {
+    let bytes: usize = fields.iter().map(|(name, value)| name.as_str().len() + value.len() + ": \r\n".len()).sum();
+    if bytes > HEAD_BYTES_MAX { Err(Error::HttpResponseHeaderSectionSize(u32::try_from(bytes).ok())) } else { Ok(()) }
 }
 
 /// The body of a response, which must go on coming.
@@ -431,6 +438,39 @@ mod tests {
         assert_eq!(body.expect("a body").to_bytes(), "hi");
         let nobody = send(request("http://service/"), &server("service", false, &[dead()]), bounded(None)).await;
         assert!(matches!(nobody, Err(Error::Connect(_))));
+    }
+
+    /// Answers one request with this.
+    async fn answered(answer: Vec<u8>) -> Result<http::StatusCode, Error> {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let live = listener.local_addr().expect("an address");
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().expect("a client");
+            let _ = stream.read(&mut [0; 4096]);
+            // Nobody reads all of one that is too large.
+            let _ = stream.write_all(&answer);
+        });
+        let (response, _io) =
+            send(request("http://service/"), &server("service", false, &[live]), bounded(None)).await?;
+        Ok(response.status())
+    }
+
+    /// A head that is longer, or has more fields, makes the request fail; it is not collected to its end.
+    #[tokio::test]
+    async fn the_head_of_a_response_is_bounded() {
+        let head = |fields: usize, bytes: usize| {
+            let field = |n: usize| format!("x-{n}: {}\r\n", "y".repeat(bytes / fields));
+            let fields: String = (0..fields).map(field).collect();
+            format!("HTTP/1.1 204 No Content\r\n{fields}\r\n").into_bytes()
+        };
+        for (fields, bytes) in [(HEADERS_MAX, 0), (10, HEAD_BYTES_MAX - 1000)] {
+            let answer = answered(head(fields, bytes)).await;
+            assert!(matches!(answer, Ok(http::StatusCode::NO_CONTENT)), "{fields} fields, {bytes} bytes: {answer:?}");
+        }
+        for (fields, bytes) in [(HEADERS_MAX + 1, 0), (10, HEAD_BYTES_MAX), (1, 100 << 20)] {
+            let answer = answered(head(fields, bytes)).await;
+            assert!(answer.is_err(), "{fields} fields, {bytes} bytes: {answer:?}");
+        }
     }
 
     /// An address that does not answer holds up the next one for a moment only. 192.0.2.1 is nobody's.
