@@ -114,7 +114,7 @@ impl Permits {
 
     /// May it publish to `topic`, and until when is that so, in milliseconds? `None`: nobody knows yet. `route` stands
     /// for the topic, and is never used for another.
-    pub fn publish(&mut self, now_ms: u64, route: u64, topic: &str) -> Option<(Verdict, u64)> {
+    pub fn publish(&mut self, now_ms: u64, route: Option<u64>, topic: &str) -> Option<(Verdict, u64)> {
         self.0.as_mut()?.publish(now_ms, route, topic)
     }
 
@@ -166,7 +166,8 @@ impl Known {
         self.complete || !self.rules.is_empty()
     }
 
-    fn publish(&mut self, now_ms: u64, route: u64, topic: &str) -> Option<(Verdict, u64)> {
+    fn publish(&mut self, now_ms: u64, route: Option<u64>, topic: &str) -> Option<(Verdict, u64)> {
+        let Some(route) = route else { return self.find(now_ms, Action::Publish, topic) };
         if let Some(known) = self.memo.get(&route).copied().filter(|(_, until_ms)| now_ms < *until_ms) {
             return Some(known);
         }
@@ -294,7 +295,7 @@ mod tests {
     }
 
     fn publish(permits: &mut Permits, now_ms: u64, route: u64, topic: &str) -> Option<Verdict> {
-        permits.publish(now_ms, route, topic).map(|(verdict, _)| verdict)
+        permits.publish(now_ms, Some(route), topic).map(|(verdict, _)| verdict)
     }
 
     #[test]

@@ -11,6 +11,7 @@ use wasmqtt_protocol::topic::is_valid_topic_name;
 
 use crate::bans::canonical;
 use crate::mailbox::{Mail, Mailbox, Wish};
+use crate::memory::Pressure;
 use crate::shared::Shared;
 
 /// Handed to plugins.
@@ -22,16 +23,18 @@ impl Broker for Control {
         if !is_valid_topic_name(&message.topic) {
             return Err(Refusal::Invalid("not a Topic Name".into()));
         }
-        if !shared.tunables.current().limits.takes_topic(&message.topic) {
+        let tunable = shared.tunables.current();
+        if !tunable.limits.takes_topic(&message.topic) {
             let why = "a topic beyond limits.topic_levels_max or limits.topic_bytes_max";
             return Err(Refusal::Invalid(why.into()));
         }
-        if message.payload.len() + message.topic.len() > shared.tunables.current().limits.packet_bytes_max as usize {
+        let bytes = message.payload.len() + message.topic.len() + message.properties.len();
+        if bytes > tunable.limits.packet_bytes_max as usize {
             return Err(Refusal::Invalid("larger than limits.packet_bytes_max".into()));
         }
         // Always the same shard for a topic, so that the order of a plugin's messages holds.
         let mailbox = &shared.mailboxes[usize::from(Shared::route_bucket(&message.topic)) % shared.mailboxes.len()];
-        if mailbox.is_congested() {
+        if mailbox.refuses_plugins() || shared.memory.look(shared.now_ms()) == Pressure::Full {
             return Err(Refusal::Busy);
         }
         mailbox.send(Mail::Publish(Box::new(message)));

@@ -96,13 +96,16 @@ pub(crate) struct Waiting {
 pub(crate) struct Mailbox {
     waiting: Mutex<Waiting>,
     bytes: AtomicUsize,
+    /// Of messages that storage hooks see and no client waits for.
+    held_bytes: AtomicUsize,
     awake: AtomicBool,
     waker: Arc<Waker>,
 }
 
 impl Mailbox {
     pub(crate) fn new(waker: Arc<Waker>) -> Self {
-        Self { waiting: Mutex::default(), bytes: AtomicUsize::new(0), awake: AtomicBool::new(false), waker }
+        let (bytes, held_bytes) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        Self { waiting: Mutex::default(), bytes, held_bytes, awake: AtomicBool::new(false), waker }
     }
 
     pub(crate) fn waker(&self) -> &Arc<Waker> {
@@ -157,6 +160,21 @@ impl Mailbox {
     /// What was taken is done.
     pub(crate) fn done(&self, waiting: &mut Waiting) {
         self.bytes.fetch_sub(std::mem::take(&mut waiting.bytes), Ordering::Relaxed);
+    }
+
+    /// A message that no client waits for is shown to storage hooks.
+    pub(crate) fn hold(&self, bytes: usize) {
+        self.held_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// It was.
+    pub(crate) fn release(&self, bytes: usize) {
+        self.held_bytes.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    /// Messages of plugins wait, here or for other plugins, and more must not.
+    pub(crate) fn refuses_plugins(&self) -> bool {
+        self.is_congested() || self.held_bytes.load(Ordering::Relaxed) > CONGESTED_BYTES
     }
 
     pub(crate) fn is_congested(&self) -> bool {

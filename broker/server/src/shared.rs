@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use hashbrown::{HashMap, HashSet};
 use wasmqtt_protocol::ports::{BanPattern, Clock as _};
-use wasmqtt_protocol::router::{Index, Message, Retained, RetainedMessage, SessionId, SessionKey};
+use wasmqtt_protocol::router::{Group, Index, Message, Retained, RetainedMessage, SessionId, SessionKey};
 
 use crate::bans::Bans;
 use crate::clock::BrokerClock;
@@ -24,6 +24,8 @@ const DIRECTORY_LOCKS: usize = 64;
 
 type Hasher = foldhash::fast::FixedState;
 type Directory = HashMap<Arc<str>, SessionKey, foldhash::fast::RandomState>;
+
+type StoredSessions = HashMap<SessionKey, SessionId, foldhash::fast::RandomState>;
 
 pub(crate) struct Shared {
     /// What a reload of the configuration changes. Shards have a copy, see `Shard::limits`.
@@ -53,7 +55,7 @@ pub(crate) struct Shared {
     generation: AtomicU64,
     directory: Vec<Mutex<Directory>>,
     /// Sessions the store knows; empty when nothing is durable.
-    stored: RwLock<HashMap<SessionKey, SessionId, foldhash::fast::RandomState>>,
+    stored: RwLock<StoredSessions>,
     pub(crate) full: FullSessions,
     pub(crate) memory: Budget,
     bans: RwLock<Bans>,
@@ -83,15 +85,25 @@ impl FullSessions {
         self.count.load(Ordering::Relaxed) > 0
     }
 
-    pub(crate) fn has(&self, mut sessions: impl Iterator<Item = SessionKey>) -> bool {
+    /// One of these Sessions has no room, or all members of one of these groups.
+    pub(crate) fn has<'g>(
+        &self,
+        mut sessions: impl Iterator<Item = SessionKey>,
+        mut groups: impl Iterator<Item = &'g Group>,
+    ) -> bool {
         let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner);
         sessions.any(|key| keys.contains(&key))
+            || groups.any(|group| {
+                !group.members.is_empty() && group.members.iter().all(|member| keys.contains(&member.session))
+            })
     }
 
-    pub(crate) fn insert(&self, key: SessionKey) {
+    /// `false`: it was known.
+    pub(crate) fn insert(&self, key: SessionKey) -> bool {
         let mut keys = self.keys.write().unwrap_or_else(PoisonError::into_inner);
-        keys.insert(key);
+        let is_new = keys.insert(key);
         self.count.store(keys.len(), Ordering::Relaxed);
+        is_new
     }
 
     pub(crate) fn remove(&self, key: SessionKey) {
@@ -232,7 +244,12 @@ impl Shared {
 
     /// The name by which the store knows a Session; `None`: it does not.
     pub(crate) fn stored(&self, key: SessionKey) -> Option<SessionId> {
-        self.stored.read().unwrap_or_else(PoisonError::into_inner).get(&key).copied()
+        self.stored_sessions().get(&key).copied()
+    }
+
+    /// The names of all Sessions that the store knows.
+    pub(crate) fn stored_sessions(&self) -> RwLockReadGuard<'_, StoredSessions> {
+        self.stored.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The store knows a Session from now on, or (`None`) no more.

@@ -66,17 +66,17 @@ impl Shard {
         }
     }
 
-    /// `None`: plugins are thinking about it.
+    /// `None`: plugins are thinking about it. `route`: the number of the topic's route, if the cache has one.
     #[inline]
     pub(super) fn may_publish(
         &mut self,
         id: usize,
         key: SessionKey,
         incoming: &Incoming<'_>,
-        route: u64,
+        route: Option<u64>,
     ) -> Option<Verdict> {
         let (permitted, until_ms) = self.conns[id].permitted;
-        if permitted == route && self.now_ms < until_ms {
+        if Some(permitted) == route && self.now_ms < until_ms {
             return Some(Verdict::Allow);
         }
         self.may_publish_elsewhere(id, key, incoming, route)
@@ -87,11 +87,13 @@ impl Shard {
         id: usize,
         key: SessionKey,
         incoming: &Incoming<'_>,
-        route: u64,
+        route: Option<u64>,
     ) -> Option<Verdict> {
         let Some(standing) = self.sessions.standing(key.slot) else { return Some(Verdict::Allow) };
         if !self.has_acl && !standing.permits.has_rules() {
-            self.conns[id].permitted = (route, u64::MAX);
+            if let Some(route) = route {
+                self.conns[id].permitted = (route, u64::MAX);
+            }
             return Some(Verdict::Allow);
         }
         let (verdict, until_ms) = match standing.permits.publish(self.now_ms, route, incoming.topic) {
@@ -108,7 +110,9 @@ impl Shard {
             }
             None => return None,
         };
-        if verdict == Verdict::Allow {
+        if verdict == Verdict::Allow
+            && let Some(route) = route
+        {
             self.conns[id].permitted = (route, until_ms);
         }
         Some(verdict)

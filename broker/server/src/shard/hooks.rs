@@ -38,6 +38,24 @@ pub(super) struct Pending {
     sent: Submission,
     /// Bits of the plugin that published it.
     origin: u64,
+    /// It goes nowhere, and its acknowledgement stands behind those of others.
+    refused: Option<ReasonCode>,
+}
+
+impl Pending {
+    fn bytes(&self) -> usize {
+        let message = &self.sent.message;
+        size_of::<Self>() + message.topic.len() + message.payload.len() + message.properties.len()
+    }
+}
+
+/// Why a PUBLISH waits here.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Shown {
+    /// These plugins see it; none: it stands behind another one.
+    To(u64),
+    /// It was refused, and stands behind another one.
+    Refused(ReasonCode),
 }
 
 /// Messages and events on their way to plugins.
@@ -67,6 +85,11 @@ pub(super) struct Hooks {
 }
 
 impl Hooks {
+    /// No message waits for storage hooks.
+    pub(super) fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
     /// How many messages of a Session wait for storage hooks.
     pub(super) fn waiting_of(&self, key: SessionKey) -> u32 {
         if self.waiting.is_empty() { 0 } else { self.waiting.get(&Some(key)).copied().unwrap_or(0) }
@@ -111,10 +134,14 @@ impl Shard {
         &mut self,
         id: usize,
         slot: u32,
-        plugins: u64,
+        shown: Shown,
         incoming: &Incoming<'_>,
         packet_id: Option<PacketId>,
     ) {
+        let (plugins, refused) = match shown {
+            Shown::To(plugins) => (plugins, None),
+            Shown::Refused(reason) => (0, Some(reason)),
+        };
         let client = self.sessions.standing(slot).map(|standing| Arc::clone(&standing.client));
         let Some(session) = self.sessions.get_mut(slot) else { return };
         let publisher = Some(session.key);
@@ -125,7 +152,7 @@ impl Shard {
         }
         let conn = Some((id, self.conns[id].epoch));
         let sent = Submission { plugins, client, message: Arc::clone(incoming.message()), fed: None };
-        self.collect(Pending { conn, publisher, qos: incoming.qos, packet_id, sent, origin: 0 });
+        self.collect(Pending { conn, publisher, qos: incoming.qos, packet_id, sent, origin: 0, refused });
     }
 
     /// A message without a connection that waits for its outcome: a will, or one of a plugin's.
@@ -142,7 +169,7 @@ impl Shard {
         }
         let qos = message.qos;
         let sent = Submission { plugins, client, message, fed: None };
-        self.collect(Pending { conn: None, publisher, qos, packet_id: None, sent, origin });
+        self.collect(Pending { conn: None, publisher, qos, packet_id: None, sent, origin, refused: None });
     }
 
     fn collect(&mut self, pending: Pending) {
@@ -150,6 +177,10 @@ impl Shard {
         if let Some(conn) = self.conn_of(pending.publisher).and_then(|id| self.conns.get_mut(id)) {
             conn.submitted += 1;
             conn.gate.close(Reason::Hook, self.now_ms);
+        }
+        if pending.conn.is_none() {
+            // No client can be made to wait for it, but whoever sends more can.
+            self.shared.mailboxes[usize::from(self.index)].hold(pending.bytes());
         }
         self.hooks.collected.push(pending);
         self.hooks.is_changed = true;
@@ -208,7 +239,10 @@ impl Shard {
     /// What the store is told of the message and of its QoS 2 handshake is in one batch: after a crash it has both or
     /// neither.
     fn settle(&mut self, pending: Pending, answer: Accepted) {
-        let Pending { conn, publisher, qos, packet_id, sent, origin } = pending;
+        if pending.conn.is_none() {
+            self.shared.mailboxes[usize::from(self.index)].release(pending.bytes());
+        }
+        let Pending { conn, publisher, qos, packet_id, sent, origin, refused } = pending;
         if let Some(waiting) = self.hooks.waiting.get_mut(&publisher) {
             *waiting -= 1;
             if *waiting == 0 {
@@ -216,19 +250,28 @@ impl Shard {
             }
         }
         let mark = self.durable.mark();
-        let reason = match answer {
-            Accepted::Discard(reason) => {
-                self.tally.dropped += 1;
-                reason
-            }
-            Accepted::Keep(message) => self.accept(sent.client, &message, None, origin),
-            Accepted::Seal { delivered, kept } => self.accept(sent.client, &delivered, Some(kept), origin),
+        let (delivered, kept) = match answer {
+            Accepted::Discard(reason) => (Err(reason), None),
+            Accepted::Keep(message) => (Ok(message), None),
+            Accepted::Seal { delivered, kept } => (Ok(delivered), Some(kept)),
         };
+        let accepted = match refused.map_or(delivered, Err) {
+            Ok(message) if conn.is_some() && !self.has_room(&message) => None,
+            Ok(message) => Some(self.accept(sent.client, &message, kept, origin)),
+            Err(reason) => Some(reason),
+        };
+        if accepted.is_none_or(ReasonCode::is_error) {
+            self.tally.dropped += 1;
+        }
         let Some(key) = publisher else { return };
         let receipt = self.durable.since(mark);
         // A connection that ended lingers for a while, and the place of its Session may have another one by now.
         let present = self.conn_of(publisher);
+        let is_v5 = present.and_then(|id| self.conns.get(id)).is_none_or(|conn| conn.version == Version::V5);
+        let reason = accepted.unwrap_or(ReasonCode::QUOTA_EXCEEDED);
         match conn {
+            // 3.x has no way to say so; what is not acknowledged is sent again later.
+            Some(_) if accepted.is_none() && !is_v5 => self.forget_submitted(key, qos, packet_id),
             Some((id, epoch)) if present == Some(id) && self.is_current(id, epoch) => match packet_id {
                 Some(packet_id) => self.acknowledge(id, key.slot, (qos, packet_id), reason, receipt),
                 None => self.note_written(id, receipt),
@@ -241,6 +284,20 @@ impl Shard {
         conn.submitted = conn.submitted.saturating_sub(1);
         if conn.submitted == 0 {
             self.open_gate(id, Reason::Hook);
+        }
+    }
+
+    /// Whether there is room for a message of a client, which was shown to plugins meanwhile.
+    fn has_room(&mut self, message: &Arc<Message>) -> bool {
+        let route = self.route(&message.topic);
+        !self.must_refuse(&route, &Incoming::from_message(message))
+    }
+
+    fn forget_submitted(&mut self, key: SessionKey, qos: Qos, packet_id: Option<PacketId>) {
+        if let (Qos::ExactlyOnce, Some(packet_id)) = (qos, packet_id)
+            && let Some((session, _)) = self.sessions.resolve(key)
+        {
+            session.published_earlier(packet_id, ReasonCode::QUOTA_EXCEEDED);
         }
     }
 

@@ -13,7 +13,8 @@ use wasmqtt_protocol::session::{Delivered, Delivery, Incoming, QueuePolicy, Step
 
 use super::durable::Receipt;
 use super::gate::Reason;
-use super::routes::{Found, Route, random};
+use super::hooks::Shown;
+use super::routes::{Route, random};
 use super::{Ending, Shard};
 use crate::mailbox::Remote;
 use crate::memory::Pressure;
@@ -33,45 +34,46 @@ impl Shard {
         if !self.tunable.limits.takes_topic(incoming.topic) {
             return self.fault(id, ReasonCode::TOPIC_NAME_INVALID, "Topic Name with too many levels or bytes");
         }
-        let found = self.find_route(incoming.topic);
-        let Some(verdict) = self.may_publish(id, key, &incoming, found.route.id) else { return };
-        let route = match verdict {
-            Verdict::Allow => self.routes.keep(incoming.topic, found),
-            Verdict::Deny(_) => found.route,
-        };
+        let cached = self.routes.find(incoming.topic, &self.shared);
+        let route = cached.as_ref().map(|found| found.route.id);
+        let Some(verdict) = self.may_publish(id, key, &incoming, route) else { return };
         self.tally.received += 1;
         if self.pressure > Pressure::None {
             self.pause(id, Reason::Memory);
         }
-        let mark = self.durable.mark();
-        let reason = if incoming.topic.starts_with("$SYS/") {
-            ReasonCode::NOT_AUTHORIZED
-        } else if let Verdict::Deny(reason) = verdict {
+        if let Verdict::Deny(reason) = verdict {
             debug!(client_id = %self.client_id(slot), topic = incoming.topic, "publishing denied");
             self.event(EventKind::AccessDenied, slot, || {
                 vec![("action", "publish".into()), ("topic", incoming.topic.into())]
             });
-            reason
-        } else if self.must_refuse(&route, &incoming) {
-            self.tally.dropped += 1;
+            return self.refuse_publish(id, slot, &incoming, publish.packet_id, reason);
+        }
+        if incoming.topic.starts_with("$SYS/") {
+            return self.refuse_publish(id, slot, &incoming, publish.packet_id, ReasonCode::NOT_AUTHORIZED);
+        }
+        let route = match cached {
+            Some(found) => self.routes.keep(incoming.topic, found),
+            None => self.build_route(incoming.topic),
+        };
+        if self.must_refuse(&route, &incoming) {
             if self.conns[id].version != Version::V5 && publish.qos != Qos::AtMostOnce {
                 // 3.x has no way to say so; what is not acknowledged is sent again later.
+                self.tally.dropped += 1;
                 return;
             }
-            ReasonCode::QUOTA_EXCEEDED
-        } else if route.interest.before != 0 || self.conns[id].submitted > 0 {
-            return self.submit(id, slot, route.interest.before, &incoming, publish.packet_id);
-        } else {
-            let found = self.publish_to(&route, &incoming);
-            if route.interest.committed != 0 {
-                let client = self.sessions.standing(slot).map(|standing| Arc::clone(&standing.client));
-                self.feed(route.interest.committed, client, &incoming);
-            }
-            if found { ReasonCode::SUCCESS } else { ReasonCode::NO_MATCHING_SUBSCRIBERS }
-        };
-        if let Verdict::Deny(_) = verdict {
-            self.tally.dropped += 1;
+            return self.refuse_publish(id, slot, &incoming, publish.packet_id, ReasonCode::QUOTA_EXCEEDED);
         }
+        if route.interest.before != 0 || self.conns[id].submitted > 0 {
+            let shown = Shown::To(route.interest.before);
+            return self.submit(id, slot, shown, &incoming, publish.packet_id);
+        }
+        let mark = self.durable.mark();
+        let found = self.publish_to(&route, &incoming);
+        if route.interest.committed != 0 {
+            let client = self.sessions.standing(slot).map(|standing| Arc::clone(&standing.client));
+            self.feed(route.interest.committed, client, &incoming);
+        }
+        let reason = if found { ReasonCode::SUCCESS } else { ReasonCode::NO_MATCHING_SUBSCRIBERS };
         let receipt = self.durable.since(mark);
         if let Some(packet_id) = publish.packet_id {
             self.acknowledge(id, slot, (publish.qos, packet_id), reason, receipt);
@@ -80,9 +82,28 @@ impl Shard {
         }
     }
 
+    /// A message goes nowhere. Its acknowledgement stands behind those of messages that storage hooks see.
+    /// [MQTT-4.6.0-2]
+    fn refuse_publish(
+        &mut self,
+        id: usize,
+        slot: u32,
+        incoming: &Incoming<'_>,
+        packet_id: Option<PacketId>,
+        reason: ReasonCode,
+    ) {
+        if packet_id.is_some() && self.conns[id].submitted > 0 {
+            return self.submit(id, slot, Shown::Refused(reason), incoming, packet_id);
+        }
+        self.tally.dropped += 1;
+        if let Some(packet_id) = packet_id {
+            self.acknowledge(id, slot, (incoming.qos, packet_id), reason, Receipt::default());
+        }
+    }
+
     /// The store would have to keep it and cannot, memory would have to and is used up, or a receiver that must not miss
     /// it has no room.
-    fn must_refuse(&self, route: &Route, incoming: &Incoming<'_>) -> bool {
+    pub(super) fn must_refuse(&self, route: &Route, incoming: &Incoming<'_>) -> bool {
         if incoming.qos == Qos::AtMostOnce && !incoming.retain {
             return false;
         }
@@ -96,7 +117,8 @@ impl Shard {
             return true;
         }
         let targets = || route.local.iter().chain(route.remote.iter().flat_map(|(_, targets)| targets.iter()));
-        is_queued && self.shared.full.any() && self.shared.full.has(targets().map(|target| target.session))
+        let groups = || route.groups.iter().map(|(group, _)| &**group);
+        is_queued && self.shared.full.any() && self.shared.full.has(targets().map(|target| target.session), groups())
     }
 
     /// Answers a QoS 1 or QoS 2 PUBLISH, when what was written for it is kept.
@@ -121,15 +143,16 @@ impl Shard {
         self.promise_publish(id, slot, (qos, packet_id), reason, receipt);
     }
 
-    #[inline]
-    fn find_route(&mut self, topic: &str) -> Found {
-        self.routes.find(topic, self.index, &self.shared, &mut self.matches, &*self.plugins)
-    }
-
     /// The route of a message that nobody has to be asked about.
     pub(super) fn route(&mut self, topic: &str) -> Rc<Route> {
-        let found = self.find_route(topic);
-        self.routes.keep(topic, found)
+        match self.routes.find(topic, &self.shared) {
+            Some(found) => self.routes.keep(topic, found),
+            None => self.build_route(topic),
+        }
+    }
+
+    fn build_route(&mut self, topic: &str) -> Rc<Route> {
+        self.routes.build(topic, self.index, &self.shared, &mut self.matches, &*self.plugins)
     }
 
     /// Keeps it, if it is retained, and hands it to all its subscribers; `false`: there are none.
@@ -251,8 +274,10 @@ impl Shard {
                 }
             }
             Delivered::Queued => {
-                if session.queue_policy == QueuePolicy::RejectPublish && session.is_full(&self.limits) {
-                    self.shared.full.insert(target.session);
+                if session.queue_policy == QueuePolicy::RejectPublish
+                    && session.is_full(&self.limits)
+                    && self.shared.full.insert(target.session)
+                {
                     self.full.push(target.session);
                 }
             }

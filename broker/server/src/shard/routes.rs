@@ -62,20 +62,20 @@ struct Generation {
 }
 
 impl Generation {
-    /// What this route would add, if its topic is new.
-    fn cost(&self, topic: &str, route: &Route) -> usize {
+    /// What the groups of this route would add to its own bytes.
+    fn cost_of_groups(&self, route: &Route) -> usize {
         let is_new = |group: &&Arc<Group>| !self.groups.contains_key(&(Arc::as_ptr(group) as usize));
         let groups = route.groups.iter().map(|(group, _)| group).filter(is_new);
-        route.bytes(topic) + groups.map(|group| group_bytes(group)).sum::<usize>()
+        groups.map(|group| group_bytes(group)).sum()
     }
 
-    fn insert(&mut self, topic: &str, route: &Rc<Route>) {
+    fn insert(&mut self, topic: &str, route: &Rc<Route>, bytes: usize) {
         for (group, _) in &route.groups {
             if self.groups.insert(Arc::as_ptr(group) as usize, Arc::clone(group)).is_none() {
                 self.bytes += group_bytes(group);
             }
         }
-        self.bytes += route.bytes(topic);
+        self.bytes += bytes;
         if let Some(old) = self.routes.insert(topic.into(), Rc::clone(route)) {
             self.bytes -= old.bytes(topic);
         }
@@ -94,10 +94,10 @@ pub(super) struct Routes {
     counted: u64,
 }
 
-/// A route, and whether the cache has it.
+/// A route of the cache.
 pub(super) struct Found {
     pub(super) route: Rc<Route>,
-    is_cached: bool,
+    is_young: bool,
 }
 
 impl Routes {
@@ -122,57 +122,54 @@ impl Routes {
         self.built - std::mem::replace(&mut self.counted, self.built)
     }
 
-    /// The route of `topic`, from the cache while nobody subscribed or left. A new one is kept by [`Routes::keep`]: what
-    /// a client may not publish to does not fill the cache.
+    /// The route of `topic`, while nobody subscribed or left.
     #[inline]
-    pub(super) fn find(
-        &mut self,
-        topic: &str,
-        own: u16,
-        shared: &Shared,
-        matches: &mut Matches,
-        plugins: &dyn ShardPlugins,
-    ) -> Found {
-        if let Some(route) = self.young.routes.get(topic)
-            && route.generation == shared.route_generation(route.bucket)
-        {
-            return Found { route: Rc::clone(route), is_cached: true };
+    pub(super) fn find(&self, topic: &str, shared: &Shared) -> Option<Found> {
+        match self.young.routes.get(topic) {
+            Some(route) if route.generation == shared.route_generation(route.bucket) => {
+                Some(Found { route: Rc::clone(route), is_young: true })
+            }
+            _ => self.find_old(topic, shared),
         }
-        self.find_elsewhere(topic, own, shared, matches, plugins)
     }
 
-    fn find_elsewhere(
+    fn find_old(&self, topic: &str, shared: &Shared) -> Option<Found> {
+        let route = self.old.routes.get(topic)?;
+        let is_valid = route.generation == shared.route_generation(route.bucket);
+        is_valid.then(|| Found { route: Rc::clone(route), is_young: false })
+    }
+
+    /// Looks a route up in the index, and keeps it. Not for a client that may not publish to the topic: that costs much
+    /// where many have subscribed, and would fill the cache.
+    pub(super) fn build(
         &mut self,
         topic: &str,
         own: u16,
         shared: &Shared,
         matches: &mut Matches,
         plugins: &dyn ShardPlugins,
-    ) -> Found {
-        if let Some(route) = self.old.routes.get(topic)
-            && route.generation == shared.route_generation(route.bucket)
-        {
-            return Found { route: Rc::clone(route), is_cached: false };
-        }
+    ) -> Rc<Route> {
         self.built += 1;
         let route = Rc::new(build(self.built, topic, own, shared, matches, plugins.interest(topic)));
-        Found { route, is_cached: false }
+        self.insert(topic, &route);
+        route
     }
 
     /// Keeps a route that is used.
     #[inline]
     pub(super) fn keep(&mut self, topic: &str, found: Found) -> Rc<Route> {
-        if !found.is_cached {
+        if !found.is_young {
             self.insert(topic, &found.route);
         }
         found.route
     }
 
     fn insert(&mut self, topic: &str, route: &Rc<Route>) {
-        if self.young.bytes + self.young.cost(topic, route) > self.bytes_max / 2 {
+        let bytes = route.bytes(topic);
+        if self.young.bytes + bytes + self.young.cost_of_groups(route) > self.bytes_max / 2 {
             self.old = std::mem::take(&mut self.young);
         }
-        self.young.insert(topic, route);
+        self.young.insert(topic, route, bytes);
     }
 
     #[cfg(test)]
@@ -188,9 +185,10 @@ fn build(id: u64, topic: &str, own: u16, shared: &Shared, matches: &mut Matches,
     let mut local = Vec::new();
     let mut stored = Vec::new();
     let mut remote: Vec<(u16, Vec<Target>)> = Vec::new();
+    let names = shared.stored_sessions();
     for mut target in merge(&mut matches.direct) {
         let shard = target.session.shard;
-        target.stored = shared.stored(target.session);
+        target.stored = names.get(&target.session).copied();
         if target.stored.is_some() {
             stored.push(target.clone());
         }
@@ -237,7 +235,7 @@ mod tests {
     }
 
     fn kept(routes: &mut Routes, topic: &str, route: &Rc<Route>) {
-        routes.keep(topic, Found { route: Rc::clone(route), is_cached: false });
+        routes.keep(topic, Found { route: Rc::clone(route), is_young: false });
     }
 
     /// Long topics and topics with many receivers count as what they take.
@@ -264,9 +262,9 @@ mod tests {
         for id in 1..100_000 {
             kept(&mut routes, &format!("flood/{id}"), &route(id, 0));
             if id % 500 == 0 {
-                let is_cached = routes.young.routes.contains_key("used");
-                assert!(is_cached || routes.old.routes.contains_key("used"), "forgotten after {id} others");
-                routes.keep("used", Found { route: Rc::clone(&used), is_cached });
+                let is_young = routes.young.routes.contains_key("used");
+                assert!(is_young || routes.old.routes.contains_key("used"), "forgotten after {id} others");
+                routes.keep("used", Found { route: Rc::clone(&used), is_young });
             }
         }
     }

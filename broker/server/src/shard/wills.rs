@@ -61,12 +61,11 @@ impl Shard {
 
     /// `None`: plugins are thinking about it.
     fn may_publish_will(&mut self, key: SessionKey, message: &Arc<Message>) -> Option<bool> {
-        let route = self.route(&message.topic).id;
         let Some(standing) = self.sessions.standing(key.slot) else { return Some(true) };
         if !self.has_acl && !standing.permits.has_rules() {
             return Some(true);
         }
-        match standing.permits.publish(self.now_ms, route, &message.topic) {
+        match standing.permits.publish(self.now_ms, None, &message.topic) {
             Some((Verdict::Allow, _)) => return Some(true),
             None if self.has_acl => {}
             Some((Verdict::Deny(_), _)) | None => {
@@ -84,6 +83,7 @@ impl Shard {
         let call = self.plugins.authorize(Arc::clone(&client), Arc::new([access]));
         let message = Arc::clone(message);
         let call = Box::pin(async move { Answer::Will { client, message, decisions: call.await } });
+        self.wills_asked += 1;
         if let Some(answer) = self.calls.begin(None, call) {
             self.on_answer(answer);
         }
@@ -92,6 +92,7 @@ impl Shard {
 
     /// The client may be gone by now; its Will Message is shown to storage hooks as its own.
     pub(super) fn on_will_decision(&mut self, client: Arc<Client>, message: &Arc<Message>, decisions: &[Decision]) {
+        self.wills_asked -= 1;
         if decisions.first().and_then(|decision| decision.verdict) == Some(Verdict::Allow) {
             return self.publish_unattended(Some(client), Arc::clone(message), 0);
         }
