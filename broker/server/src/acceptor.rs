@@ -157,17 +157,18 @@ impl Acceptor {
     }
 }
 
-/// `false`: others still wait, since memory is nearly used up.
+/// `false`: others still wait, since memory is nearly used up, or there is no file descriptor.
 fn accept_all(listening: &Listening, shared: &Shared) -> bool {
     let name = &listening.listener.name;
+    let tunable = shared.tunables.current();
     while shared.memory.look(shared.now_ms()) == Pressure::None {
         match listening.accept() {
             Ok((stream, address)) => {
-                let most = shared.tunables.current().limits.connecting_max;
-                if let Some(connecting) = Connecting::begin(&shared.connecting, most) {
+                if let Some(connecting) = Connecting::begin(&shared.connecting, tunable.limits.connecting_max) {
                     let (listener, proxied) = (Arc::clone(name), listening.listener.proxied);
                     let number = shared.arrivals.fetch_add(1, Ordering::Relaxed);
-                    place(shared, Arrival { stream, address, listener, number, proxied, connecting });
+                    let arrival = Arrival { stream, address, listener, number, proxied, connecting };
+                    place(shared, arrival, tunable.limits.connections_max);
                 } else {
                     debug!(listener = %name, "connection refused: limits.connecting_max reached");
                 }
@@ -177,6 +178,8 @@ fn accept_all(listening: &Listening, shared: &Shared) -> bool {
             Err(error) => {
                 warn!(listener = %name, %error, "cannot accept a connection; is the limit of open files too low?");
                 std::thread::sleep(ACCEPT_PAUSE);
+                // Other listeners may be asked for something else than a descriptor.
+                return false;
             }
         }
         if shared.draining.load(Ordering::Acquire) {
@@ -203,8 +206,8 @@ impl Drop for Connecting {
     }
 }
 
-pub(crate) fn place(shared: &Shared, arrival: Arrival) {
-    if shared.connections.fetch_add(1, Ordering::Relaxed) >= shared.tunables.current().limits.connections_max {
+pub(crate) fn place(shared: &Shared, arrival: Arrival, connections_max: usize) {
+    if shared.connections.fetch_add(1, Ordering::Relaxed) >= connections_max {
         shared.connections.fetch_sub(1, Ordering::Relaxed);
         debug!(listener = %arrival.listener, "connection refused: connections_max reached");
         return;

@@ -236,7 +236,10 @@ impl Writer {
         for (shard, ticket, _) in batches {
             let line = self.lines.line(*shard);
             // Before the shard sees that it is settled.
-            line.failed.lock().unwrap_or_else(PoisonError::into_inner).push(*ticket);
+            // What is for no shard has no number, and nobody asks for it.
+            if *ticket > 0 {
+                line.failed.lock().unwrap_or_else(PoisonError::into_inner).push(*ticket);
+            }
             line.committed.store(*ticket, Ordering::Release);
             shards.insert(*shard);
         }

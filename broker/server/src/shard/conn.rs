@@ -157,6 +157,11 @@ const SLOWED_MS: u64 = 20;
 
 impl Shard {
     pub(super) fn on_arrival(&mut self, arrival: Arrival) {
+        if self.draining {
+            self.shared.connections.fetch_sub(1, Ordering::Relaxed);
+            self.shared.load[usize::from(self.index)].fetch_sub(1, Ordering::Relaxed);
+            return;
+        }
         let conn = Conn {
             stream: arrival.stream,
             address: arrival.address,
@@ -252,7 +257,7 @@ impl Shard {
         if self.paused.is_empty() {
             return;
         }
-        let (mailboxes, store) = (self.is_congested(), self.durable.is_congested());
+        let (mailboxes, store) = (self.is_congested, self.durable.is_congested());
         let memory = self.pressure > Pressure::None && self.now_ms < self.slowed_until_ms;
         if !memory {
             self.slowed_until_ms = self.now_ms + SLOWED_MS;

@@ -145,6 +145,8 @@ pub(crate) struct Shard {
     now_ms: u64,
     /// How near the broker is to its memory budget.
     pressure: Pressure,
+    /// Another shard does not keep up with what this one sends.
+    is_congested: bool,
     /// When publishers that were slowed down for that are read again.
     slowed_until_ms: u64,
     /// Plugins and revocations that the Sessions here know of.
@@ -164,6 +166,8 @@ pub(crate) struct Shard {
     found: Vec<RetainedMessage>,
     /// Will Messages that plugins think about.
     wills: HashMap<SessionKey, WillUnderWay>,
+    /// Calls under way about whether they may be published.
+    wills_asked: usize,
     /// Subscriptions are asked about again.
     revoked: Sweep,
     /// Somebody was banned.
@@ -214,6 +218,7 @@ impl Shard {
             tally: Tally::default(),
             now_ms: shared.now_ms(),
             pressure: Pressure::None,
+            is_congested: false,
             slowed_until_ms: 0,
             plugins_epoch: [u64::MAX; 3],
             has_acl: plugins.has_acl(),
@@ -225,6 +230,7 @@ impl Shard {
             held_replays: BTreeSet::new(),
             found: Vec::new(),
             wills: HashMap::new(),
+            wills_asked: 0,
             revoked: Sweep::default(),
             banned: Sweep::default(),
             swept: 0,
@@ -239,10 +245,15 @@ impl Shard {
     /// Serves until drained.
     pub(crate) fn run(mut self) {
         let mut news = News::default();
-        while !(self.draining && self.conns.is_empty()) {
+        while !self.is_done() {
             let timeout = self.wait_for();
             self.turn(&mut news, timeout);
         }
+    }
+
+    /// It is to end, and what its clients sent, and their wills, are where they belong.
+    pub(crate) fn is_done(&self) -> bool {
+        self.draining && self.conns.is_empty() && self.hooks.is_empty() && self.wills_asked == 0
     }
 
     /// Waits for something to do, for at most `timeout`, and does it.
@@ -257,6 +268,7 @@ impl Shard {
         self.now_ms = self.shared.now_ms();
         self.look_for_settings();
         self.look_at_memory();
+        self.look_at_mailboxes();
         self.take_mail(waiting);
         self.end_pauses();
         self.serve_sockets(events);
@@ -332,10 +344,10 @@ impl Shard {
         }
     }
 
-    /// Another shard does not keep up with what this one sends.
-    fn is_congested(&self) -> bool {
+    fn look_at_mailboxes(&mut self) {
         let own = usize::from(self.index);
-        self.shared.mailboxes.iter().enumerate().any(|(shard, mailbox)| shard != own && mailbox.is_congested())
+        let mut others = self.shared.mailboxes.iter().enumerate().filter(|(shard, _)| *shard != own);
+        self.is_congested = others.any(|(_, mailbox)| mailbox.is_congested());
     }
 
     fn on_mail(&mut self, mail: Mail) {

@@ -11,6 +11,7 @@ use wasmqtt_protocol::session::Event;
 use super::conn::State;
 use super::gate::Reason;
 use super::{Ending, Shard};
+use crate::memory::Pressure;
 
 /// Reads of one connection per turn.
 const READS_MAX: usize = 16;
@@ -110,6 +111,14 @@ impl Inbox {
     }
 }
 
+/// What became of bytes that were read.
+struct Handled {
+    /// So many of them are done with.
+    used: usize,
+    /// So many bytes the packet will have whose begin is what is left; 0: it is not known.
+    wanted: usize,
+}
+
 impl Shard {
     /// The client closed its side, or the connection broke; bytes may still be waiting.
     pub(super) fn on_read_closed(&mut self, id: usize) {
@@ -120,12 +129,11 @@ impl Shard {
 
     /// Closes the gate of a connection for what holds now; `true`: it is to be read.
     fn may_read(&mut self, id: usize) -> bool {
-        let congested = self.is_congested();
         let conn = &mut self.conns[id];
         if conn.outbox.len() >= self.limits.outbound_bytes_max {
             conn.gate.close(Reason::Outbox, self.now_ms);
         }
-        if congested {
+        if self.is_congested {
             self.pause(id, Reason::Congested);
         }
         // What was promised is written first, so that a client is never ahead of the store by more than a batch.
@@ -210,10 +218,11 @@ impl Shard {
     fn on_bytes(&mut self, id: usize, bytes: &[u8], budget: &mut Budget) {
         let Some(conn) = self.conns.get_mut(id) else { return };
         if conn.inbox.is_empty() {
-            let used = self.on_packets(id, bytes, budget);
+            let Handled { used, wanted } = self.on_packets(id, bytes, budget);
             if let Some(conn) = self.conns.get_mut(id)
                 && used < bytes.len()
             {
+                conn.inbox.bytes.reserve(wanted);
                 conn.inbox.extend(&bytes[used..]);
             }
         } else {
@@ -232,43 +241,47 @@ impl Shard {
     fn on_inbox(&mut self, id: usize, budget: &mut Budget) {
         let Some(conn) = self.conns.get_mut(id).filter(|conn| !conn.inbox.is_empty()) else { return };
         let mut inbox = std::mem::take(&mut conn.inbox);
-        let used = self.on_packets(id, inbox.rest(), budget);
+        let Handled { used, wanted } = self.on_packets(id, inbox.rest(), budget);
         inbox.consume(used);
         if !inbox.is_empty()
             && let Some(conn) = self.conns.get_mut(id)
         {
+            inbox.bytes.reserve(wanted.saturating_sub(inbox.bytes.len()));
             conn.inbox = inbox;
         }
     }
 
-    /// How many bytes were used up; everything, once the connection ends.
-    fn on_packets(&mut self, id: usize, bytes: &[u8], budget: &mut Budget) -> usize {
-        let mut used = 0;
+    /// Everything is used up once the connection ends.
+    fn on_packets(&mut self, id: usize, bytes: &[u8], budget: &mut Budget) -> Handled {
+        let (mut used, all) = (0, Handled { used: bytes.len(), wanted: 0 });
         loop {
             let limits = self.packet_limits(id);
-            let Some(conn) = self.conns.get_mut(id) else { return bytes.len() };
+            let Some(conn) = self.conns.get_mut(id) else { return all };
             if matches!(conn.state, State::Lingering) {
-                return bytes.len();
+                return all;
             }
             if !conn.passes_packets() || budget.is_spent() {
-                return used;
+                return Handled { used, wanted: 0 };
             }
             let rest = &bytes[used..];
             if rest.is_empty() {
-                return used;
+                return all;
             }
             if matches!(conn.state, State::New) && is_proxy_header(rest) {
                 self.on_proxy_header(id);
-                return bytes.len();
+                return all;
             }
             let frame = match codec::frame(rest, &limits) {
                 Ok(Some(frame)) if frame.total_len <= rest.len() => frame,
                 Ok(frame) => {
-                    if let Some(frame) = frame {
-                        // An honest client fills this; what it really sends is what gets allocated page by page.
-                        conn.inbox.bytes.reserve(frame.total_len.min(rest.len() * 4 + 64));
+                    if matches!(conn.state, State::New) && self.pressure == Pressure::Full {
+                        debug!(address = ?conn.address, "connection ended: half a CONNECT, and memory is used up");
+                        self.remove(id);
+                        return all;
                     }
-                    return used;
+                    // An honest client fills this; what it really sends is what gets allocated page by page.
+                    let wanted = frame.map_or(0, |frame| frame.total_len.min(rest.len() * 4 + 64));
+                    return Handled { used, wanted };
                 }
                 Err(error) => {
                     // What it speaks may be there already.
@@ -278,7 +291,7 @@ impl Shard {
                         conn.version = version;
                     }
                     self.on_malformed(id, &error);
-                    return bytes.len();
+                    return all;
                 }
             };
             conn.gate.heard(self.now_ms);
@@ -286,7 +299,7 @@ impl Shard {
             budget.spend(self.tally.sent);
             if self.conns.get(id).is_some_and(|conn| conn.gate.is_closed_for(Reason::Asking)) {
                 // It is handled again when the answer is here.
-                return used;
+                return Handled { used, wanted: 0 };
             }
             used += frame.total_len;
         }

@@ -14,7 +14,7 @@ use wasmqtt_protocol::ports::{Plugins, Store};
 use crate::acceptor::{Connecting, place};
 use crate::clock::BrokerClock;
 use crate::config::Config;
-use crate::mailbox::Mailbox;
+use crate::mailbox::{Mail, Mailbox};
 use crate::shard::{self, Arrival, News, Sessions, Shard};
 use crate::shared::Shared;
 use crate::stream::Stream;
@@ -57,16 +57,16 @@ impl Stepped {
         for end in [&client, &server] {
             end.set_nonblocking(true).expect("a socket");
         }
-        let most = self.shared.tunables.current().limits.connecting_max;
+        let limits = self.shared.tunables.current().limits.clone();
         let arrival = Arrival {
             stream: Stream::Unix(mio::net::UnixStream::from_std(server)),
             address: None,
             listener: "stepped".into(),
             number: self.shared.arrivals.fetch_add(1, Ordering::Relaxed),
             proxied: false,
-            connecting: Connecting::begin(&self.shared.connecting, most).expect("few connections"),
+            connecting: Connecting::begin(&self.shared.connecting, limits.connecting_max).expect("few connections"),
         };
-        place(&self.shared, arrival);
+        place(&self.shared, arrival, limits.connections_max);
         client
     }
 
@@ -91,6 +91,16 @@ impl Stepped {
             }
         }
         panic!("the broker does not come to rest");
+    }
+
+    /// Begins to end the broker.
+    pub fn drain(&self) {
+        self.shared.mailboxes.iter().for_each(|mailbox| mailbox.send(Mail::Drain));
+    }
+
+    /// All shards have ended.
+    pub fn is_done(&self) -> bool {
+        self.shards.iter().all(Shard::is_done)
     }
 
     /// Network Connections, those included that have not sent CONNECT.

@@ -7,16 +7,18 @@ use std::task::{Poll, Waker};
 
 use bytes::Bytes;
 use wasmqtt_protocol::access::{Decision, Lease, Verdict};
-use wasmqtt_protocol::codec::ReasonCode;
+use wasmqtt_protocol::codec::{Qos, ReasonCode};
 use wasmqtt_protocol::ports::{
     Accepted, Access, AuthOutcome, AuthRequest, AuthStep, BanPattern, Broker as _, Call, Client as Who, Grant,
-    Interest, Memory, ShardPlugins, Submission,
+    Interest, Memory, NoPlugins, Outgoing, Refusal, ShardPlugins, Submission,
 };
+
+use wasmqtt_protocol::session::QueuePolicy;
 
 use self::store::Slow;
 use super::*;
 use crate::control::Control;
-use crate::{Anonymous, Identity, Limits};
+use crate::{Anonymous, Identity, Limits, Listener};
 
 #[path = "../../tests/common/store.rs"]
 #[allow(dead_code, reason = "other tests use more of it")]
@@ -35,6 +37,7 @@ struct State {
     /// Answers wait until they are let go, all or those about permissions.
     holds: bool,
     holds_acl: bool,
+    holds_hooks: bool,
     waiting: Vec<Waker>,
     has_acl: bool,
     /// What begins with it is denied, if it is not empty.
@@ -58,7 +61,14 @@ impl Script {
 
     fn let_go(&self) {
         self.set(|state| {
-            (state.holds, state.holds_acl) = (false, false);
+            (state.holds, state.holds_acl, state.holds_hooks) = (false, false, false);
+            state.waiting.drain(..).for_each(Waker::wake);
+        });
+    }
+
+    fn let_go_of_permissions(&self) {
+        self.set(|state| {
+            state.holds = false;
             state.waiting.drain(..).for_each(Waker::wake);
         });
     }
@@ -122,13 +132,16 @@ impl ShardPlugins for Script {
         Interest { before: u64::from(topic.starts_with("hook/")), committed: 0 }
     }
     fn before_store(&self, messages: Vec<Submission>) -> Call<Vec<Accepted>> {
-        self.answer(messages.into_iter().map(|sent| Accepted::Keep(sent.message)).collect())
+        let accepted = messages.into_iter().map(|sent| Accepted::Keep(sent.message)).collect();
+        self.answer_when(accepted, |state| !state.holds && !state.holds_hooks)
     }
 }
 
 fn start_with(plugins: &dyn Plugins, store: &dyn Store, limits: Limits) -> Stepped {
+    let listener = Listener::unix("stepped".into());
+    let listener = Listener { name: "stepped".into(), queue_policy: QueuePolicy::RejectPublish, ..listener };
     let config = Config {
-        listeners: Vec::new(),
+        listeners: vec![listener],
         anonymous: Anonymous::Allow,
         identity: Identity::default(),
         limits,
@@ -547,4 +560,146 @@ fn a_replay_in_the_store_ends_with_the_subscription_it_was_for() {
         while subscriber.packet().is_some() {}
     }
     assert!(store.was_told("replayed 1 r/+"));
+}
+
+/// What a client may not publish costs the same however many have subscribed to it.
+#[test]
+fn a_denied_topic_is_not_looked_up() {
+    let plugins = Script::default();
+    plugins.set(|state| (state.has_acl, state.denied) = (true, "no".into()));
+    let mut broker = start(&plugins);
+    let mut client = client(&mut broker, "c", 0);
+    for n in 1..=20 {
+        client.publish("no/way", 1, n, "x");
+        broker.settle();
+        assert_eq!(client.expect(PUBACK)[2], 0x87);
+    }
+    assert_eq!(broker.shared.stats.routes_built.load(Ordering::Relaxed), 0);
+    client.publish("yes", 1, 21, "x");
+    broker.settle();
+    assert_eq!(client.expect(PUBACK)[2], 0x10);
+    assert_eq!(broker.shared.stats.routes_built.load(Ordering::Relaxed), 1);
+}
+
+/// Messages of plugins wait for a storage hook that hangs: so many bytes, and then they are refused.
+#[test]
+fn what_plugins_publish_is_bounded_while_hooks_see_it() {
+    let plugins = Script::default();
+    let mut broker = start(&plugins);
+    let mut bystander = client(&mut broker, "bystander", 0);
+    plugins.hold();
+    let control = Control(Arc::clone(&broker.shared));
+    let message = || Outgoing {
+        origin: 0,
+        topic: "hook/x".into(),
+        payload: vec![0; 900_000].into(),
+        properties: Bytes::new(),
+        qos: Qos::AtMostOnce,
+        retain: false,
+        expiry: None,
+    };
+    let mut taken = 0;
+    for _ in 0..100 {
+        taken += usize::from(control.publish(message()).is_ok());
+        broker.settle();
+    }
+    assert!((10..30).contains(&taken), "{taken} of 900 KB");
+    bystander.send(0xc0, &[]);
+    broker.settle();
+    bystander.expect(0xd0);
+    plugins.let_go();
+    broker.settle();
+    assert!(control.publish(message()).is_ok());
+    // Properties count, too.
+    let large = Outgoing { properties: vec![0; 1 << 20].into(), ..message() };
+    assert!(matches!(control.publish(large), Err(Refusal::Invalid(_))));
+}
+
+/// The queue fills while a hook thinks: its answer finds no room, and the publisher is told.
+#[test]
+fn there_is_room_for_a_message_when_hooks_have_answered_or_it_is_refused() {
+    let plugins = Script::default();
+    let limits = Limits { queue_messages_max: 10, ..Limits::default() };
+    let store = Slow::at_once();
+    let mut broker = start_with(&plugins, &store, limits);
+    let mut away = client(&mut broker, "away", 100);
+    away.subscribe(1, &["hook/#"], 1);
+    broker.settle();
+    drop(away);
+    let mut publisher = client(&mut broker, "p", 0);
+    plugins.hold();
+    for n in 1..=30 {
+        publisher.publish("hook/x", 1, n, "x");
+    }
+    broker.settle();
+    plugins.let_go();
+    broker.settle();
+    let reasons: Vec<u8> = (0..30).map(|_| *publisher.expect(PUBACK).get(2).unwrap_or(&0)).collect();
+    assert_eq!((reasons[..10].to_vec(), reasons[10..].to_vec()), (vec![0; 10], vec![0x97; 20]));
+}
+
+/// [MQTT-4.6.0-2]
+#[test]
+fn a_refusal_does_not_overtake_an_acknowledgement() {
+    let plugins = Script::default();
+    plugins.set(|state| (state.has_acl, state.denied) = (true, "no".into()));
+    let mut broker = start(&plugins);
+    let mut client = client(&mut broker, "c", 0);
+    plugins.set(|state| state.holds_acl = false);
+    client.publish("hook/x", 1, 1, "x");
+    client.publish("no", 1, 2, "x");
+    broker.settle();
+    for (id, reason) in [(1, 0x10), (2, 0x87)] {
+        assert_eq!(client.expect(PUBACK)[..3], [0, id, reason]);
+    }
+    plugins.set(|state| state.holds_hooks = true);
+    client.publish("hook/x", 1, 3, "x");
+    client.publish("no", 1, 4, "x");
+    client.publish("$SYS/x", 2, 5, "x");
+    broker.settle();
+    assert!(client.is_quiet());
+    plugins.let_go();
+    broker.settle();
+    for (id, kind, reason) in [(3, PUBACK, 0x10), (4, PUBACK, 0x87), (5, PUBREC, 0x87)] {
+        assert_eq!(client.expect(kind)[..3], [0, id, reason]);
+    }
+}
+
+/// A plugin is asked about a will when the broker ends: its answer is waited for.
+#[test]
+fn a_will_is_published_before_the_end() {
+    let plugins = Script::default();
+    plugins.set(|state| state.has_acl = true);
+    let mut broker = start(&plugins);
+    let mut client = Client::connect_with(&broker, "c", 0, 0, Some("hook/w"));
+    broker.settle();
+    client.expect(CONNACK);
+    plugins.hold();
+    broker.drain();
+    broker.settle();
+    drop(client);
+    broker.settle();
+    assert!(!broker.is_done());
+    plugins.set(|state| state.holds_hooks = true);
+    plugins.let_go_of_permissions();
+    broker.settle();
+    assert!(!broker.is_done(), "a storage hook sees it");
+    plugins.let_go();
+    broker.settle();
+    assert!(broker.is_done());
+    let late = broker.connect();
+    broker.settle();
+    assert!(broker.is_done() && broker.connections() == 0, "nobody comes any more");
+    drop(late);
+}
+
+/// Half a CONNECT costs memory, and nobody knows for whom.
+#[test]
+fn who_is_not_in_gives_way_when_memory_is_used_up() {
+    let mut broker = start_with(&NoPlugins, &Memory, Limits { memory_max: Some(1), ..Limits::default() });
+    let mut half = Client::open(&broker);
+    half.socket.write_all(b"\x10\xff\x7f\x00\x04MQTT").unwrap();
+    broker.skip(Duration::from_secs(1));
+    broker.settle();
+    assert_eq!(broker.connections(), 0);
 }
