@@ -73,13 +73,13 @@ impl Seat {
 pub(crate) fn start(plugin: &Arc<Plugin>, runtime: &tokio::runtime::Handle) {
     let Some(serving) = plugin.serving.load_full() else { return };
     let wanted = serving.registration();
-    if wanted.committed && serving.exports.storage_hook.is_some() && plugin.feed.waiting.is_first_start() {
+    if wanted.committed && serving.exports.storage_hook.is_some() && plugin.feed.waiting.begins() {
         runtime.spawn(Feeder::new(plugin).run());
     }
-    if serving.exports.cluster.is_some() && plugin.interest.is_first_start() {
+    if serving.exports.cluster.is_some() && plugin.interest.begins() {
         runtime.spawn(tell_interest(Arc::clone(plugin)));
     }
-    if wanted.events != 0 && serving.exports.events.is_some() && plugin.events.is_first_start() {
+    if wanted.events != 0 && serving.exports.events.is_some() && plugin.events.begins() {
         runtime.spawn(watch(Arc::clone(plugin)));
     }
 }
@@ -92,7 +92,11 @@ pub(crate) async fn next<T: Weight + Clone>(
 ) -> Option<Vec<(u64, T)>> {
     loop {
         if plugin.is_gone() {
-            return None;
+            queue.ends();
+            // It may have come back meanwhile, and its build may have found that somebody works on this.
+            if plugin.is_gone() || !queue.begins() {
+                return None;
+            }
         }
         let batch = queue.peek(items_max, BATCH_BYTES_MAX);
         if !batch.is_empty() {
@@ -119,7 +123,7 @@ async fn tell_interest(plugin: Arc<Plugin>) {
             Err(fault) => {
                 let error = fault.into_text();
                 warn!(plugin = %plugin.name, %error, "plugin could not be told of subscriptions");
-                tokio::time::sleep(PAUSE).await;
+                plugin.rest(PAUSE).await;
             }
         }
     }
@@ -132,7 +136,7 @@ async fn watch(plugin: Arc<Plugin>) {
         if let Err(fault) = seat.ask(&plugin, &Observed(events)).await {
             let error = fault.into_text();
             warn!(plugin = %plugin.name, %error, lost = count, "plugin could not be told of events");
-            tokio::time::sleep(PAUSE).await;
+            plugin.rest(PAUSE).await;
         }
     }
 }

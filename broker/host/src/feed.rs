@@ -284,6 +284,11 @@ impl Feed {
         self.kept().aside.iter().map(|aside| format!("a{}", aside.number)).collect()
     }
 
+    /// Nothing waits or is set aside.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.waiting.len() == 0 && self.kept().aside.is_empty()
+    }
+
     pub(crate) fn aside(&self) -> (usize, usize) {
         let kept = self.kept();
         (kept.aside.len(), kept.bytes)

@@ -77,7 +77,7 @@ impl Feeder {
                     self.good = 0;
                     let error = self.note(fault, count, PAUSE);
                     plugin.feed.failed_together(first, &error);
-                    tokio::time::sleep(PAUSE).await;
+                    plugin.rest(PAUSE).await;
                 }
                 Err(fault) => self.failed_alone(first, fault).await,
             }
@@ -136,7 +136,7 @@ impl Feeder {
                 return;
             }
         }
-        tokio::time::sleep(pause).await;
+        self.plugin.rest(pause).await;
         if !is_its_own || self.traps >= TRAPS_IN_ROW_MAX {
             self.pause = (self.pause * 2).min(PAUSE_MAX);
         }

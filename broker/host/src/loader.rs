@@ -316,11 +316,12 @@ impl Loader {
         self.look_again
     }
 
-    /// What is known of plugins that are not there.
+    /// What is known of plugins that are not there, but for messages that wait for them.
     pub(crate) fn forget(&mut self) {
         let chain = self.chain.load();
-        self.known.retain(|name, _| {
+        self.known.retain(|name, known| {
             chain.link(name).is_some()
+                || !known.plugin.feed.is_empty()
                 || self.config.plugins.iter().any(|plugin| plugin.name == *name)
                 || self.config.dir.as_ref().is_some_and(|dir| dir.join(format!("{name}.wasm")).exists())
         });
@@ -499,10 +500,18 @@ impl Loader {
         warn!(plugin = name, %error, failures, next, "new build waits: the running one does not hand over what it knows");
     }
 
-    /// For a plugin that is new.
-    fn free_bit(&self) -> Option<u64> {
-        let used = self.known.values().fold(0, |used, known| used | known.plugin.bit);
-        1_u64.checked_shl(used.trailing_ones())
+    /// For a plugin that is new. If there is none, those go that are not there: what waits for them is in the store, and
+    /// they are shown it after a restart.
+    fn free_bit(&mut self) -> Option<u64> {
+        for is_last_try in [false, true] {
+            let used = self.known.values().fold(0, |used, known| used | known.plugin.bit);
+            let bit = 1_u64.checked_shl(used.trailing_ones());
+            if bit.is_some() || is_last_try {
+                return bit;
+            }
+            self.known.retain(|_, known| !known.plugin.is_gone());
+        }
+        None
     }
 
     /// Makes a build and prepares it. Nothing of the loader, and nothing that serves, is another by then.

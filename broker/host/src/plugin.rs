@@ -1,10 +1,10 @@
 //! What outlives the builds of a plugin: its numbers, and the messages and events that wait for it.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
+use tokio::sync::watch;
 use wasmqtt_protocol::ports::{Buckets as Store, Event};
 
 use crate::HostError;
@@ -54,7 +54,8 @@ pub(crate) struct Plugin {
     pub(crate) loading: Share,
     /// The build that serves.
     pub(crate) serving: ArcSwapOption<Generation>,
-    gone: AtomicBool,
+    /// No build serves: its file or its entry is gone, or the broker ends.
+    gone: watch::Sender<bool>,
     /// When messages that were dropped were last complained of.
     complained: Mutex<Option<Instant>>,
 }
@@ -85,7 +86,7 @@ impl Plugin {
             background: Share::crowded(),
             loading: Share::default(),
             serving: ArcSwapOption::empty(),
-            gone: AtomicBool::new(false),
+            gone: watch::Sender::new(false),
             complained: Mutex::default(),
             name,
         }))
@@ -123,9 +124,15 @@ impl Plugin {
         may
     }
 
+    /// This build serves, perhaps after a time in which none did.
+    pub(crate) fn begin(&self, serving: &Arc<Generation>) {
+        self.serving.store(Some(Arc::clone(serving)));
+        self.gone.send_replace(false);
+    }
+
     /// No build serves any more.
     pub(crate) fn end(&self) {
-        self.gone.store(true, Ordering::Release);
+        self.gone.send_replace(true);
         self.serving.store(None);
         self.feed.waiting.wake();
         self.events.wake();
@@ -133,7 +140,13 @@ impl Plugin {
     }
 
     pub(crate) fn is_gone(&self) -> bool {
-        self.gone.load(Ordering::Acquire)
+        *self.gone.borrow()
+    }
+
+    /// Waits so long, or until it is gone.
+    pub(crate) async fn rest(&self, pause: Duration) {
+        let mut gone = self.gone.subscribe();
+        let _ = tokio::time::timeout(pause, gone.wait_for(|gone| *gone)).await;
     }
 }
 

@@ -152,9 +152,15 @@ impl<T: Weight + Clone> Queue<T> {
         Some(item)
     }
 
-    /// Nobody works on it so far.
-    pub(crate) fn is_first_start(&self) -> bool {
-        !self.started.swap(true, Ordering::Relaxed)
+    /// Whether whoever asks is the one who works on it from now on: nobody does so far.
+    pub(crate) fn begins(&self) -> bool {
+        !self.started.swap(true, Ordering::AcqRel)
+    }
+
+    /// Nobody works on it any more.
+    pub(crate) fn ends(&self) {
+        // Not a mere store: what was done before the last `begins` is to be seen by whoever calls this.
+        self.started.swap(false, Ordering::AcqRel);
     }
 
     pub(crate) fn len(&self) -> usize {

@@ -59,7 +59,7 @@ impl Loader {
         debug!(chain = chain.number, swap_us, "plugins swapped");
         chain.generations().for_each(|generation| generation.announce());
         for generation in chain.serving() {
-            generation.plugin.serving.store(Some(Arc::clone(generation)));
+            generation.plugin.begin(generation);
             background::start(&generation.plugin, &self.runtime);
         }
         for Built { generation, old, bytes } in built {
@@ -93,13 +93,16 @@ impl Loader {
                 let points = gone.exports.names();
                 let not_asked = points.iter().filter(|name| !matches!(**name, "lifecycle" | "handover"));
                 let not_asked = not_asked.copied().collect::<Vec<_>>().join(", ");
+                let waiting = gone.plugin.feed.waiting.len() + gone.plugin.feed.aside().0;
                 warn!(
-                    plugin = %gone.name, generation = gone.number, not_asked,
+                    plugin = %gone.name, generation = gone.number, not_asked, waiting,
                     "plugin unloaded, its file or its entry is gone: it is not asked any more, and what no other plugin \
-                     decides is decided as without plugins"
+                     decides is decided as without plugins; messages that wait for it do so until it is there again"
                 );
                 gone.plugin.end();
-                self.known.remove(&*gone.name);
+                if gone.plugin.feed.is_empty() {
+                    self.known.remove(&*gone.name);
+                }
             }
         }
         self.forget();

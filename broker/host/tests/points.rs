@@ -250,6 +250,49 @@ fn kept_messages_are_handed_over_until_the_plugin_takes_them() {
     broker.wait("the cursor is behind them", |broker| broker.status("probe").unwrap().feed_waiting == 0);
 }
 
+/// As with `rm` and `cp`, or an entry that is taken out for a while: the store has them, but nobody reads it again before
+/// the next start.
+#[test]
+fn messages_wait_for_a_plugin_that_is_gone_for_a_while() {
+    let settings = [("filters", "a/#"), ("committed", "true")];
+    let away = probe(&[&settings[..], &[("committed_fails", "true")]].concat());
+    let broker = Broker::start(vec![away]);
+    let notes = attach(&broker);
+    let payloads = ["one", "two", "three"];
+    broker.shard.committed(payloads.iter().map(|payload| submission(&broker, "c", "a/b", payload)).collect());
+    broker.shard.interest_changed("a/#", true);
+    broker.wait("it was asked", |broker| broker.status("probe").unwrap().calls >= 2);
+    for _ in 0..2 {
+        broker.host.reconfigure(Vec::new()).expect("it goes");
+        assert!(broker.status("probe").is_none());
+        // Its tasks end.
+        std::thread::sleep(Duration::from_millis(300));
+        broker.host.reconfigure(vec![probe(&settings)]).expect("it is there again");
+    }
+    notes.await_line("publish committed/a/b three");
+    let lines = notes.0.lock().unwrap().clone();
+    assert_eq!(lines, payloads.map(|payload| format!("publish committed/a/b {payload}")), "each once, in order");
+    broker.shard.committed(vec![submission(&broker, "c", "a/b", "four")]);
+    notes.await_line("publish committed/a/b four");
+    let calls = broker.status("probe").unwrap().calls;
+    broker.shard.interest_changed("b/#", true);
+    broker.wait("it was told", |broker| broker.status("probe").unwrap().calls > calls);
+}
+
+/// It may wait for a minute until it asks again, and has an instance meanwhile.
+#[test]
+fn nobody_waits_for_a_plugin_that_takes_no_messages() {
+    let settings = [("filters", "a/#"), ("committed", "true"), ("committed_fails", "true")];
+    let broker = Broker::start(vec![probe(&settings)]);
+    broker.shard.committed(vec![submission(&broker, "c", "a/b", "one")]);
+    broker.wait("pauses are long", |broker| broker.status("probe").unwrap().failures >= 6);
+    let Broker { host, shard, .. } = broker;
+    drop(shard);
+    let begun = Instant::now();
+    host.stop();
+    assert!(begun.elapsed() < Duration::from_millis(1500), "{:?}", begun.elapsed());
+}
+
 #[test]
 fn events_are_told_and_answered() {
     let broker = Broker::start(vec![probe(&[("events", "client-connected subscribed")])]);
