@@ -20,6 +20,14 @@ const IDLE_TICKS: u32 = 64;
 const WASM_STACK_BYTES: usize = 512 * 1024;
 const FIBER_STACK_BYTES: usize = 2 * 1024 * 1024;
 
+/// Parts of one component. Most have a memory, two tables and a core instance or two; Python has over a hundred core
+/// instances, and a component made of two has the parts of both.
+pub(crate) const CORE_INSTANCES_MAX: u32 = 256;
+pub(crate) const MEMORIES_MAX: u32 = 2;
+pub(crate) const TABLES_MAX: u32 = 16;
+/// Elements of one table, eight bytes each.
+const TABLE_ELEMENTS_MAX: usize = 20_000;
+
 /// Bytes that stay resident in a free slot of the pool, so that the next instance need not fault them in again.
 const KEEP_RESIDENT_BYTES: usize = 64 * 1024;
 
@@ -51,18 +59,19 @@ fn config() -> Config {
 }
 
 fn pooling(pool: Pool) -> InstanceAllocationStrategy {
-    // Most components have one memory and one core instance or two; a Python one has a hundred.
+    // As many of each for every instance as its component may have: none takes what another needs. Core instances are
+    // only counted, tables are 160 kB of address space each.
     let mut pooling = PoolingAllocationConfig::new();
     pooling
         .total_component_instances(pool.instances)
-        .total_core_instances(pool.instances * 4)
-        .max_core_instances_per_component(256)
-        .total_memories(pool.instances * 2)
-        .max_memories_per_component(16)
+        .total_core_instances(pool.instances.saturating_mul(CORE_INSTANCES_MAX))
+        .max_core_instances_per_component(CORE_INSTANCES_MAX)
+        .total_memories(pool.instances.saturating_mul(MEMORIES_MAX))
+        .max_memories_per_component(MEMORIES_MAX)
         .max_memory_size(pool.memory_bytes)
-        .total_tables(pool.instances * 4)
-        .max_tables_per_component(256)
-        .table_elements(20_000)
+        .total_tables(pool.instances.saturating_mul(TABLES_MAX))
+        .max_tables_per_component(TABLES_MAX)
+        .table_elements(TABLE_ELEMENTS_MAX)
         .total_stacks(pool.instances)
         .linear_memory_keep_resident(KEEP_RESIDENT_BYTES)
         .async_stack_keep_resident(KEEP_RESIDENT_BYTES);
@@ -139,4 +148,39 @@ impl Clock {
 pub(crate) fn thread_cpu_ns() -> u64 {
     let now = clock_gettime(ClockId::ThreadCPUTime);
     now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
+}
+
+#[cfg(test)]
+mod tests {
+    use wasmtime::Store;
+    use wasmtime::component::{Component, Linker};
+
+    use super::*;
+
+    /// Each instance has room for all the parts that its component may have, whatever others have.
+    #[test]
+    fn the_pool_has_room_for_all_parts_of_all_instances() {
+        let module = |name: &str, part: &str, count: u32| {
+            let instances = format!("(core instance (instantiate ${name})) ").repeat(count as usize);
+            format!("(core module ${name} ({part})) {instances}")
+        };
+        let others = CORE_INSTANCES_MAX - MEMORIES_MAX - TABLES_MAX;
+        let parts = [
+            module("memories", "memory 1", MEMORIES_MAX),
+            module("tables", "table 1 funcref", TABLES_MAX),
+            module("others", "func", others),
+        ];
+        let engine = engine(Some(Pool { instances: 3, memory_bytes: 1 << 20 })).expect("an engine");
+        let wat = wat::parse_str(format!("(component {})", parts.concat())).expect("is valid text");
+        let component = Component::new(&engine, wat).expect("may be instantiated");
+        let linker = Linker::new(&engine);
+        let instantiate = || {
+            let mut store = Store::new(&engine, ());
+            store.set_epoch_deadline(1);
+            let instance = linker.instantiate(&mut store, &component);
+            instance.map(|_| store)
+        };
+        let held: Vec<_> = (0..3).map(|_| instantiate().expect("is its share")).collect();
+        assert!(instantiate().is_err(), "there are {}", held.len());
+    }
 }
