@@ -21,6 +21,7 @@ use crate::exports::Indices;
 use crate::grants::{self, Mounts};
 use crate::guest::{Guest, Limits};
 use crate::hook::Shown;
+use crate::http::PLUGIN_REQUESTS_MAX;
 use crate::instance::{Budget, Pooled, Running, metered, one_line};
 use crate::plugin::Plugin;
 use crate::pool;
@@ -158,6 +159,7 @@ impl Generation {
             calls_per_sec: config.limits.host_calls_per_sec,
             sockets_max: config.limits.sockets,
             files_max: config.limits.files,
+            http_requests_max: PLUGIN_REQUESTS_MAX.max(parts.shards * config.limits.instances),
             keyvalue_per_sec: u64::from(config.limits.keyvalue_mib_per_sec) << 20,
             door: Arc::clone(&parts.door),
             settings: config.config.iter().cloned().collect(),

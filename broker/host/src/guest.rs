@@ -20,10 +20,12 @@ use crate::allowance::{Allowance, LOG_LINE_BYTES_MAX};
 use crate::bindings::imports;
 use crate::bindings::imports::wasmqtt::plugin::host::{self as wit, Level};
 use crate::bindings::types::Pair;
+use crate::engine::{CORE_INSTANCES_MAX, MEMORIES_MAX, TABLES_MAX};
 use crate::files;
 use crate::held::Held;
 use crate::http::{self, FIELDS_BYTES_MAX, Http};
 use crate::keyvalue;
+use crate::lookup;
 use crate::metrics::Kind;
 use crate::network::allow_addresses;
 use crate::plugin::Plugin;
@@ -32,8 +34,6 @@ use crate::sockets;
 
 /// Table elements an instance may have, over all its tables.
 const TABLE_ELEMENTS_MAX: usize = 100_000;
-/// Core instances, tables and memories of one component; Python needs over a hundred.
-const PARTS_MAX: usize = 256;
 /// WASI resources (open files, streams, timers, HTTP requests) an instance may hold. The largest is a request, of about
 /// 128 KiB, see [`crate::http`].
 const RESOURCES_MAX: usize = 256;
@@ -82,7 +82,7 @@ impl Guest {
         let limits = Limits { memory_bytes_max, ..Limits::default() };
         let denials = Denials { plugin: Arc::clone(&services.plugin), log: Arc::clone(&allowance) };
         allow_addresses(&mut wasi, services, &denials);
-        let hooks = Http::new(&services.http, &denials);
+        let hooks = Http::new(services, &denials);
         let mut http = WasiHttpCtx::new();
         http.set_field_size_limit(FIELDS_BYTES_MAX);
         let (services, held) = (Arc::clone(services), Held::new(&services.plugin));
@@ -105,7 +105,7 @@ impl Guest {
         Ok(())
     }
 
-    fn count_call(&mut self) {
+    pub(crate) fn count_call(&mut self) {
         self.called = self.called.saturating_add(1);
     }
 
@@ -230,16 +230,17 @@ impl ResourceLimiter for Limits {
         Ok(true)
     }
 
+    // As in the pool, where there is none.
     fn instances(&self) -> usize {
-        PARTS_MAX
+        CORE_INSTANCES_MAX as usize
     }
 
     fn tables(&self) -> usize {
-        PARTS_MAX
+        TABLES_MAX as usize
     }
 
     fn memories(&self) -> usize {
-        PARTS_MAX
+        MEMORIES_MAX as usize
     }
 }
 
@@ -390,6 +391,7 @@ pub(crate) fn linker(engine: &Engine) -> Result<Linker<Guest>, HostError> {
         .map_err(|error| HostError::new(format!("{error:#}")))?;
     files::add_to_linker(&mut linker)?;
     http::add_to_linker(&mut linker)?;
+    lookup::add_to_linker(&mut linker)?;
     sockets::add_to_linker(&mut linker)?;
     Ok(linker)
 }

@@ -1,4 +1,4 @@
-//! File descriptors of the broker that guests hold: sockets and files. Their number is bounded per plugin, over all its
+//! File descriptors of the broker that guests hold: sockets, files and connections of HTTP requests. Their number is bounded per plugin, over all its
 //! instances, so that enough are left for clients.
 
 use std::collections::BTreeSet;
@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use wasmtime::component::{Resource, ResourceTable, ResourceTableError};
 use wasmtime_wasi::p2::bindings::filesystem::types::Descriptor;
 
+use crate::lookup::Lookups;
 use crate::plugin::Plugin;
 
 /// Those of all instances of a plugin.
@@ -15,6 +16,8 @@ use crate::plugin::Plugin;
 pub(crate) struct Open {
     sockets: AtomicUsize,
     files: AtomicUsize,
+    requests: AtomicUsize,
+    pub(crate) lookups: Lookups,
 }
 
 impl Open {
@@ -24,6 +27,22 @@ impl Open {
 
     pub(crate) fn files(&self) -> usize {
         self.files.load(Ordering::Relaxed)
+    }
+}
+
+/// An HTTP request under way; its connection is a file descriptor.
+pub(crate) struct OpenRequest(Arc<Plugin>);
+
+impl OpenRequest {
+    /// `None`: all instances together have `max` requests under way already.
+    pub(crate) fn begin(plugin: &Arc<Plugin>, max: usize) -> Option<Self> {
+        take(&plugin.open.requests, max).then(|| Self(Arc::clone(plugin)))
+    }
+}
+
+impl Drop for OpenRequest {
+    fn drop(&mut self) {
+        self.0.open.requests.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -7,7 +7,6 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -20,6 +19,7 @@ use hyper::body::{Body, Frame, Incoming};
 use hyper::client::conn::http1;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::{Interval, timeout};
 use tokio_rustls::TlsConnector;
@@ -33,7 +33,11 @@ use wasmtime_wasi_http::{Error, RequestOptions, WasiBody, WasiHttpHooks, WasiHtt
 
 use crate::HostError;
 use crate::guest::{Denials, Guest};
+use crate::held::OpenRequest;
+use crate::lookup::Lookups;
 use crate::network::{HttpGrant, is_public};
+use crate::plugin::Plugin;
+use crate::services::Services;
 use crate::shadow::linked_name;
 
 /// How long connecting, and waiting for an answer or more of it, may take at most.
@@ -42,8 +46,9 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 const NEXT_ADDRESS: Duration = Duration::from_millis(250);
 /// Addresses of a name that are tried.
 const ADDRESSES_MAX: usize = 8;
-/// Requests of one instance at a time.
+/// Requests of one instance at a time, and of all instances of a plugin, which have at least one each.
 const REQUESTS_MAX: usize = 8;
+pub(crate) const PLUGIN_REQUESTS_MAX: usize = 64;
 /// Bytes of the head of a response, and header fields in it.
 const HEAD_BYTES_MAX: usize = 64 * 1024;
 const HEADERS_MAX: usize = 128;
@@ -62,28 +67,28 @@ type Sent = Result<(http::Response<WasiBody>, Io), Error>;
 pub(crate) struct Http {
     grants: Arc<[HttpGrant]>,
     denials: Denials,
-    under_way: Arc<AtomicUsize>,
+    plugin: Arc<Plugin>,
+    /// Requests of all instances.
+    plugin_max: usize,
+    /// As many as this instance may have.
+    permits: Arc<Semaphore>,
 }
 
 impl Http {
-    pub(crate) fn new(grants: &Arc<[HttpGrant]>, denials: &Denials) -> Self {
-        Self { grants: Arc::clone(grants), denials: denials.clone(), under_way: Arc::default() }
+    pub(crate) fn new(services: &Services, denials: &Denials) -> Self {
+        Self {
+            grants: Arc::clone(&services.http),
+            denials: denials.clone(),
+            plugin: Arc::clone(&services.plugin),
+            plugin_max: services.http_requests_max,
+            permits: Arc::new(Semaphore::new(REQUESTS_MAX)),
+        }
     }
-}
 
-/// A request under way; its connection is a file descriptor.
-struct UnderWay(Arc<AtomicUsize>);
-
-impl UnderWay {
-    fn begin(count: &Arc<AtomicUsize>) -> Option<Self> {
-        let more = |count| (count < REQUESTS_MAX).then_some(count + 1);
-        count.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok().map(|_| Self(Arc::clone(count)))
-    }
-}
-
-impl Drop for UnderWay {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+    /// `None`: there are as many already as the instance or the plugin may have.
+    fn begin(&self) -> Option<(OwnedSemaphorePermit, OpenRequest)> {
+        let permit = Arc::clone(&self.permits).try_acquire_owned().ok()?;
+        Some((permit, OpenRequest::begin(&self.plugin, self.plugin_max)?))
     }
 }
 
@@ -131,17 +136,20 @@ impl WasiHttpHooks for Http {
         _processed: Box<dyn Future<Output = Result<(), Error>> + Send>,
     ) -> Box<dyn Future<Output = Sent> + Send> {
         let (grants, denials) = (Arc::clone(&self.grants), self.denials.clone());
-        let under_way = UnderWay::begin(&self.under_way);
+        let (plugin, under_way) = (Arc::clone(&self.plugin), self.begin());
         Box::new(async move {
             let under_way = under_way.ok_or(Error::ConnectionLimitReached)?;
             let to = request.uri().authority().map(ToString::to_string).unwrap_or_default();
-            let server = permitted(&grants, request.uri()).await.inspect_err(|error| match error {
-                Error::HttpRequestDenied => denials.note(format_args!("HTTP to {to}; grants.http does not name it")),
-                Error::DestinationIpProhibited => denials.note(format_args!(
-                    "HTTP to {to}, a name for a private address; grants.http needs @private for it"
-                )),
-                _ => {}
-            })?;
+            let server =
+                permitted(&grants, &plugin.open.lookups, request.uri()).await.inspect_err(|error| match error {
+                    Error::HttpRequestDenied => {
+                        denials.note(format_args!("HTTP to {to}; grants.http does not name it"))
+                    }
+                    Error::DestinationIpProhibited => denials.note(format_args!(
+                        "HTTP to {to}, a name for a private address; grants.http needs @private for it"
+                    )),
+                    _ => {}
+                })?;
             let (response, io) = send(request, &server, bounded(options)).await?;
             let io: Io = Box::new(async move {
                 let _under_way = under_way;
@@ -180,7 +188,7 @@ struct Server {
 }
 
 /// The addresses that were looked at and are allowed.
-async fn permitted(grants: &[HttpGrant], uri: &Uri) -> Result<Server, Error> {
+async fn permitted(grants: &[HttpGrant], lookups: &Lookups, uri: &Uri) -> Result<Server, Error> {
     let authority: &Authority = uri.authority().ok_or(Error::HttpRequestUriInvalid)?;
     let is_tls = uri.scheme() == Some(&Scheme::HTTPS);
     let port = authority.port_u16().unwrap_or(if is_tls { 443 } else { 80 });
@@ -188,10 +196,10 @@ async fn permitted(grants: &[HttpGrant], uri: &Uri) -> Result<Server, Error> {
     let grant = grants.iter().find(|grant| grant.covers(is_tls, host, port)).ok_or(Error::HttpRequestDenied)?;
     let bare = host.trim_matches(['[', ']']);
     let is_written_out = bare.parse::<IpAddr>().is_ok();
-    let found = timeout(TIMEOUT, tokio::net::lookup_host((bare, port))).await;
+    let found = timeout(TIMEOUT, lookups.find(bare, port)).await;
     let found = found.map_err(|_| Error::DnsTimeout)?.map_err(|_| Error::DnsError { rcode: None, info_code: None })?;
     let is_allowed = |address: &SocketAddr| grant.is_private() || is_written_out || is_public(address.ip());
-    let addresses: Vec<_> = found.filter(is_allowed).take(ADDRESSES_MAX).collect();
+    let addresses: Vec<_> = found.into_iter().filter(is_allowed).take(ADDRESSES_MAX).collect();
     if addresses.is_empty() {
         return Err(Error::DestinationIpProhibited);
     }
@@ -408,7 +416,7 @@ mod tests {
     #[tokio::test]
     async fn a_name_cannot_lead_to_this_machine() {
         let ask = async |grant: &str, uri: &str| {
-            permitted(&[grant.parse().expect("is right")], &uri.parse().expect("a URI")).await
+            permitted(&[grant.parse().expect("is right")], &Lookups::default(), &uri.parse().expect("a URI")).await
         };
         let refused = ask("http://localhost:9", "http://localhost:9/x").await;
         assert!(matches!(refused, Err(Error::DestinationIpProhibited)), "{refused:?}");

@@ -39,6 +39,7 @@ mod instance;
 mod jobs;
 mod keyvalue;
 mod loader;
+mod lookup;
 mod metrics;
 mod network;
 mod plugin;

@@ -182,7 +182,7 @@ pub(crate) fn allow_addresses(wasi: &mut WasiCtxBuilder, services: &Services, de
     let (grants, denials) = (services.grants.sockets.clone(), denials.clone());
     // What is not granted is asked for and refused below, where it is counted.
     // Without any no socket is made, see [`crate::sockets`].
-    wasi.allow_ip_name_lookup(!grants.is_empty()).allow_tcp(true).allow_udp(true);
+    wasi.allow_tcp(true).allow_udp(true);
     wasi.socket_addr_check(move |address, to| {
         let is_granted = match to {
             // As any client is bound, before it connects.

@@ -33,6 +33,7 @@ pub(crate) struct Services {
     pub(crate) calls_per_sec: u32,
     pub(crate) sockets_max: usize,
     pub(crate) files_max: usize,
+    pub(crate) http_requests_max: usize,
     pub(crate) keyvalue_per_sec: u64,
     pub(crate) door: Door,
     /// For `wasi:config/store`.

@@ -2,9 +2,12 @@
 
 mod common;
 
-use std::time::Instant;
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::{Duration, Instant};
 
-use common::{Broker, allowed, plugin};
+use common::{Broker, allowed, plugin, request};
 use wasmqtt_host::{FileGrant, Grants, Mode, PluginConfig, PluginLimits};
 use wasmqtt_protocol::ports::AuthOutcome;
 use wasmqtt_protocol::topic::Filter;
@@ -76,4 +79,44 @@ fn a_trap_gives_no_further_requests() {
         .sum();
     let most = 100 * (begun.elapsed().as_secs() as usize + 1);
     assert!((100..=most).contains(&asked), "{asked} and at most {most}");
+}
+
+/// Over all instances of a plugin: each connection is a file descriptor of the broker.
+#[test]
+fn http_requests_of_a_plugin_are_few() {
+    let service = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = service.local_addr().expect("an address");
+    let http = vec![format!("http://{address}").parse().expect("a grant")];
+    let limits = PluginLimits { instances: 12, deadline_ms: 30_000, ..PluginLimits::default() };
+    let plugin = hoard(&[]);
+    let grants = Grants { http, ..plugin.grants.clone() };
+    let broker = Broker::start(vec![PluginConfig { grants, limits, ..plugin }]);
+    let mut calls: Vec<_> = (0..12)
+        .map(|n| broker.shard.authenticate(Arc::new(request(&format!("c{n}"), &format!("http:{address}"), ""))))
+        .collect();
+    let mut under_way = 0;
+    // All at the same time.
+    while !calls.is_empty() {
+        std::thread::sleep(Duration::from_millis(1));
+        calls.retain_mut(|call| match broker.poll(call) {
+            Poll::Pending => true,
+            Poll::Ready(AuthOutcome::Allow(grant)) => {
+                under_way += grant.principal.parse::<usize>().expect("a number");
+                false
+            }
+            Poll::Ready(other) => panic!("{other:?}"),
+        });
+    }
+    assert_eq!(under_way, 64);
+}
+
+#[test]
+fn names_are_looked_up_for_those_that_may_make_sockets() {
+    let plugin = hoard(&[]);
+    let grants = Grants { sockets: vec!["127.0.0.1:*".parse().expect("a grant")], ..plugin.grants.clone() };
+    let broker = Broker::start(vec![PluginConfig { grants, ..plugin }]);
+    assert!(got(&broker, "resolve:localhost") > 0);
+    assert_eq!(got(&broker, "resolve:[::1]"), 1);
+    assert_eq!(got(&broker, &format!("resolve:{}", "x".repeat(300))), 0);
+    assert_eq!(got(&Broker::start(vec![hoard(&[])]), "resolve:localhost"), 0);
 }

@@ -2,7 +2,9 @@
 //! Name. What it got is the principal.
 
 use wasip2::filesystem::types::{DescriptorFlags, OpenFlags, PathFlags};
-use wasip2::http::types::{Fields, Method, OutgoingRequest};
+use wasip2::http::outgoing_handler;
+use wasip2::http::types::{Fields, Method, OutgoingRequest, Scheme};
+use wasip2::sockets::{instance_network, ip_name_lookup};
 use wasmqtt_sdk::host::{self, Level, Outgoing, Refusal};
 use wasmqtt_sdk::{Auth, Bucket, Outcome, Plugin, Request, Settings, Step};
 
@@ -29,6 +31,8 @@ impl Auth for Hoard {
             "resources" => resources(count),
             "listings" => listings(count),
             "publish" => (0..count).filter(|_| is_asked()).count(),
+            "http" => return Ok(Outcome::allow(unanswered(number).to_string())),
+            "resolve" => addresses(number),
             "names" => names(count),
             "shout" => shout(count),
             _ => 0,
@@ -68,6 +72,28 @@ fn listings(count: usize) -> usize {
     let Some((folder, _)) = folders.first() else { return 0 };
     let held: Vec<_> = (0..count).filter_map(|_| folder.read_directory().ok()).collect();
     held.len()
+}
+
+/// How many requests it has under way for two seconds, which nobody answers.
+fn unanswered(authority: &str) -> usize {
+    let begin = || {
+        let request = OutgoingRequest::new(Fields::new());
+        request.set_scheme(Some(&Scheme::Http)).ok()?;
+        request.set_authority(Some(authority)).ok()?;
+        request.set_path_with_query(Some("/")).ok()?;
+        outgoing_handler::handle(request, None).ok()
+    };
+    let begun: Vec<_> = (0..10).filter_map(|_| begin()).collect();
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    begun.iter().filter(|answer| !answer.subscribe().ready()).count()
+}
+
+/// Of that name.
+fn addresses(name: &str) -> usize {
+    let network = instance_network::instance_network();
+    let Ok(stream) = ip_name_lookup::resolve_addresses(&network, name) else { return 0 };
+    stream.subscribe().block();
+    std::iter::from_fn(|| stream.resolve_next_address().ok().flatten()).count()
 }
 
 /// The broker looks at a message, which it must not publish; it may be too busy for that.
