@@ -85,6 +85,13 @@ impl Budget {
         self.pressure()
     }
 
+    /// Has it stay like this.
+    #[cfg(test)]
+    pub(crate) fn freeze(&self, level: Pressure) {
+        self.level.store(level as u8, Ordering::Relaxed);
+        self.looked_at_ms.store(u64::MAX / 2, Ordering::Relaxed);
+    }
+
     fn used(&self) -> Option<u64> {
         let mut text = [0; 4096];
         let count = self.measure.as_ref()?.read_at(&mut text, 0).ok()?;

@@ -181,6 +181,7 @@ impl Shard {
         self.tell(slot, None);
         self.redeliver(left);
         match delay {
+            Some(0) if self.postpones_will(key) => return self.retry_will(key, u64::from(expiry) * 1000),
             Some(0) => self.publish_will(key),
             Some(delay) => self.set_deadlines(key, None, Some(self.now_ms + u64::from(delay) * 1000)),
             None => {}

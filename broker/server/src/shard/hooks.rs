@@ -287,8 +287,8 @@ impl Shard {
         }
     }
 
-    /// Whether there is room for a message of a client, which was shown to plugins meanwhile.
-    fn has_room(&mut self, message: &Arc<Message>) -> bool {
+    /// Whether there is room for a message of a client now.
+    pub(super) fn has_room(&mut self, message: &Arc<Message>) -> bool {
         let route = self.route(&message.topic);
         !self.must_refuse(&route, &Incoming::from_message(message))
     }

@@ -175,6 +175,7 @@ impl Shard {
                 }
             }
             Timer::KeepAlive { id, epoch } => self.on_keep_alive(id, epoch),
+            Timer::Expiry(key) if self.postpones_will(key) => self.retry_will(key, 0),
             Timer::Expiry(key) => self.end_session(key),
             Timer::Will(key) => self.on_will_delay(key),
             Timer::Check(key) => self.check_subscriptions(key),

@@ -12,6 +12,9 @@ use wasmqtt_protocol::session::WillMessage;
 use super::Shard;
 use super::calls::Answer;
 
+/// After this time a will that could not be kept is tried again.
+const RETRY_MS: u64 = 1000;
+
 /// The Will Message of a Session that the store knows, while plugins think about it: a crash must not lose it.
 pub(super) struct WillUnderWay {
     pub(super) will: Box<WillMessage>,
@@ -29,10 +32,35 @@ impl Shard {
             && session.will.is_some()
         {
             let (expires_ms, _) = self.sessions.deadlines(key.slot);
+            if self.postpones_will(key) {
+                return self.set_deadlines(key, expires_ms, Some(self.now_ms + RETRY_MS));
+            }
             self.set_deadlines(key, expires_ms, None);
             self.publish_will(key);
             self.store_session(key);
         }
+    }
+
+    /// The will is due, and would have to be kept where nothing can be kept at present: it is tried again.
+    pub(super) fn postpones_will(&mut self, key: SessionKey) -> bool {
+        if !self.durable.is_failing() {
+            return false;
+        }
+        let Some((session, _)) = self.sessions.resolve(key) else { return false };
+        let Some(will) = &session.will else { return false };
+        let message = Arc::new(will.message.clone());
+        let postpones = !self.has_room(&message);
+        if postpones {
+            debug!(topic = %message.topic, "Will Message postponed: the store cannot keep it");
+        }
+        postpones
+    }
+
+    /// The Session stays for so long, or until its will is published.
+    pub(super) fn retry_will(&mut self, key: SessionKey, left_ms: u64) {
+        let (expires_ms, will_ms) = (self.now_ms + left_ms.max(RETRY_MS), self.now_ms + RETRY_MS);
+        self.set_deadlines(key, Some(expires_ms), Some(will_ms));
+        self.store_session(key);
     }
 
     /// The caller tells the store of the Session afterwards.

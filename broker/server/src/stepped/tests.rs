@@ -18,6 +18,7 @@ use wasmqtt_protocol::session::QueuePolicy;
 use self::store::Slow;
 use super::*;
 use crate::control::Control;
+use crate::memory::Pressure;
 use crate::{Anonymous, Identity, Limits, Listener};
 
 #[path = "../../tests/common/store.rs"]
@@ -179,7 +180,7 @@ impl Client {
     fn connect_with(broker: &Stepped, client_id: &str, expiry: u8, keep_alive: u8, will: Option<&str>) -> Self {
         let mut client = Self::open(broker);
         let mut body = vec![0, 4, b'M', b'Q', b'T', b'T', 5];
-        body.extend_from_slice(&[u8::from(expiry == 0) << 1 | u8::from(will.is_some()) << 2, 0, keep_alive]);
+        body.extend_from_slice(&[u8::from(expiry == 0) << 1 | u8::from(will.is_some()) * 0b1100, 0, keep_alive]);
         body.extend_from_slice(&[5, 17, 0, 0, 0, expiry]);
         text(&mut body, client_id);
         if let Some(topic) = will {
@@ -702,4 +703,61 @@ fn who_is_not_in_gives_way_when_memory_is_used_up() {
     broker.skip(Duration::from_secs(1));
     broker.settle();
     assert_eq!(broker.connections(), 0);
+}
+
+/// Who publishes is slowed down, and nobody else.
+#[test]
+fn publishers_are_slowed_when_memory_runs_short() {
+    let mut broker = start(&NoPlugins);
+    let (mut publisher, mut other) = (client(&mut broker, "p", 0), client(&mut broker, "o", 0));
+    broker.shared.memory.freeze(Pressure::High);
+    let mut answered = Vec::new();
+    // A turn for each packet that comes, and a millisecond.
+    for n in 1..=100 {
+        publisher.publish("t", 1, n, "x");
+        other.send(0xc0, &[]);
+        broker.shards[0].turn(&mut broker.news, Some(Duration::ZERO));
+        broker.skip(Duration::from_millis(1));
+        other.expect(0xd0);
+        let mut count = 0;
+        while publisher.packet().is_some() {
+            count += 1;
+        }
+        answered.push(count);
+    }
+    let turns = answered.iter().filter(|count| **count > 0).count();
+    assert!((4..=20).contains(&turns), "read in {turns} of 100 turns: {answered:?}");
+    broker.shared.memory.freeze(Pressure::None);
+    broker.settle();
+    let mut rest = 0;
+    while publisher.packet().is_some() {
+        rest += 1;
+    }
+    assert_eq!(answered.iter().sum::<i32>() + rest, 100, "none is lost");
+}
+
+/// A will falls due while the disk is full: the client that is away gets it when there is room again.
+#[test]
+fn a_will_waits_for_the_disk() {
+    for (expiry, after) in [(0, 3), (100, 3), (10, 30)] {
+        let (mut broker, _, store, mut subscriber, publisher) = start_stored();
+        drop(publisher);
+        subscriber.subscribe(2, &["w"], 1);
+        commit(&mut broker, &store);
+        drop(subscriber);
+        let mut mortal = Client::connect_with(&broker, "mortal", expiry, 0, Some("w"));
+        commit(&mut broker, &store);
+        mortal.expect(CONNACK);
+        store.refuse(true);
+        drop(mortal);
+        for _ in 0..after {
+            broker.skip(Duration::from_secs(1));
+            broker.settle();
+        }
+        store.take();
+        store.refuse(false);
+        broker.skip(Duration::from_secs(2));
+        commit(&mut broker, &store);
+        assert!(store.was_told("queued"), "expiry {expiry}, full for {after} s");
+    }
 }

@@ -15,6 +15,7 @@ struct Log {
     committed: Ticket,
     failed: Vec<Ticket>,
     is_congested: bool,
+    is_failing: bool,
     names: u64,
     wake: Option<Box<dyn Fn() + Send + Sync>>,
 }
@@ -61,6 +62,11 @@ impl Slow {
             log.failed.extend(failed);
         }
         self.commit_all();
+    }
+
+    /// Nothing can be written at present, or it can again.
+    pub(crate) fn refuse(&self, is_failing: bool) {
+        self.0.lock().unwrap().is_failing = is_failing;
     }
 
     pub(crate) fn congest(&self, is_congested: bool) {
@@ -130,7 +136,7 @@ impl ShardStore for Slow {
     }
 
     fn is_failing(&self) -> bool {
-        false
+        self.0.lock().unwrap().is_failing
     }
 
     fn is_congested(&self) -> bool {
