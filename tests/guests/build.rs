@@ -23,15 +23,9 @@ const PACKAGES: [&str; 11] = [
 fn main() {
     let here = PathBuf::from(std::env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
     let workspace = here.ancestors().nth(2).expect("the workspace is two folders up").to_owned();
-    for watched in [
-        "plugins",
-        "sdk/rust",
-        "wit",
-        "tests/guests/hoard",
-        "tests/guests/misbehave",
-        "tests/guests/probe",
-        "Cargo.toml",
-    ] {
+    for watched in
+        ["plugins", "sdk", "wit", "tests/guests/hoard", "tests/guests/misbehave", "tests/guests/probe", "Cargo.toml"]
+    {
         println!("cargo:rerun-if-changed={}", workspace.join(watched).display());
     }
     let target_dir = outer_target_dir().join("wasm-plugins");

@@ -3,16 +3,13 @@
 //!
 //! Settings: `file`, the path as the plugin sees it; the operator grants it with `grants.files`.
 
-mod hash;
-
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 
 use sha2::{Digest, Sha256};
+use wasmqtt_passwords::Hash;
 use wasmqtt_sdk::{Auth, BAD_USER_NAME_OR_PASSWORD, Outcome, Plugin, Request, Settings};
-
-use crate::hash::Hash;
 
 /// Verified passwords an instance remembers; hashes are slow on purpose, and clients come back.
 const REMEMBERED_MAX: usize = 10_000;

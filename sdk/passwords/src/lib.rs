@@ -6,6 +6,10 @@
 //! | `$7$ITERATIONS$SALT$HASH` | PBKDF2 with HMAC-SHA-512, as `mosquitto_passwd` has written it since 2.0 |
 //! | `$6$SALT$HASH` | SHA-512 of password and salt, as `mosquitto_passwd` wrote it before |
 //! | `$2b$COST$…`, also `2a` and `2y` | bcrypt, as `htpasswd -B` and many a database have it |
+//!
+//! Whoever takes a hash into a password file and whoever checks passwords with it must agree on what one is: a single
+//! line that is none makes `auth-file` refuse the whole file.
+#![forbid(unsafe_code)]
 
 use argon2::password_hash::phc::PasswordHash;
 use argon2::{Argon2, Block, Params, PasswordVerifier};
@@ -23,7 +27,10 @@ const BCRYPT_BYTES_MAX: usize = 72;
 
 /// What a password is checked with.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Hash {
+pub struct Hash(Parts);
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Parts {
     Argon2id(String),
     Pbkdf2 { iterations: u32, salt: Vec<u8>, hash: [u8; 64] },
     Sha512 { salt: Vec<u8>, hash: [u8; 64] },
@@ -31,8 +38,33 @@ pub(crate) enum Hash {
 }
 
 impl Hash {
-    /// Refuses what could never be verified, before anybody waits for it.
-    pub(crate) fn parse(text: &str) -> Result<Self, String> {
+    /// Takes a hash apart.
+    ///
+    /// # Errors
+    /// It could never be verified, for one of the reasons that a sentence for an operator names; also if there is not
+    /// the memory that verifying it needs.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        Parts::parse(text).map(Self)
+    }
+
+    /// What kind of hash it is, for people.
+    pub fn kind(&self) -> &'static str {
+        match self.0 {
+            Parts::Argon2id(_) => "Argon2id",
+            Parts::Pbkdf2 { .. } => "PBKDF2",
+            Parts::Sha512 { .. } => "SHA-512, which is quick to guess",
+            Parts::Bcrypt { .. } => "bcrypt",
+        }
+    }
+
+    /// Whether it was made from this password. Takes as long as its maker wanted.
+    pub fn is_of(&self, password: &[u8]) -> bool {
+        self.0.is_of(password)
+    }
+}
+
+impl Parts {
+    fn parse(text: &str) -> Result<Self, String> {
         let mut parts = text.strip_prefix('$').ok_or_else(not_hashed)?.split('$');
         let (kind, parts): (&str, Vec<&str>) = (parts.next().unwrap_or_default(), parts.collect());
         match (kind, &parts[..]) {
@@ -47,7 +79,7 @@ impl Hash {
         }
     }
 
-    pub(crate) fn is_of(&self, password: &[u8]) -> bool {
+    fn is_of(&self, password: &[u8]) -> bool {
         // The other tools are written in C and end a password there; HMAC takes `x` and `x\0` for the same key.
         if password.contains(&0) && !matches!(self, Self::Argon2id(_)) {
             return false;
@@ -80,7 +112,7 @@ fn not_hashed() -> String {
     "the password is not hashed: use wasmqtt passwd, or mosquitto_passwd -U for a whole file".into()
 }
 
-fn argon2id(text: &str) -> Result<Hash, String> {
+fn argon2id(text: &str) -> Result<Parts, String> {
     let bad = |error: &dyn std::fmt::Display| format!("not an Argon2id hash: {error}");
     let hash = PasswordHash::new(text).map_err(|error| bad(&error))?;
     if hash.hash.is_none() {
@@ -91,16 +123,16 @@ fn argon2id(text: &str) -> Result<Hash, String> {
     let mut blocks: Vec<Block> = Vec::new();
     let kib = params.block_count();
     blocks.try_reserve_exact(kib).map_err(|_| format!("needs {kib} KiB of memory; raise limits.memory_mib"))?;
-    Ok(Hash::Argon2id(text.to_owned()))
+    Ok(Parts::Argon2id(text.to_owned()))
 }
 
-fn pbkdf2(iterations: &str, salt: &str, hash: &str) -> Result<Hash, String> {
+fn pbkdf2(iterations: &str, salt: &str, hash: &str) -> Result<Parts, String> {
     let count = iterations.parse().ok().filter(|count| ITERATIONS.contains(count));
     let iterations = count.ok_or_else(|| {
         let (least, most) = (ITERATIONS.start(), ITERATIONS.end());
         format!("not a $7$ hash: {iterations:?} iterations; allowed are {least} to {most}")
     })?;
-    Ok(Hash::Pbkdf2 { iterations, salt: salt_of(salt)?, hash: hash_of(hash)? })
+    Ok(Parts::Pbkdf2 { iterations, salt: salt_of(salt)?, hash: hash_of(hash)? })
 }
 
 fn salt_of(text: &str) -> Result<Vec<u8>, String> {
@@ -114,7 +146,7 @@ fn hash_of(text: &str) -> Result<[u8; 64], String> {
     hash.try_into().map_err(|_| format!("its hash has {length} bytes instead of 64"))
 }
 
-fn bcrypt(cost: &str, rest: &str) -> Result<Hash, String> {
+fn bcrypt(cost: &str, rest: &str) -> Result<Parts, String> {
     let number = cost.parse().ok().filter(|number| COST.contains(number) && cost.len() == 2);
     let cost = number.ok_or_else(|| {
         format!("not a bcrypt hash: cost {cost:?}; allowed are {:02} to {}", COST.start(), COST.end())
@@ -124,7 +156,7 @@ fn bcrypt(cost: &str, rest: &str) -> Result<Hash, String> {
     let decode = |text| bcrypt::BASE_64.decode(text).map_err(|_| cut());
     let salt = decode(salt)?.try_into().map_err(|_| cut())?;
     let hash = decode(hash)?.try_into().map_err(|_| cut())?;
-    Ok(Hash::Bcrypt { cost, salt, hash })
+    Ok(Parts::Bcrypt { cost, salt, hash })
 }
 
 #[cfg(test)]
@@ -181,6 +213,8 @@ mod tests {
             (format!("$7$99999999${salt}${hash}"), "allowed are 1 to 1000000"),
             ("$2b$31$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a".into(), "allowed are 04 to 14"),
             ("$2b$05$abcdefghijklmnopqrstuuOQ".into(), "cut off"),
+            ("$2b$05$abcdefghijklmnopqrstuvOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a".into(), "other characters"),
+            ("$2b$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0b".into(), "other characters"),
             ("$argon2id$v=19$m=64,t=1,p=1$c2FsdHNhbHQ".into(), "the hash is missing"),
         ] {
             let error = Hash::parse(&text).expect_err(&text);
