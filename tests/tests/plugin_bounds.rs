@@ -253,7 +253,8 @@ fn a_storm_of_clients_is_let_in() {
         };
         assert_eq!(reason, 0, "after {:?}", begun.elapsed());
     }
-    assert!(figure(&broker, "instances") > 4, "more were made when they were needed");
+    let instances = figure(&broker, "instances");
+    assert!((5..=16).contains(&instances), "more were made when they were needed, and no more than there may be");
 }
 
 /// Text of a plugin is one bounded line wherever it is shown, without control characters.
@@ -274,6 +275,7 @@ fn a_plugin_cannot_forge_lines() {
     let output = wasmqtt().args(explain).arg(config).output().expect("runs");
     let said = String::from_utf8(output.stdout).expect("UTF-8");
     assert!(said.contains("forged") && !said.contains('\u{1b}') && said.len() < 4_000, "{said}");
+    assert!(said.contains("…(1000") && log.contains("…(1000"), "what is cut is said with its length: {said} {log}");
     assert!(!said.lines().any(|line| line.starts_with("2026-01-01")), "{said}");
 }
 
@@ -304,4 +306,25 @@ fn long_names_are_cut_before_they_are_logged() {
     let log = broker.log();
     let denials: Vec<&str> = log.lines().filter(|line| line.contains("denied: ")).collect();
     assert!(denials.len() == 2 && denials.iter().all(|line| line.len() < 600), "{denials:?}");
+}
+
+/// Lines beyond those of a second are left out and counted, and one that is too long is cut.
+#[test]
+fn lines_of_a_plugin_are_bounded() {
+    let broker = Broker::start(&format!("shards = 1\n{}", misbehave("", "cpu_ms = 20000, deadline_ms = 20000")));
+    let begun = Instant::now();
+    assert_eq!(try_login(&broker, "c", "chatter"), 0);
+    let seconds = begun.elapsed().as_secs() as usize + 1;
+    // The next line says how many were left out before it.
+    thread::sleep(Duration::from_millis(1100));
+    assert_eq!(try_login(&broker, "d", "long"), 0);
+    broker.await_log("yyyy", 1);
+    let log = broker.log();
+    let shown = log.matches("and \\u{1b}[31mred").count();
+    let counts =
+        log.split("left_out=").skip(1).filter_map(|rest| rest.split_whitespace().next()?.parse::<usize>().ok());
+    assert_eq!(shown + counts.sum::<usize>(), 100_000, "{log}");
+    assert!((100..=100 * seconds).contains(&shown), "{shown} lines in {seconds} seconds");
+    let long = log.lines().find(|line| line.contains("yyyy")).expect("it is there");
+    assert!(long.len() < 4500 && long.contains("…(100000 bytes)"), "{long}");
 }

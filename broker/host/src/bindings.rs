@@ -32,8 +32,9 @@ exported! {
     events = "has-events",
 }
 
-/// Bytes of a text of a plugin in errors, explanations and the log.
-pub(crate) const TEXT_BYTES_MAX: usize = 1024;
+/// Bytes of a text of a plugin in errors, explanations and the log. With its length and what the broker says about it, it
+/// fits into one value of the log, of 1 KiB: there it is not cut again.
+pub(crate) const TEXT_BYTES_MAX: usize = 1024 - 128;
 /// Bytes of a name of its in them: a topic, a filter, a path. It must not be formatted whole, it may be megabytes.
 pub(crate) const NAME_BYTES_MAX: usize = 256;
 

@@ -12,10 +12,12 @@ use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
-use wasmqtt_protocol::text::Escaper;
+use wasmqtt_protocol::text::{CUT_MARK_BYTES_MAX, Escaper};
 
 /// Bytes of one value, escapes included.
 const FIELD_BYTES_MAX: usize = 1024;
+/// The same of the message itself, which may be the line of a plugin: the host cuts those at 4 KiB and says so.
+const MESSAGE_BYTES_MAX: usize = 4 * 1024 + CUT_MARK_BYTES_MAX;
 /// Bytes of all values of an event.
 const LINE_BYTES_MAX: usize = 8 * 1024;
 /// The field that is the message itself.
@@ -154,10 +156,11 @@ impl Values {
     }
 
     fn put_text(&mut self, field: &Field, value: fmt::Arguments<'_>) {
-        let mut start = Start::default();
+        let most = if field.name() == MESSAGE { MESSAGE_BYTES_MAX } else { FIELD_BYTES_MAX };
+        let mut start = Start { text: String::new(), seen: 0, most };
         // A value that cannot be formatted is shown as far as it came.
         let _ = start.write_fmt(value);
-        let bytes_max = FIELD_BYTES_MAX.min(self.left);
+        let bytes_max = most.min(self.left);
         let plain = !self.quotes || field.name() == MESSAGE || is_one_word(&start.text) || is_quoted(&start.text);
         let quote = if plain { "" } else { "\"" };
         let mut text = quote.to_owned();
@@ -198,16 +201,16 @@ impl Visit for Values {
 }
 
 /// The beginning of a text, as much as can be shown of it.
-#[derive(Default)]
 struct Start {
     text: String,
     seen: usize,
+    most: usize,
 }
 
 impl fmt::Write for Start {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         if self.text.len() == self.seen {
-            self.text.push_str(&text[..text.floor_char_boundary(FIELD_BYTES_MAX - self.text.len())]);
+            self.text.push_str(&text[..text.floor_char_boundary(self.most - self.text.len())]);
         }
         self.seen += text.len();
         Ok(())
@@ -286,6 +289,11 @@ mod tests {
         });
         assert!(line.contains("y…(1048576 bytes) b="), "{line}");
         assert!(line.len() < LINE_BYTES_MAX + 1024, "{}", line.len());
+        let (part, mark) = ("z".repeat(4 * 1024), "…(100000 bytes)");
+        let line = logged(TextFields, || warn!("{part}{mark}"));
+        assert!(line.trim_end().ends_with(&format!("{part}{mark}")), "what the host has cut is not cut again: {line}");
+        let line = logged(TextFields, || warn!("{long}"));
+        assert!(line.len() < MESSAGE_BYTES_MAX + 100 && line.contains("y…(1048576 bytes)"), "{line}");
     }
 
     #[test]
