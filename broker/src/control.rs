@@ -361,3 +361,26 @@ pub(crate) fn ask(data_dir: &Path, request: &Request, components: &[Vec<u8>]) ->
         answer => Ok(answer),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Components of one command: each, all together, and how many they are. What is refused is not read.
+    #[test]
+    fn components_of_a_command_are_bounded() {
+        let of = |count: usize, bytes: u64| (0..count).map(|n| (n.to_string(), bytes)).collect::<Vec<_>>();
+        let error = |files: &[(String, u64)]| components(&mut io::empty(), files).expect_err("fails").to_string();
+        let taken = components(&mut io::repeat(7), &of(COMPONENTS_MAX, 3)).expect("as many as there may be");
+        assert!(taken.len() == COMPONENTS_MAX && taken.iter().all(|(_, bytes)| bytes == &[7; 3]));
+        let many = error(&of(COMPONENTS_MAX + 1, 0));
+        assert!(many.contains("65 components of 0 bytes; at most 64 of 268435456 bytes"), "{many}");
+        let large = error(&of(1, COMPONENT_BYTES_MAX + 1));
+        assert!(large.contains("a component of 67108865 bytes; at most 67108864 are allowed"), "{large}");
+        let mut together = of(4, COMPONENT_BYTES_MAX);
+        assert!(error(&together).contains("ends after 0 of 67108864 bytes"), "they were about to be read");
+        together.push(("one byte".into(), 1));
+        assert!(error(&together).contains("5 components of 268435457 bytes"), "{}", error(&together));
+        assert!(error(&of(2, u64::MAX)).contains("components of 18446744073709551615 bytes"));
+    }
+}

@@ -67,6 +67,16 @@ fn one_function(bytes: usize) -> Vec<u8> {
     [&COMPONENT[..], &section(1, &module.concat())].concat()
 }
 
+/// A component with a module with a memory that begins with so many bytes: as many are in what is compiled.
+fn one_memory(bytes: usize) -> Vec<u8> {
+    let pages = bytes.div_ceil(1 << 16);
+    // Active, at `i32.const 0; end`.
+    let data = [vec![1, 0, 0x41, 0, 0x0b], leb(bytes), vec![b'x'; bytes]].concat();
+    let module =
+        [vec![0, b'a', b's', b'm', 1, 0, 0, 0], section(5, &[vec![1, 0], leb(pages)].concat()), section(11, &data)];
+    [&COMPONENT[..], &section(1, &module.concat())].concat()
+}
+
 fn write(folder: &Path, name: &str, bytes: &[u8]) -> PathBuf {
     let file = folder.join(name);
     std::fs::write(&file, bytes).expect("write");
@@ -148,6 +158,25 @@ fn components_nested_in_each_other_cost_the_broker_nothing() {
     let said = text(&deploy.wait_with_output().expect("ends").stderr);
     assert!(said.contains("[plugins] compile_memory_mib = 1024") && said.contains("nothing was changed"), "{said}");
     assert!(grown < GROWTH_MAX, "{grown} bytes more");
+}
+
+/// Whatever of a compiler's bounds a component reaches, it is refused by the name of the setting.
+#[test]
+fn each_bound_of_a_compiler_is_named() {
+    let inputs = [
+        ("compile_memory_mib = 512", nested(12_000)),
+        ("compile_cpu_secs = 1", one_function(3 << 20)),
+        ("compiled_mib_max = 1", one_memory(2 << 20)),
+    ];
+    for (setting, input) in inputs {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        std::fs::create_dir(folder.path().join("plugins")).expect("make a folder");
+        let broker = Broker::start_in(folder, &format!("[plugins]\ndir = \"plugins\"\n{setting}\n"));
+        let deployed = deploying(&broker, "large", &input).wait_with_output().expect("ends");
+        let said = text(&deployed.stderr);
+        assert!(said.contains(&format!("[plugins] {setting}")) && said.contains("nothing was changed"), "{said}");
+        assert!(!deployed.status.success());
+    }
 }
 
 /// It takes minutes: meanwhile everything else goes on, until the client of the command goes away.

@@ -175,6 +175,27 @@ fn nothing_is_set_aside_while_nothing_succeeds() {
     assert_eq!((figure(&broker, "feed_aside"), figure(&broker, "feed_waiting")), (0, 5));
 }
 
+/// The oldest make room, in the store as well: after a crash, as many wait as before.
+#[test]
+fn messages_that_wait_are_bounded_in_number_and_bytes() {
+    for (limits, payload, kept) in [("feed_messages_max = 10", 1, 10), ("feed_mib = 1", 300_000, 3)] {
+        let config = probe("filters = \"a/#\", committed = \"true\", committed_fails = \"true\"", limits);
+        let broker = Broker::start(&config);
+        let mut client = broker.connect(&Options::new(V5, "c"));
+        for n in 0..25 {
+            client.publish(&Message::new(&format!("a/{n}"), "x".repeat(payload)).qos(1));
+        }
+        let figures = |broker: &Broker| (figure(broker, "feed_waiting"), figure(broker, "feed_dropped"));
+        wait("so many were dropped", || figures(&broker) == (kept, 25 - kept));
+        let listed = run(&broker, &["feed", "list", "probe"]).expect("lists");
+        let is_there = |n: u64| listed.split_whitespace().any(|word| word == format!("a/{n}"));
+        assert!(is_there(25 - kept) && is_there(24) && !is_there(24 - kept), "the newest are there: {listed}");
+        broker.await_log("messages for `committed` are dropped", 1);
+        let broker = Broker::start_in(broker.crash(), &config);
+        assert_eq!(figures(&broker), (kept, 0), "with {limits}");
+    }
+}
+
 /// What waits for a plugin that does not keep up is bounded in bytes; the rest is dropped and counted.
 #[test]
 fn events_and_filters_that_wait_are_bounded_in_bytes() {

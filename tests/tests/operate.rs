@@ -1,5 +1,6 @@
 //! Operators' commands against a running broker.
 
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -119,4 +120,30 @@ fn without_a_broker_the_command_says_so() {
     let output = wasmqtt().args(["plugin", "list"]).current_dir(folder.path()).output().expect("runs");
     assert!(!output.status.success());
     assert!(String::from_utf8_lossy(&output.stderr).contains("no broker runs with"), "{output:?}");
+}
+
+/// Whoever sends one command more than are carried out at a time is told so at once, and may try again.
+#[test]
+fn commands_at_a_time_are_bounded() {
+    const COMMANDS_MAX: usize = 16;
+    let (folder, _) = folder();
+    let broker = Broker::start_in(folder, CONFIG);
+    let socket = broker.folder().join("data/control.sock");
+    // They are connected, and say nothing.
+    let mut silent: Vec<UnixStream> =
+        (0..COMMANDS_MAX).map(|_| UnixStream::connect(&socket).expect("the broker listens")).collect();
+    let begun = Instant::now();
+    let wait = |what: &str, is_so: &dyn Fn(&Result<String, String>) -> bool| {
+        while !is_so(&run(&broker, &["list"])) {
+            assert!(begun.elapsed() < Duration::from_secs(8), "still not: {what}");
+        }
+    };
+    let is_refused = |said: &Result<String, String>| {
+        said.as_ref().is_err_and(|error| error.contains("the broker carries out 16 commands already"))
+    };
+    wait("all are taken", &is_refused);
+    assert!(is_refused(&run(&broker, &["list"])), "and one more is refused again");
+    silent.pop();
+    wait("there is room", &|said| said.is_ok());
+    assert_eq!(silent.len(), COMMANDS_MAX - 1);
 }
