@@ -38,6 +38,8 @@ pub(crate) struct Bans {
     bytes: usize,
     /// Whose rows in the store are not as they should be.
     changed: HashSet<BanPattern, Hasher>,
+    /// How many of them are no bans any more, and the bytes of their names: as many as there may be bans.
+    ended: (usize, usize),
 }
 
 /// The one spelling of a pattern: an address is the first of its network, and IPv4 inside IPv6 is IPv4.
@@ -60,26 +62,42 @@ fn name_bytes(pattern: &BanPattern) -> usize {
 }
 
 impl Bans {
-    /// Bans until then, or (a time in the past) lifts the ban; `false`: there are too many. `pattern` is canonical.
+    /// Bans until then, or (a time in the past) lifts the ban; `false`: there are too many, or too many have ended whose
+    /// rows are still there. `pattern` is canonical.
     pub(crate) fn set(&mut self, now_ms: u64, pattern: BanPattern, until_ms: u64, note: &str) -> bool {
         let note = &note[..note.floor_char_boundary(NOTE_BYTES_MAX)];
         let before = self.remove(&pattern);
-        if until_ms > now_ms {
-            if self.found.len() >= BANS_MAX {
-                self.end(now_ms, usize::MAX);
+        if until_ms <= now_ms {
+            if before.is_some() {
+                self.row_goes(pattern);
             }
-            let has_room =
-                self.found.len() < BANS_MAX && self.bytes + name_bytes(&pattern) + note.len() <= BANS_BYTES_MAX;
-            if !has_room {
-                if let Some(ban) = before {
-                    self.insert(pattern, ban.until_ms, &ban.note);
-                }
-                return false;
-            }
-            self.insert(pattern.clone(), until_ms, note);
+            return true;
         }
+        if self.found.len() >= BANS_MAX {
+            self.end(now_ms, usize::MAX);
+        }
+        let has_room = self.found.len() < BANS_MAX
+            && self.bytes + name_bytes(&pattern) + note.len() <= BANS_BYTES_MAX
+            && self.ended.0 < BANS_MAX
+            && self.ended.1 < BANS_BYTES_MAX;
+        if !has_room {
+            if let Some(ban) = before {
+                self.insert(pattern, ban.until_ms, &ban.note);
+            }
+            return false;
+        }
+        if before.is_none() && self.changed.contains(&pattern) {
+            self.ended = (self.ended.0 - 1, self.ended.1 - name_bytes(&pattern));
+        }
+        self.insert(pattern.clone(), until_ms, note);
         self.changed.insert(pattern);
         true
+    }
+
+    /// It is no ban any more.
+    fn row_goes(&mut self, pattern: BanPattern) {
+        self.ended = (self.ended.0 + 1, self.ended.1 + name_bytes(&pattern));
+        self.changed.insert(pattern);
     }
 
     /// Those that still end then end earlier. The store knows that of its rows.
@@ -98,7 +116,8 @@ impl Bans {
     pub(crate) fn restore(&mut self, pattern: BanPattern, until_ms: u64, note: &str) {
         let known = canonical(pattern.clone());
         if known != pattern {
-            self.changed.extend([pattern, known.clone()]);
+            self.row_goes(pattern);
+            self.changed.insert(known.clone());
         }
         if self.found.get(&known).is_none_or(|ban| ban.until_ms < until_ms) {
             self.remove(&known);
@@ -137,13 +156,14 @@ impl Bans {
                 return;
             };
             self.remove(&pattern);
-            self.changed.insert(pattern);
+            self.row_goes(pattern);
         }
     }
 
     /// Rows to write since the last time: until when, and the note; `None`: the row goes.
     pub(crate) fn take_changed(&mut self) -> Vec<(BanPattern, Option<BanRow>)> {
         let changed = std::mem::take(&mut self.changed);
+        self.ended = (0, 0);
         let row = |pattern: BanPattern| {
             let ban = self.found.get(&pattern).map(|ban| (ban.until_ms, ban.note.clone()));
             (pattern, ban)
@@ -304,6 +324,24 @@ mod tests {
         assert!(bans.bytes <= BANS_BYTES_MAX);
         assert!(bans.set(0, long(0), 20, ""), "one that exists can be changed");
         assert!(bans.set(0, long(0), 0, ""), "and lifted");
+    }
+
+    /// A plugin that bans and lifts without end does not fill the memory while the store waits for its turn.
+    #[test]
+    fn bans_that_were_lifted_count_until_the_store_knows() {
+        let long = |n: usize| BanPattern::ClientId(format!("{n:060000}").into());
+        let mut bans = Bans::default();
+        let made = (0..10_000).take_while(|n| bans.set(0, long(*n), 10, "") && bans.set(0, long(*n), 0, "")).count();
+        assert_eq!(made, BANS_BYTES_MAX.div_ceil(60_000));
+        assert!(bans.set(0, long(0), 0, "") && bans.set(0, long(20_000), 0, ""), "there is nothing to lift");
+        assert_eq!((bans.changed.len(), bans.ended), (made, (made, made * 60_000)));
+        assert_eq!(bans.take_changed().len(), made);
+        assert!(bans.set(0, long(0), 10, "") && bans.set(0, long(0), 0, "") && bans.set(0, long(0), 20, ""));
+        assert_eq!((bans.changed.len(), bans.ended), (1, (0, 0)), "it is a ban again");
+        let mut bans = Bans::default();
+        let short = |n: usize| BanPattern::Username(n.to_string().into());
+        assert!((0..BANS_MAX).all(|n| bans.set(0, short(n), 10, "") && bans.set(0, short(n), 0, "")));
+        assert!(!bans.set(0, short(BANS_MAX), 10, ""), "so many rows are to go");
     }
 
     /// Milliseconds for a hundred thousand looks among a hundred thousand bans; a walk would take minutes.

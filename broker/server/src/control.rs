@@ -60,7 +60,7 @@ impl Broker for Control {
             if !bans.set(now_ms, pattern.clone(), until_ms, note) {
                 return Err(Refusal::Busy);
             }
-            if !is_told {
+            if !is_told && bans.has_changed() {
                 shared.mailboxes[0].send(Mail::KeepBans);
             }
         }
