@@ -10,16 +10,18 @@ use tracing::{info, warn};
 use wasmqtt_protocol::text::escaped;
 
 use crate::breaker::Begun;
-use crate::chain::Trial;
 use crate::config::{OnError, PluginLimits};
 use crate::instance::{Budget, Running, metered};
-use crate::shard::Slot;
+use crate::shard::{PluginSlots, Slot};
 
 /// Log lines about failed calls: at most one per shard and plugin in this time.
 const LOG_PAUSE: Duration = Duration::from_secs(1);
 
 /// How long a client waits for a build whose answer does not count.
 const SHADOW_PATIENCE: Duration = Duration::from_millis(20);
+/// So many late answers of it in a row, and it is not asked for so long; after that one more is enough.
+const LATE_IN_ROW_MAX: u32 = 5;
+const LATE_PAUSE: Duration = Duration::from_secs(10);
 
 /// Bytes of questions to one plugin that may wait for an instance, per shard, and what each costs beside its own. More
 /// are answered by `on_error`.
@@ -113,30 +115,56 @@ impl Fault {
 }
 
 /// Asks the build that is to serve this client, and one that runs in the shadow besides.
-pub(crate) async fn consult<Q: Question>(slot: &Slot, question: &Q) -> Q::Answer {
-    let Some(tried) = &slot.candidate else { return ask(slot, question).await };
-    match tried.trial {
-        Trial::Canary(_) => {
-            ask(if tried.trial.serves(question.client_id()) { &tried.slot } else { slot }, question).await
-        }
-        Trial::Shadow => {
-            let answer = ask(slot, question).await;
-            compare(&tried.slot, question, &answer).await;
-            answer
-        }
+pub(crate) async fn consult<Q: Question>(plugin: &PluginSlots, question: &Q) -> Q::Answer {
+    match &plugin.tried {
+        Some(tried) if tried.trial.serves(question.client_id()) => ask(&tried.slot, question).await,
+        _ => compared(&plugin.serving, plugin.shadow(), question).await,
     }
 }
 
-/// Asks a build whose answer does not count.
+/// Asks a build, and one in its shadow, whose answer does not count.
+pub(crate) async fn compared<Q: Question>(slot: &Slot, shadow: Option<&Slot>, question: &Q) -> Q::Answer {
+    let answer = ask(slot, question).await;
+    if let Some(shadow) = shadow
+        && !shadow.lateness.get().is_left_alone(Instant::now())
+    {
+        compare(shadow, question, &answer).await;
+    }
+    answer
+}
+
 async fn compare<Q: Question>(slot: &Slot, question: &Q, answer: &Q::Answer) {
-    slot.generation.compared.fetch_add(1, Ordering::Relaxed);
-    let agrees = match tokio::time::timeout(SHADOW_PATIENCE, ask(slot, question)).await {
-        Ok(other) => Q::agree(answer, &other),
-        Err(_) => false,
+    let other = tokio::time::timeout(SHADOW_PATIENCE, ask(slot, question)).await;
+    slot.lateness.set(slot.lateness.get().after(other.is_err(), Instant::now()));
+    let Ok(other) = other else {
+        let (plugin, generation) = (&slot.generation.name, slot.generation.number);
+        if slot.lateness.get().is_left_alone(Instant::now()) {
+            let pause_secs = LATE_PAUSE.as_secs();
+            info!(%plugin, generation, pause_secs, "shadow is too slow to be compared, it is left alone for a while");
+        }
+        return;
     };
-    if !agrees {
+    slot.generation.compared.fetch_add(1, Ordering::Relaxed);
+    if !Q::agree(answer, &other) {
         slot.generation.differs.fetch_add(1, Ordering::Relaxed);
         note_difference(slot, question.client_id());
+    }
+}
+
+/// Answers of a shadow that came too late, in a row. Each costs the instance that was to give it.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Lateness {
+    in_row: u32,
+    last: Option<Instant>,
+}
+
+impl Lateness {
+    fn after(self, is_late: bool, now: Instant) -> Self {
+        if is_late { Self { in_row: self.in_row.saturating_add(1), last: Some(now) } } else { Self::default() }
+    }
+
+    fn is_left_alone(self, now: Instant) -> bool {
+        self.in_row >= LATE_IN_ROW_MAX && self.last.is_some_and(|last| now.duration_since(last) < LATE_PAUSE)
     }
 }
 
@@ -233,9 +261,7 @@ async fn call<Q: Question>(slot: &Slot, question: &Q) -> Result<Q::Answer, Fault
     let share = generation.plugin.share(slot.shard);
     let mut pooled = match generation.take_idle(slot.shard) {
         Some(pooled) => pooled,
-        None => {
-            generation.instantiate(share, generation.plugin.allowance(slot.shard)).await.map_err(Fault::NoInstance)?
-        }
+        None => generation.instantiate(share, generation.plugin.allowance(slot.shard)).await.map_err(Fault::NoInstance)?,
     };
     let Some(running) = pooled.begin() else { return Err(Fault::Broke("no instance".into())) };
     let budget = generation.budget_of(share, Q::cpu_ms(&generation.config.limits));

@@ -1,6 +1,5 @@
 //! Messages of one turn on their way through the storage hooks.
 
-use std::rc::Rc;
 use std::sync::Arc;
 
 use wasmqtt_protocol::codec::ReasonCode;
@@ -8,10 +7,9 @@ use wasmqtt_protocol::ports::{Accepted, Client, Submission};
 use wasmqtt_protocol::router::Message;
 
 use crate::call;
-use crate::chain::Trial;
 use crate::config::OnError;
 use crate::hook::{Change, Moment, Rewrite, Shown};
-use crate::shard::Slot;
+use crate::shard::{PluginSlots, Slot};
 
 /// Messages and bytes that are shown at once; a larger message is shown alone.
 const PORTION_MAX: usize = 1024;
@@ -68,13 +66,16 @@ impl From<Submission> for Work {
 /// Shows the messages to each hook that wants them, in order; each sees what the one before made of them.
 ///
 /// Those whose form is for the store alone come last, so that they see what is delivered.
-pub(crate) async fn rewrite(slots: &[Rc<Slot>], messages: Vec<Submission>) -> Vec<Accepted> {
+pub(crate) async fn rewrite(plugins: &[PluginSlots], messages: Vec<Submission>) -> Vec<Accepted> {
     let mut works: Vec<Work> = messages.into_iter().map(Work::from).collect();
     for at_rest in [false, true] {
-        for slot in slots {
-            let wanted = slot.generation.registration();
-            if wanted.before_store && wanted.at_rest == at_rest && slot.generation.exports.storage_hook.is_some() {
-                show(slot, &mut works, Moment::BeforeStore, at_rest).await;
+        for plugin in plugins {
+            let wanted = plugin.serving.generation.registration();
+            if wanted.before_store
+                && wanted.at_rest == at_rest
+                && plugin.serving.generation.exports.storage_hook.is_some()
+            {
+                show(plugin, &mut works, Moment::BeforeStore, at_rest).await;
             }
         }
     }
@@ -82,13 +83,13 @@ pub(crate) async fn rewrite(slots: &[Rc<Slot>], messages: Vec<Submission>) -> Ve
 }
 
 /// Shows messages from the store to the hooks that sealed them, the last one first.
-pub(crate) async fn open(slots: &[Rc<Slot>], messages: Vec<Submission>) -> Vec<Accepted> {
+pub(crate) async fn open(plugins: &[PluginSlots], messages: Vec<Submission>) -> Vec<Accepted> {
     let mut works: Vec<Work> = messages.into_iter().map(Work::from).collect();
     let mut is_shown = false;
-    for slot in slots.iter().rev() {
-        let wanted = slot.generation.registration();
-        if wanted.before_store && wanted.at_rest && slot.generation.exports.storage_hook.is_some() {
-            show(slot, &mut works, Moment::AfterLoad, false).await;
+    for plugin in plugins.iter().rev() {
+        let wanted = plugin.serving.generation.registration();
+        if wanted.before_store && wanted.at_rest && plugin.serving.generation.exports.storage_hook.is_some() {
+            show(plugin, &mut works, Moment::AfterLoad, false).await;
             is_shown = true;
         }
     }
@@ -101,11 +102,14 @@ pub(crate) async fn open(slots: &[Rc<Slot>], messages: Vec<Submission>) -> Vec<A
     works.into_iter().map(Work::accepted).collect()
 }
 
+/// A build, and one in its shadow.
+type Asked<'a> = (&'a Slot, Option<&'a Slot>);
+
 /// Places of the messages that a plugin is to see, apart by the build that is to see them.
-fn groups<'a>(slot: &'a Slot, works: &[Work]) -> Vec<(&'a Slot, Vec<usize>)> {
+fn groups<'a>(plugin: &'a PluginSlots, works: &[Work]) -> Vec<(Asked<'a>, Vec<usize>)> {
     let mut serving = Vec::new();
     let mut canary = Vec::new();
-    let tried = slot.candidate.as_ref().filter(|tried| tried.trial != Trial::Shadow);
+    let slot = &*plugin.serving;
     for (place, work) in works.iter().enumerate() {
         let (listener, client_id) =
             work.client.as_ref().map_or(("", ""), |client| (&client.listener, &client.client_id));
@@ -113,11 +117,12 @@ fn groups<'a>(slot: &'a Slot, works: &[Work]) -> Vec<(&'a Slot, Vec<usize>)> {
         {
             continue;
         }
-        let to = if tried.is_some_and(|tried| tried.trial.serves(client_id)) { &mut canary } else { &mut serving };
-        to.push(place);
+        let is_canary = plugin.tried.as_ref().is_some_and(|tried| tried.trial.serves(client_id));
+        if is_canary { &mut canary } else { &mut serving }.push(place);
     }
-    let canary_slot = tried.map_or(slot, |tried| &tried.slot);
-    [(slot, serving), (canary_slot, canary)].into_iter().filter(|(_, places)| !places.is_empty()).collect()
+    let canary_slot = plugin.tried.as_ref().map_or(slot, |tried| &tried.slot);
+    let groups = [((slot, plugin.shadow()), serving), ((canary_slot, None), canary)];
+    groups.into_iter().filter(|(_, places)| !places.is_empty()).collect()
 }
 
 /// Parts that are shown at once: what a guest must have room for.
@@ -136,22 +141,22 @@ fn portions<'a>(places: &'a [usize], bytes_of: impl Fn(usize) -> usize) -> impl 
     })
 }
 
-async fn show(slot: &Slot, works: &mut [Work], moment: Moment, at_rest: bool) {
-    for (slot, places) in groups(slot, works) {
-        let payload = slot.generation.registration().payload;
+async fn show(plugin: &PluginSlots, works: &mut [Work], moment: Moment, at_rest: bool) {
+    for (asked, places) in groups(plugin, works) {
+        let payload = asked.0.generation.registration().payload;
         let portions: Vec<&[usize]> = portions(&places, |place| works[place].bytes(at_rest, payload)).collect();
         for portion in portions {
-            show_portion(slot, works, portion, moment, at_rest).await;
+            show_portion(asked, works, portion, moment, at_rest).await;
         }
     }
 }
 
-async fn show_portion(slot: &Slot, works: &mut [Work], places: &[usize], moment: Moment, at_rest: bool) {
+async fn show_portion((slot, shadow): Asked<'_>, works: &mut [Work], places: &[usize], moment: Moment, at_rest: bool) {
     let payload = slot.generation.registration().payload;
     let question = |messages| Rewrite { moment, messages, payload };
     let all = places.iter().map(|place| works[*place].shown(at_rest)).collect();
     if places.len() > 1
-        && let Ok(changes) = ask(slot, &question(all)).await
+        && let Ok(changes) = call::compared(slot, shadow, &question(all)).await
     {
         for (at, change) in changes {
             works[places[at as usize]].apply(change, at_rest);
@@ -161,7 +166,7 @@ async fn show_portion(slot: &Slot, works: &mut [Work], places: &[usize], moment:
     // There is one, or one of them did it: each alone, so that the others do not suffer.
     for place in places {
         let one = vec![works[*place].shown(at_rest)];
-        match ask(slot, &question(one)).await {
+        match call::compared(slot, shadow, &question(one)).await {
             Ok(changes) => {
                 for (_, change) in changes {
                     works[*place].apply(change, at_rest);
@@ -171,15 +176,6 @@ async fn show_portion(slot: &Slot, works: &mut [Work], places: &[usize], moment:
             Err(OnError::Allow | OnError::Skip) if moment == Moment::BeforeStore => {}
             Err(_) => works[*place].discarded = Some(ReasonCode::IMPLEMENTATION_SPECIFIC_ERROR),
         }
-    }
-}
-
-/// The build was chosen; one in the shadow is asked, too.
-async fn ask(slot: &Slot, question: &Rewrite) -> Result<Vec<(u32, Change)>, OnError> {
-    if slot.candidate.as_ref().is_some_and(|tried| tried.trial == Trial::Shadow) {
-        call::consult(slot, question).await
-    } else {
-        call::ask(slot, question).await
     }
 }
 

@@ -18,7 +18,7 @@ use wasmqtt_protocol::topic::{Filter, filter_covers, filters_overlap};
 use crate::acl::Authorization;
 use crate::auth::Authentication;
 use crate::breaker::Breaker;
-use crate::call;
+use crate::call::{self, Lateness};
 use crate::chain::{Chain, Link, Trial};
 use crate::generation::Generation;
 use crate::hook::Shown;
@@ -40,8 +40,16 @@ pub(crate) struct Slot {
     pub(crate) logged: Cell<(Option<Instant>, u64)>,
     /// Keyed at random: nobody can choose Client Identifiers that collide in the breaker.
     pub(crate) hasher: RandomState,
+    /// Of a build in the shadow.
+    pub(crate) lateness: Cell<Lateness>,
+}
+
+/// One plugin on this shard.
+pub(crate) struct PluginSlots {
+    /// The build that serves.
+    pub(crate) serving: Rc<Slot>,
     /// A newer build that is being tried.
-    pub(crate) candidate: Option<Tried>,
+    pub(crate) tried: Option<Tried>,
 }
 
 pub(crate) struct Tried {
@@ -50,9 +58,8 @@ pub(crate) struct Tried {
 }
 
 impl Slot {
-    fn new(generation: &Arc<Generation>, shard: usize, candidate: Option<Tried>) -> Self {
+    fn new(generation: &Arc<Generation>, shard: usize) -> Self {
         Self {
-            candidate,
             generation: Arc::clone(generation),
             shard,
             permits: Semaphore::new(generation.config.limits.instances.max(1)),
@@ -60,6 +67,7 @@ impl Slot {
             breaker: RefCell::default(),
             logged: Cell::default(),
             hasher: RandomState::new(),
+            lateness: Cell::default(),
         }
     }
 
@@ -69,7 +77,7 @@ impl Slot {
 
     /// Whether a decision of this plugin may hold for a whole Topic Filter: not where it is not asked itself, and not
     /// where one `before` it is asked, which may say otherwise about another topic.
-    fn may_decide(&self, scope: &Filter, before: &[&Rc<Self>]) -> bool {
+    fn may_decide(&self, scope: &Filter, before: &[&Self]) -> bool {
         let topics = &self.generation.config.topics;
         let scope = scope.topic_filter();
         let is_asked_in = |other: &Self| {
@@ -78,6 +86,17 @@ impl Slot {
         };
         (topics.is_empty() || topics.iter().any(|filter| filter_covers(filter.topic_filter(), scope)))
             && !before.iter().any(|other| is_asked_in(other))
+    }
+}
+
+impl PluginSlots {
+    /// The build that is asked as well.
+    pub(crate) fn shadow(&self) -> Option<&Slot> {
+        self.tried.as_ref().filter(|tried| tried.trial == Trial::Shadow).map(|tried| &*tried.slot)
+    }
+
+    fn slots(&self) -> impl Iterator<Item = &Rc<Slot>> {
+        std::iter::once(&self.serving).chain(self.tried.iter().map(|tried| &tried.slot))
     }
 }
 
@@ -92,7 +111,7 @@ pub(crate) struct View {
 }
 
 /// In the order in which they are asked.
-type Slots = Rc<[Rc<Slot>]>;
+type Slots = Rc<[PluginSlots]>;
 
 impl View {
     pub(crate) fn new(chain: Arc<ArcSwap<Chain>>, shard: usize) -> Self {
@@ -104,30 +123,28 @@ impl View {
         }
     }
 
-    /// The slots of the chain that serves now. Builds that go on keep theirs; calls under way keep what they began on.
+    /// The plugins of the chain that serves now. Builds that go on keep their slots, also if they serve now and were
+    /// tried before; calls under way keep what they began on.
     fn slots(&self) -> Slots {
         let mut chain = self.chain.borrow_mut();
         let chain = chain.load();
         if !Arc::ptr_eq(chain, &self.seen.borrow()) {
             let old = Rc::clone(&self.slots.borrow());
-            *self.slots.borrow_mut() = chain.links.iter().map(|link| self.slot(link, &old)).collect();
+            *self.slots.borrow_mut() = chain.links.iter().map(|link| self.plugin(link, &old)).collect();
             *self.seen.borrow_mut() = Arc::clone(chain);
         }
         Rc::clone(&self.slots.borrow())
     }
 
-    fn slot(&self, link: &Link, old: &Slots) -> Rc<Slot> {
-        let known = old.iter().find(|slot| Arc::ptr_eq(&slot.generation, &link.serving));
-        match (&link.candidate, known) {
-            (None, Some(known)) if known.candidate.is_none() => Rc::clone(known),
-            (candidate, _) => {
-                let tried = candidate.as_ref().map(|candidate| Tried {
-                    slot: Rc::new(Slot::new(&candidate.generation, self.shard, None)),
-                    trial: candidate.trial,
-                });
-                Rc::new(Slot::new(&link.serving, self.shard, tried))
-            }
-        }
+    fn plugin(&self, link: &Link, old: &[PluginSlots]) -> PluginSlots {
+        let slot = |generation: &Arc<Generation>| {
+            let mut known = old.iter().flat_map(PluginSlots::slots);
+            let known = known.find(|slot| Arc::ptr_eq(&slot.generation, generation));
+            known.map_or_else(|| Rc::new(Slot::new(generation, self.shard)), Rc::clone)
+        };
+        let tried = link.candidate.as_ref();
+        let tried = tried.map(|candidate| Tried { slot: slot(&candidate.generation), trial: candidate.trial });
+        PluginSlots { serving: slot(&link.serving), tried }
     }
 }
 
@@ -147,10 +164,10 @@ impl ShardPlugins for View {
             if step.plugin.is_empty() {
                 return authenticate(&slots, &Authentication::Step(step)).await;
             }
-            let Some(slot) = slots.iter().find(|slot| slot.generation.name == step.plugin) else {
+            let Some(plugin) = slots.iter().find(|plugin| plugin.serving.generation.name == step.plugin) else {
                 return AuthOutcome::Unavailable;
             };
-            match call::consult(slot, &Authentication::Step(step)).await {
+            match call::consult(plugin, &Authentication::Step(step)).await {
                 // Nobody else knows the exchange, and the `anonymous` rule must not decide it.
                 AuthOutcome::Next => AuthOutcome::Deny(ReasonCode::NOT_AUTHORIZED),
                 outcome => outcome,
@@ -175,7 +192,7 @@ impl ShardPlugins for View {
 
     fn interest(&self, topic: &str) -> Interest {
         let mut interest = Interest::default();
-        for slot in &*self.slots() {
+        for PluginSlots { serving: slot, .. } in &*self.slots() {
             let wanted = slot.generation.registration();
             let is_here = slot.generation.exports.storage_hook.is_some() && slot.generation.config.is_for_topic(topic);
             if is_here && wanted.wants_topic(topic) {
@@ -198,17 +215,19 @@ impl ShardPlugins for View {
     }
 
     fn wants_interest(&self) -> bool {
-        self.slots().iter().any(|slot| slot.generation.exports.cluster.is_some())
+        self.slots().iter().any(|plugin| plugin.serving.generation.exports.cluster.is_some())
     }
 
     fn interest_changed(&self, filter: &str, is_wanted: bool) {
-        for slot in self.slots().iter().filter(|slot| slot.generation.exports.cluster.is_some()) {
+        for PluginSlots { serving: slot, .. } in
+            self.slots().iter().filter(|plugin| plugin.serving.generation.exports.cluster.is_some())
+        {
             slot.generation.plugin.interest.push(std::iter::once((filter.to_owned(), is_wanted)));
         }
     }
 
     fn committed(&self, messages: Vec<Submission>) {
-        for slot in &*self.slots() {
+        for PluginSlots { serving: slot, .. } in &*self.slots() {
             let bit = slot.generation.plugin.bit;
             let is_wanted = |sent: &&Submission| {
                 sent.plugins & bit != 0
@@ -223,16 +242,16 @@ impl ShardPlugins for View {
 
     fn names(&self, plugins: u64) -> Vec<Arc<str>> {
         let slots = self.slots();
-        let named = slots.iter().filter(|slot| plugins & slot.generation.plugin.bit != 0);
-        named.map(|slot| Arc::clone(&slot.generation.name)).collect()
+        let named = slots.iter().filter(|plugin| plugins & plugin.serving.generation.plugin.bit != 0);
+        named.map(|plugin| Arc::clone(&plugin.serving.generation.name)).collect()
     }
 
     fn wanted_events(&self) -> u32 {
-        self.slots().iter().fold(0, |wanted, slot| wanted | slot.generation.registration().events)
+        self.slots().iter().fold(0, |wanted, plugin| wanted | plugin.serving.generation.registration().events)
     }
 
     fn observe(&self, events: Vec<Event>) {
-        for slot in &*self.slots() {
+        for PluginSlots { serving: slot, .. } in &*self.slots() {
             let wanted = slot.generation.registration().events;
             let is_wanted =
                 |event: &&Event| wanted & event.kind.bit() != 0 && slot.is_for_listener(&event.client.listener);
@@ -243,7 +262,7 @@ impl ShardPlugins for View {
     }
 
     fn set_crowded(&self, crowded: bool) {
-        for slot in &*self.slots() {
+        for PluginSlots { serving: slot, .. } in &*self.slots() {
             slot.generation.plugin.share(self.shard).set_crowded(crowded);
         }
     }
@@ -253,10 +272,13 @@ impl ShardPlugins for View {
     }
 }
 
-async fn authenticate(slots: &[Rc<Slot>], question: &Authentication) -> AuthOutcome {
+async fn authenticate(slots: &[PluginSlots], question: &Authentication) -> AuthOutcome {
     let listener = &question.request().listener;
-    for slot in slots.iter().filter(|slot| slot.generation.exports.auth.is_some() && slot.is_for_listener(listener)) {
-        match call::consult(slot, question).await {
+    let is_responsible = |plugin: &&PluginSlots| {
+        plugin.serving.generation.exports.auth.is_some() && plugin.serving.is_for_listener(listener)
+    };
+    for plugin in slots.iter().filter(is_responsible) {
+        match call::consult(plugin, question).await {
             AuthOutcome::Next => {}
             outcome => return outcome,
         }
@@ -265,14 +287,16 @@ async fn authenticate(slots: &[Rc<Slot>], question: &Authentication) -> AuthOutc
 }
 
 /// What nobody is responsible for is allowed, as without any plugin; what all pass on is left without verdict.
-async fn authorize(slots: &[Rc<Slot>], client: Arc<Client>, accesses: &[Access]) -> Vec<Decision> {
+async fn authorize(slots: &[PluginSlots], client: Arc<Client>, accesses: &[Access]) -> Vec<Decision> {
     let mut decisions: Vec<Option<Decision>> = vec![None; accesses.len()];
     let mut failed = vec![false; accesses.len()];
     let mut was_asked = vec![false; accesses.len()];
-    let mut before: Vec<&Rc<Slot>> = Vec::new();
-    let is_responsible =
-        |slot: &&Rc<Slot>| slot.generation.exports.acl.is_some() && slot.is_for_listener(&client.listener);
-    for slot in slots.iter().filter(is_responsible) {
+    let mut before: Vec<&Slot> = Vec::new();
+    let is_responsible = |plugin: &&PluginSlots| {
+        plugin.serving.generation.exports.acl.is_some() && plugin.serving.is_for_listener(&client.listener)
+    };
+    for plugin in slots.iter().filter(is_responsible) {
+        let slot = &plugin.serving;
         let is_open = |at: &usize| decisions[*at].is_none() && slot.generation.config.is_for_access(&accesses[*at]);
         let open: Vec<usize> = (0..accesses.len()).filter(is_open).collect();
         if open.is_empty() {
@@ -281,7 +305,7 @@ async fn authorize(slots: &[Rc<Slot>], client: Arc<Client>, accesses: &[Access])
         }
         let asked = open.iter().map(|at| accesses[*at].clone()).collect();
         let question = Authorization { client: Arc::clone(&client), accesses: asked };
-        for (at, mut decision) in open.into_iter().zip(call::consult(slot, &question).await) {
+        for (at, mut decision) in open.into_iter().zip(call::consult(plugin, &question).await) {
             was_asked[at] = true;
             failed[at] |= decision.failed;
             if let Some(lease) = &mut decision.lease {
