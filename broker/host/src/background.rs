@@ -42,10 +42,7 @@ impl Seat {
         let call = async {
             let mut pooled = match self.pooled.take() {
                 Some(pooled) => pooled,
-                None => serving
-                    .instantiate(&plugin.background, &plugin.background_allowance)
-                    .await
-                    .map_err(Fault::NoInstance)?,
+                None => serving.instantiate(&plugin.background, None).await.map_err(Fault::NoInstance)?,
             };
             let Some(running) = pooled.begin() else { return Err(Fault::Broke("no instance".into())) };
             let budget = serving.budget_of(&plugin.background, Q::cpu_ms(&serving.config.limits));

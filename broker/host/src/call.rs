@@ -261,7 +261,7 @@ async fn call<Q: Question>(slot: &Slot, question: &Q) -> Result<Q::Answer, Fault
     let share = generation.plugin.share(slot.shard);
     let mut pooled = match generation.take_idle(slot.shard) {
         Some(pooled) => pooled,
-        None => generation.instantiate(share, generation.plugin.allowance(slot.shard)).await.map_err(Fault::NoInstance)?,
+        None => generation.instantiate(share, Some(slot.shard)).await.map_err(Fault::NoInstance)?,
     };
     let Some(running) = pooled.begin() else { return Err(Fault::Broke("no instance".into())) };
     let budget = generation.budget_of(share, Q::cpu_ms(&generation.config.limits));

@@ -76,8 +76,7 @@ impl From<Option<Verdict>> for Outcome {
 }
 
 async fn ask(generation: &Arc<Generation>, question: &Authorization) -> Result<Decision, String> {
-    let mut pooled =
-        generation.instantiate(&generation.plugin.loading, &generation.plugin.background_allowance).await?;
+    let mut pooled = generation.instantiate(&generation.plugin.loading, None).await?;
     let Some(running) = pooled.begin() else { return Err("no instance".into()) };
     let cpu_ms = Authorization::cpu_ms(&generation.config.limits);
     let budget = generation.budget_of(&generation.plugin.loading, cpu_ms);

@@ -9,7 +9,6 @@ use wasmtime::Engine;
 use wasmtime::component::{Component, InstancePre, Linker};
 use wasmtime_wasi::WasiCtxBuilder;
 
-use crate::allowance::Allowance;
 use crate::bindings::failure;
 use crate::bindings::handover::exports::wasmqtt::plugin::handover::State;
 use crate::bindings::types::Pair;
@@ -22,7 +21,7 @@ use crate::grants::{self, Mounts};
 use crate::guest::{Guest, Limits};
 use crate::hook::Shown;
 use crate::http::PLUGIN_REQUESTS_MAX;
-use crate::instance::{Budget, Pooled, Running, metered, one_line};
+use crate::instance::{Alive, Budget, Pooled, Running, metered, one_line};
 use crate::plugin::Plugin;
 use crate::pool;
 use crate::reaper::Grave;
@@ -111,6 +110,8 @@ pub(crate) struct Generation {
     reaper: Grave,
     /// By shard. Only that shard takes from it; the lock is for the loader, which empties it in the end.
     idle: Box<[Mutex<Vec<Idle>>]>,
+    /// Instances of this build by shard, with those that are in a call.
+    alive: Box<[Arc<AtomicUsize>]>,
     retired: AtomicBool,
     /// Instances that all builds of the plugin may have.
     instances_max: usize,
@@ -188,6 +189,7 @@ impl Generation {
             mounts: Arc::new(mounts),
             reaper: parts.reaper.clone(),
             idle: (0..parts.shards.max(1)).map(|_| Mutex::default()).collect(),
+            alive: (0..parts.shards.max(1)).map(|_| Arc::default()).collect(),
             retired: AtomicBool::new(false),
             instances_max,
         })
@@ -291,8 +293,7 @@ impl Generation {
         };
         let old = old.filter(hands_over);
         for shard in 0..self.idle.len() {
-            let mut pooled =
-                self.in_time("init", self.instantiate(&self.plugin.loading, self.plugin.allowance(shard))).await?;
+            let mut pooled = self.in_time("init", self.instantiate(&self.plugin.loading, Some(shard))).await?;
             if shard == 0 {
                 self.in_time("health", self.check_health(&mut pooled)).await?;
             }
@@ -316,13 +317,13 @@ impl Generation {
         }
     }
 
-    /// What an instance that has nothing to do knows; `None`: this shard never had one.
+    /// What an instance that has nothing to do knows; `None`: this shard has none.
     async fn snapshot(&self, shard: usize) -> Result<Option<State>, String> {
         let mut pooled = loop {
             if let Some(pooled) = self.take_idle(shard) {
                 break pooled;
             }
-            if self.plugin.counters.instances.load(Ordering::Relaxed) == 0 {
+            if self.alive[shard % self.alive.len()].load(Ordering::Relaxed) == 0 {
                 return Ok(None);
             }
             tokio::time::sleep(BUSY_PAUSE).await;
@@ -407,8 +408,8 @@ impl Generation {
         }
     }
 
-    /// `share`: of the thread that it is made on; `allowance`: of where it is to serve.
-    pub(crate) async fn instantiate(&self, share: &Share, allowance: &Arc<Allowance>) -> Result<Pooled, String> {
+    /// `share`: of the thread that it is made on; `shard`: where it is to serve, `None`: where no client waits.
+    pub(crate) async fn instantiate(&self, share: &Share, shard: Option<usize>) -> Result<Pooled, String> {
         // What one plugin has too many of must not be lacking for another.
         if self.plugin.counters.instances.load(Ordering::Relaxed) >= self.instances_max {
             let (instances, most) = (self.config.limits.instances, self.instances_max);
@@ -420,6 +421,7 @@ impl Generation {
         let mut wasi = WasiCtxBuilder::new();
         self.mounts.open(&mut wasi)?;
         wasi.envs(&self.config.grants.environment);
+        let allowance = self.plugin.allowance(shard);
         let memory_bytes_max = self.config.limits.memory_mib as usize * 1024 * 1024;
         let (mut store, meter) =
             Running::store(&self.engine, Guest::new(&self.services, allowance, wasi, memory_bytes_max));
@@ -431,7 +433,8 @@ impl Generation {
         let exports = self.exports.load(&mut store, &instance)?;
         let (mounts, plugin) = (Arc::clone(&self.mounts), Arc::clone(&self.plugin));
         let running = Running::new((store, meter), exports, mounts, plugin);
-        let mut pooled = Pooled::new(running, self.reaper.clone());
+        let alive = shard.map(|shard| Alive::new(&self.alive[shard % self.alive.len()]));
+        let mut pooled = Pooled::new(running, self.reaper.clone(), alive);
         self.init(&mut pooled, share).await?;
         Ok(pooled)
     }

@@ -2,7 +2,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -188,6 +188,23 @@ pub(crate) struct Pooled {
     running: Option<Box<Running>>,
     reaper: Grave,
     healthy: bool,
+    _alive: Option<Alive>,
+}
+
+/// Counts an instance of a build on a shard as long as it may be called.
+pub(crate) struct Alive(Arc<AtomicUsize>);
+
+impl Alive {
+    pub(crate) fn new(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(count))
+    }
+}
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// An instance on its way out.
@@ -198,8 +215,8 @@ pub(crate) struct Dead {
 }
 
 impl Pooled {
-    pub(crate) fn new(running: Running, reaper: Grave) -> Self {
-        Self { running: Some(Box::new(running)), reaper, healthy: true }
+    pub(crate) fn new(running: Running, reaper: Grave, alive: Option<Alive>) -> Self {
+        Self { running: Some(Box::new(running)), reaper, healthy: true, _alive: alive }
     }
 
     /// While a call is under way the instance counts as broken: if the call is dropped, it is.

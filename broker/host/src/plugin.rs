@@ -48,7 +48,7 @@ pub(crate) struct Plugin {
     shares: Box<[Share]>,
     /// What its instances may ask of the broker, by shard, and where no client waits for it.
     allowances: Box<[Arc<Allowance>]>,
-    pub(crate) background_allowance: Arc<Allowance>,
+    background_allowance: Arc<Allowance>,
     /// What it computes where no client waits for it, and while it is loaded.
     pub(crate) background: Share,
     pub(crate) loading: Share,
@@ -96,8 +96,9 @@ impl Plugin {
         &self.shares[shard % self.shares.len()]
     }
 
-    pub(crate) fn allowance(&self, shard: usize) -> &Arc<Allowance> {
-        &self.allowances[shard % self.allowances.len()]
+    /// `None`: where no client waits.
+    pub(crate) fn allowance(&self, shard: Option<usize>) -> &Arc<Allowance> {
+        shard.map_or(&self.background_allowance, |shard| &self.allowances[shard % self.allowances.len()])
     }
 
     fn all_shares(&self) -> impl Iterator<Item = &Share> {
