@@ -22,7 +22,7 @@ mod answer;
 use serde_json::json;
 use wasmqtt_sdk::{
     Auth, BAD_USER_NAME_OR_PASSWORD, HttpRequest, HttpResponse, NOT_AUTHORIZED, Outcome, Plugin, Request, Settings,
-    debug, export_plugin, warn,
+    debug, export_plugin, shown_url, warn,
 };
 
 /// Milliseconds.
@@ -70,12 +70,12 @@ impl AuthHttp {
             200 if response.body.trim_ascii().is_empty() => Ok(Outcome::allow(username())),
             // What the service says and nobody understands must let nobody in, not even with on_error = "allow".
             200 => Ok(answer::read(&response.body, username).unwrap_or_else(|why| {
-                warn(&format!("{}: {why}; {:?} is refused", self.url, request.client_id));
+                warn(&format!("{}: {why}; {:?} is refused", shown_url(&self.url), request.client_id));
                 Outcome::Deny(NOT_AUTHORIZED)
             })),
             401 => Ok(Outcome::Deny(BAD_USER_NAME_OR_PASSWORD)),
             403 => Ok(Outcome::Deny(NOT_AUTHORIZED)),
-            other => Err(format!("{}: status {other}", self.url)),
+            other => Err(format!("{}: status {other}", shown_url(&self.url))),
         }
     }
 }
@@ -154,6 +154,19 @@ mod tests {
             assert_eq!(ask(200, body), Ok(Outcome::Deny(NOT_AUTHORIZED)), "{body}");
             let lines = testing::take().lines;
             assert!(lines.len() == 1 && lines[0].1.contains("https://idp/auth"), "{lines:?}");
+        }
+    }
+
+    /// Errors are in the log, and those of other plugins in lists of messages too.
+    #[test]
+    fn no_secret_of_the_url_is_said() {
+        let plugin = AuthHttp::new(&Settings::from_pairs(&[("url", "https://me:s3cret@idp/auth?key=s3cret")]));
+        let plugin = plugin.expect("good");
+        for (status, body) in [(500, ""), (200, "<html>")] {
+            testing::respond(Ok(HttpResponse { status, body: body.into() }));
+            let answer = plugin.authenticate(&testing::login("c", "ann", ""));
+            let said = format!("{answer:?} {:?}", testing::take().lines);
+            assert!(said.contains("https://idp/auth: ") && !said.contains("s3cret"), "{said}");
         }
     }
 

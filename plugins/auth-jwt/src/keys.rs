@@ -11,7 +11,7 @@ use jsonwebtoken::jwk::{AlgorithmParameters, EllipticCurve, Jwk, KeyAlgorithm, P
 use jsonwebtoken::{Algorithm, DecodingKey};
 use serde::Deserialize;
 use serde_json::Value;
-use wasmqtt_sdk::{HttpRequest, Settings, debug, warn};
+use wasmqtt_sdk::{HttpRequest, Settings, debug, shown_url, warn};
 
 /// Keys that are tried for one token: its signature is checked with each, which takes about a millisecond for RSA.
 pub(crate) const TRIED_MAX: usize = 8;
@@ -209,11 +209,11 @@ impl Fetched {
         });
         match keys {
             Ok(keys) => {
-                keys.warnings.iter().for_each(|warning| warn(&format!("key set {}: {warning}", self.url)));
+                keys.warnings.iter().for_each(|warning| warn(&format!("key set {}: {warning}", shown_url(&self.url))));
                 *state = State { keys: Some(keys), fetched: Some(now), tried: Some((now, String::new())) };
             }
             Err(error) => {
-                warn(&format!("key set {}: {error}", self.url));
+                warn(&format!("key set {}: {error}", shown_url(&self.url)));
                 state.tried = Some((now, error));
             }
         }
@@ -243,8 +243,8 @@ impl Fetched {
         let state = self.state.borrow();
         match (&state.keys, &state.tried) {
             (Some(keys), _) => keys.find(id, algorithm),
-            (None, Some((_, error))) => Err(format!("no keys yet from {}: {error}", self.url)),
-            (None, None) => Err(format!("no keys yet from {}", self.url)),
+            (None, Some((_, error))) => Err(format!("no keys yet from {}: {error}", shown_url(&self.url))),
+            (None, None) => Err(format!("no keys yet from {}", shown_url(&self.url))),
         }
     }
 }

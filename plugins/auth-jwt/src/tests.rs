@@ -359,6 +359,15 @@ fn a_key_set_is_fetched_once_and_again_when_it_is_old_or_lacks_a_key() {
     assert_eq!(testing::take_requests().len(), 2);
 }
 
+#[test]
+fn no_secret_of_the_url_is_said() {
+    let source = Fetched::new("https://me:s3cret@idp/keys?key=s3cret", &Settings::default()).expect("good");
+    testing::respond(Ok(HttpResponse { status: 500, body: Vec::new() }));
+    let why = source.find_at(Instant::now(), None, Algorithm::HS256).err().expect("nobody can tell");
+    let said = format!("{why} {:?}", testing::take().lines);
+    assert!(said.contains("https://idp/keys: status 500") && !said.contains("s3cret"), "{said}");
+}
+
 /// Nobody is refused for what the plugin cannot know: `on_error` decides.
 #[test]
 fn without_keys_nobody_can_tell() {

@@ -16,6 +16,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use wasmqtt_sdk::{
     Batch, Failure, HttpRequest, Message, Plugin, Registration, Settings, StorageHook, export_plugin, is_valid_filter,
+    shown_url,
 };
 
 /// Milliseconds.
@@ -141,13 +142,13 @@ impl TopicTap {
             // The next attempt would be answered alike, however long it is waited for.
             status @ (400 | 413 | 415 | 422) => Err(Failure::Internal(format!(
                 "{}: status {status} for a request of {sent_bytes} bytes with {}",
-                self.url,
+                shown_url(&self.url),
                 match lines {
                     [line] => format!("one message, of topic {:?}", line.message.topic),
                     lines => format!("{} messages", lines.len()),
                 }
             ))),
-            other => Err(Failure::Unavailable(format!("{}: status {other}", self.url))),
+            other => Err(Failure::Unavailable(format!("{}: status {other}", shown_url(&self.url)))),
         }
     }
 }

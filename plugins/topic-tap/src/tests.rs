@@ -48,6 +48,18 @@ fn what_is_not_taken_comes_again() {
     assert!(matches!(plugin().committed(&batch), Err(Failure::Unavailable(_))), "nobody there");
 }
 
+/// Errors are in the log and in lists of messages.
+#[test]
+fn no_secret_of_the_url_is_said() {
+    let tap = plugin_with(&[]).map(|tap| TopicTap { url: "https://me:s3cret@tap/in?key=s3cret".into(), ..tap });
+    let tap = tap.expect("settings are good");
+    for status in [503, 422] {
+        answer(status);
+        let said = format!("{:?}", tap.committed(&testing::batch(&[("a", "c", b"x")])));
+        assert!(said.contains("https://tap/in: status") && !said.contains("s3cret"), "{said}");
+    }
+}
+
 /// A service that is away and a message that it will never take are told apart.
 #[test]
 fn a_message_that_is_refused_is_at_fault_itself() {

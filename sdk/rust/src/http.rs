@@ -45,10 +45,19 @@ impl HttpRequest {
     /// There is none: not granted, not reachable, too late, too large.
     pub fn send(&self) -> Result<HttpResponse, String> {
         #[cfg(target_arch = "wasm32")]
-        return wasi::send(self).map_err(|error| format!("{}: {error}", self.url));
+        return wasi::send(self).map_err(|error| format!("{}: {error}", shown_url(&self.url)));
         #[cfg(not(target_arch = "wasm32"))]
         crate::testing::answer_http(self)
     }
+}
+
+/// A URL for the log: without its query and what stands before the host, since both may be secrets.
+pub fn shown_url(url: &str) -> String {
+    let place = url.split(['?', '#']).next().unwrap_or_default();
+    let (scheme, rest) = place.find("://").map_or(("", place), |at| place.split_at(at + "://".len()));
+    let authority = rest.find('/').map_or(rest, |at| &rest[..at]);
+    let secret_bytes = authority.rfind('@').map_or(0, |at| at + 1);
+    format!("{scheme}{}", &rest[secret_bytes..])
 }
 
 /// The headers with the length of the body: without it the body would be sent in chunks, and many a service reads as
@@ -193,6 +202,20 @@ mod tests {
         post.body.clear();
         assert_eq!(length(&post), ["0"]);
         assert!(length(&HttpRequest { method: "GET".into(), ..HttpRequest::default() }).is_empty());
+    }
+
+    #[test]
+    fn secrets_of_urls_are_not_shown() {
+        for (url, shown) in [
+            ("https://idp:8443/auth", "https://idp:8443/auth"),
+            ("https://ann:s3cret@idp/auth?token=s3cret#s3cret", "https://idp/auth"),
+            ("https://ann:s3@cret@idp?token=s3/cret@x", "https://idp"),
+            ("https://idp/a@b", "https://idp/a@b"),
+            ("ann:s3cret@idp/auth", "idp/auth"),
+            ("", ""),
+        ] {
+            assert_eq!(shown_url(url), shown);
+        }
     }
 
     #[test]

@@ -46,7 +46,7 @@ pub use bindings::handover::exports::wasmqtt::plugin::handover::State;
 pub use bindings::imports::wasmqtt::plugin::types::{Client, Failure, Pair};
 pub use host::{debug, error, info, warn};
 #[cfg(feature = "http")]
-pub use http::{HttpRequest, HttpResponse};
+pub use http::{HttpRequest, HttpResponse, shown_url};
 #[cfg(feature = "keyvalue")]
 pub use keyvalue::Bucket;
 pub use topic::{filter_covers, filters_overlap, is_one_level, is_valid_filter, topic_matches};
