@@ -24,6 +24,8 @@ mod mosquitto;
 mod rules;
 mod warnings;
 
+use std::borrow::Cow;
+
 use wasmqtt_sdk::{Access, Acl, Action, Client, Decision, Plugin, Settings, debug, export_plugin, warn};
 use wasmqtt_sdk::{filter_covers, filters_overlap, topic_matches};
 
@@ -91,9 +93,9 @@ impl Rule {
 
     /// The filter for this client; `None`: its name would change what the filter matches, and so allow too much. A
     /// prohibition reaches further then: no client gets around it by the name it takes.
-    fn filter_for(&self, client: &Client, allow_slash: bool) -> Option<String> {
+    fn filter_for(&self, client: &Client, allow_slash: bool) -> Option<Cow<'_, str>> {
         if self.is_literal {
-            return Some(self.filter.clone());
+            return Some(Cow::Borrowed(&self.filter));
         }
         let mut filter = String::with_capacity(self.filter.len());
         let mut rest = self.filter.as_str();
@@ -108,14 +110,14 @@ impl Rule {
             };
             let is_one_level = !name.contains('/') || allow_slash || !self.allow;
             if name.is_empty() || name.contains(['+', '#']) || !is_one_level {
-                return (!self.allow).then(|| self.filter_for_any_name());
+                return (!self.allow).then(|| Cow::Owned(self.filter_for_any_name()));
             }
             filter.push_str(name);
             rest = &mark[2..];
         }
         filter.push_str(rest);
         // A client that calls itself `$SYS` does not get the broker's topics.
-        (!self.allow || filter.starts_with('$') == self.filter.starts_with('$')).then_some(filter)
+        (!self.allow || filter.starts_with('$') == self.filter.starts_with('$')).then_some(Cow::Owned(filter))
     }
 
     /// Levels with a mark may be anything.
@@ -143,12 +145,12 @@ enum Otherwise {
     Next,
 }
 
-/// The rules of the file, in order.
+/// The rules of the file.
 #[derive(Debug)]
 pub struct AclRules {
+    /// The first one decides. As mosquitto has it, a prohibition is stronger than any permission: then all of them come
+    /// first.
     rules: Vec<Rule>,
-    /// As mosquitto has it, a prohibition is stronger than any permission; otherwise the first rule decides.
-    deny_wins: bool,
     otherwise: Otherwise,
     ttl: u32,
     allow_slash: bool,
@@ -159,7 +161,7 @@ pub struct AclRules {
 impl AclRules {
     fn from_text(text: &str, settings: &Settings) -> Result<Self, String> {
         settings.only(&["file", "format", "default", "ttl", "allow_slash"])?;
-        let (rules, deny_wins) = match settings.get("format").unwrap_or("rules") {
+        let (mut rules, deny_wins) = match settings.get("format").unwrap_or("rules") {
             "rules" => (rules::parse(text)?, false),
             "mosquitto" => (mosquitto::parse(text)?, true),
             other => return Err(format!("setting `format` = {other:?}: allowed are rules and mosquitto")),
@@ -172,19 +174,17 @@ impl AclRules {
         };
         let allow_slash = settings.parse("allow_slash", false)?;
         let warnings = warnings::of(&rules, deny_wins);
-        Ok(Self { rules, deny_wins, otherwise, ttl: settings.parse("ttl", TTL_DEFAULT)?, allow_slash, warnings })
+        if deny_wins {
+            // Stable: within each kind the order of the file stays.
+            rules.sort_by_key(|rule| rule.allow);
+        }
+        Ok(Self { rules, otherwise, ttl: settings.parse("ttl", TTL_DEFAULT)?, allow_slash, warnings })
     }
 
     /// The rules about this client and action, with their filters.
-    fn about(&self, client: &Client, action: Action) -> Vec<(bool, String)> {
+    fn about(&self, client: &Client, action: Action) -> Vec<(bool, Cow<'_, str>)> {
         let about = self.rules.iter().filter(|rule| rule.is_about(client, action));
-        let filter = |rule: &Rule| Some((rule.allow, rule.filter_for(client, self.allow_slash)?));
-        let mut found: Vec<_> = about.filter_map(filter).collect();
-        if self.deny_wins {
-            // Stable: within each kind the order of the file stays.
-            found.sort_by_key(|(allow, _)| *allow);
-        }
-        found
+        about.filter_map(|rule| Some((rule.allow, rule.filter_for(client, self.allow_slash)?))).collect()
     }
 
     fn decide(&self, client: &Client, access: &Access) -> Decision {
@@ -204,7 +204,7 @@ impl AclRules {
         // less far than what was asked; such a scope would not be kept, and with it the lease.
         let is_whole = filter_covers(filter, &access.topic)
             && !rules[..place].iter().any(|(before, other)| before != allow && filters_overlap(other, filter));
-        if is_whole { decision.scope(filter) } else { decision }
+        if is_whole { decision.scope(filter.as_ref()) } else { decision }
     }
 }
 
