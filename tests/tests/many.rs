@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use wasmqtt_protocol::codec::Packet;
 use wasmqtt_tests::{BOTH, Broker, Client, Got, Message, Options, Version, at_most};
 
 const V5: Version = Version::V5;
@@ -150,6 +151,37 @@ fn connections_beyond_the_limit_are_closed() {
     clients.iter_mut().for_each(Client::ping);
     clients.pop().expect("one").disconnect();
     connect_in_the_end(&broker).ping();
+}
+
+/// `retained_messages_max` and `retained_bytes_max`, which `$SYS` has a part of: what does not fit is delivered and not
+/// kept; what is there can be replaced. MQTT 5.0 §3.3.1.3.
+#[test]
+fn retained_messages_beyond_the_limit_are_delivered_and_not_kept() {
+    const COUNT: usize = 60;
+    for (limits, payload) in [("retained_messages_max = 50", 10), ("retained_bytes_max = 500000", 10_000)] {
+        let broker = Broker::start(&format!("[limits]\n{limits}\n"));
+        let mut publisher = broker.connect(&Options::new(V5, "publisher"));
+        let mut live = broker.connect(&Options::new(V5, "live"));
+        live.subscribe("r/+", 1);
+        let message =
+            |n: usize, letter: &str| Message::new(&format!("r/{n:02}"), letter.repeat(payload)).qos(1).retained();
+        for n in 0..COUNT {
+            publisher.publish(&message(n, "x"));
+            assert_eq!(live.message().topic, format!("r/{n:02}"), "it is delivered");
+        }
+        publisher.publish(&message(7, "y"));
+        let mut late = broker.connect(&Options::new(V5, "late"));
+        late.subscribe("r/+", 1);
+        let mut kept = Vec::new();
+        while let Some(Got::Publish(message)) = late.recv_within(Duration::from_millis(500)) {
+            late.ack(Packet::Puback, message.id, 0);
+            kept.push((message.topic.clone(), message.text().starts_with('y')));
+        }
+        kept.sort();
+        assert!((20..50).contains(&kept.len()), "{limits}: {} are kept", kept.len());
+        let expected: Vec<_> = (0..kept.len()).map(|n| (format!("r/{n:02}"), n == 7)).collect();
+        assert_eq!(kept, expected, "the first ones, and the one that was replaced");
+    }
 }
 
 /// Tries until there is room.

@@ -1,4 +1,4 @@
-//! A shard that hangs: what is sent to it is bounded, and nobody else waits longer than for room.
+//! A shard that hangs, and a client that does not read: what is for them is bounded, and others go on.
 #![allow(missing_docs, reason = "tests")]
 
 mod common;
@@ -14,7 +14,7 @@ use wasmqtt_protocol::ports::{
     ShardPlugins,
 };
 
-use self::common::{Broker, CONNACK, Client, PINGRESP, PUBLISH, SUBACK, publish};
+use self::common::{Broker, CONNACK, Client, PINGRESP, PUBACK, PUBLISH, SUBACK, publish};
 
 /// Bytes of a mailbox beyond which nothing more is sent to it.
 const MAILBOX_BYTES: usize = 16 << 20;
@@ -122,4 +122,39 @@ fn senders_are_not_read_when_the_mailbox_is_full() {
     assert!((MAILBOX_BYTES / 2..MAILBOX_BYTES + TURN_BYTES).contains(&taken), "{taken} of {written} bytes were read");
     stuck.go_on();
     first.expect(PINGRESP);
+}
+
+/// Towards a client that does not read, QoS 0 is dropped and counted beyond `outbound_bytes_max`, and QoS 1 waits in the
+/// queue. MQTT 5.0 and 3.1.1 §4.3.1, §4.3.2.
+#[test]
+fn a_client_that_does_not_read_misses_qos_0_only() {
+    const MESSAGES: usize = 3000;
+    const LASTING: usize = 50;
+    let broker = Broker::start_config(Arc::new(Stuck::default()), Arc::new(Memory), |config| {
+        config.sys_interval = Duration::from_millis(100);
+    });
+    let mut watcher = connect(&broker, "watcher");
+    watcher.subscribe("$SYS/broker/messages/dropped", 0);
+    watcher.expect(SUBACK);
+    let mut slow = connect(&broker, "slow");
+    slow.subscribe("t", 1);
+    slow.expect(SUBACK);
+    let mut publisher = connect(&broker, "publisher");
+    for n in 0..MESSAGES {
+        publisher.write(&publish(PUBLISH, "t", None, &[b'0'; 10_000]));
+        if n % (MESSAGES / LASTING) == 0 {
+            publisher.write(&publish(PUBLISH | 2, "t", Some(7), b"1"));
+            publisher.expect(PUBACK);
+        }
+    }
+    let dropped = watcher.settled();
+    let (mut passed, mut lasted) = (0, 0);
+    while let Some((PUBLISH, body)) = slow.next(Duration::from_millis(500)) {
+        match body.last() {
+            Some(b'0') => passed += 1,
+            _ => lasted += 1,
+        }
+    }
+    assert!(dropped > 0 && passed > 0, "{dropped} were dropped, {passed} passed");
+    assert_eq!((passed + dropped, lasted), (MESSAGES, LASTING));
 }

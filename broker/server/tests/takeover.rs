@@ -129,17 +129,6 @@ fn stored_publisher(broker: &Broker, client_id: &str) -> Client {
     publisher
 }
 
-/// What `$SYS` says when it says the same for a while.
-fn settled(watcher: &mut Client) -> usize {
-    let mut last = (0, 0);
-    while last.1 < 3 {
-        let body = watcher.expect(PUBLISH);
-        let number = std::str::from_utf8(&body[2 + usize::from(body[1])..]).unwrap().parse().unwrap();
-        last = (number, if number == last.0 { last.1 + 1 } else { 0 });
-    }
-    last.0
-}
-
 /// What somebody goes on sending is read up to a number of bytes, however fast it comes.
 #[test]
 fn a_connection_that_is_taken_over_has_its_last_bytes() {
@@ -170,10 +159,10 @@ fn a_connection_that_is_taken_over_has_its_last_bytes() {
     // Who writes to a store that does not keep up is not read, until another connection takes the Session over.
     store.congest(true);
     pauses.store(true, Ordering::SeqCst);
-    let before = settled(&mut watcher);
+    let before = watcher.settled();
     broker.connect("same", true).expect(CONNACK);
     flooding.join().unwrap();
-    let last = settled(&mut watcher) - before;
+    let last = watcher.settled() - before;
     assert!((1..=LAST_BYTES + 2 * READ_BYTES).contains(&last), "{last} bytes");
 }
 

@@ -191,6 +191,17 @@ impl Client {
         written
     }
 
+    /// The number that a topic of `$SYS` has, once it has been the same for a while.
+    pub(crate) fn settled(&mut self) -> usize {
+        let mut last = (0, 0);
+        while last.1 < 3 {
+            let body = self.expect(PUBLISH);
+            let number = std::str::from_utf8(&body[2 + usize::from(body[1])..]).unwrap().parse().unwrap();
+            last = (number, if number == last.0 { last.1 + 1 } else { 0 });
+        }
+        last.0
+    }
+
     /// Bytes that the kernel has: those that were not sent, and those that the broker has not read. Linux tells.
     pub(crate) fn bytes_in_kernel(&self) -> usize {
         let spelled = |address: SocketAddr| {
