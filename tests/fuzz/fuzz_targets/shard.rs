@@ -1,5 +1,6 @@
-//! Two shards and two clients, with plugins whose answers come late, lost connections, takeovers and passing time. What
-//! clients see must be whole, valid packets in an order that makes sense, and nothing may be left when they are gone.
+//! Two shards and two clients, with plugins whose answers come late, lost connections, takeovers and passing time; or one
+//! shard with a store that commits late and refuses. What clients see must be whole, valid packets in an order that makes
+//! sense, and nothing may be left when they are gone.
 #![no_main]
 
 use std::collections::BTreeSet;
@@ -18,6 +19,12 @@ use wasmqtt_protocol::ports::{
 };
 use wasmqtt_server::stepped::Stepped;
 use wasmqtt_server::{Anonymous, Config, Identity, Limits};
+
+use self::store::Slow;
+
+#[path = "../../../broker/server/tests/common/store.rs"]
+#[allow(dead_code, reason = "tests use more of it")]
+mod store;
 
 /// Below `x` nothing is allowed, nor is what overlaps it; `once` has no lease; below `hook` messages are shown to a hook.
 struct Late;
@@ -221,7 +228,7 @@ fn text(body: &mut Vec<u8>, text: &str) {
     body.extend_from_slice(text.as_bytes());
 }
 
-fn config() -> Config {
+fn config(shards: usize) -> Config {
     let limits = Limits {
         packet_bytes_max: 4096,
         receive_maximum: 4,
@@ -244,13 +251,13 @@ fn config() -> Config {
         anonymous: Anonymous::Allow,
         identity: Identity::default(),
         limits,
-        shards: 2,
+        shards,
         sys_interval: Duration::ZERO,
     }
 }
 
 /// The step, and how much of `tail` it used.
-fn step(broker: &mut Stepped, clients: &mut [Hostile; 2], step: u8, tail: &[u8]) -> usize {
+fn step(broker: &mut Stepped, store: &Slow, clients: &mut [Hostile; 2], step: u8, tail: &[u8]) -> usize {
     let client = &mut clients[usize::from(step & 1)];
     let argument = |at: usize| tail.get(at).copied().unwrap_or_default();
     let (first, second) = (argument(0), argument(1));
@@ -321,22 +328,40 @@ fn step(broker: &mut Stepped, clients: &mut [Hostile; 2], step: u8, tail: &[u8])
             broker.skip(Duration::from_secs(1 << (first & 3)));
             1
         }
-        _ => {
+        12 | 13 => {
             broker.settle();
             client.read();
             0
+        }
+        14 => {
+            if first & 1 == 0 {
+                store.commit_all();
+            } else {
+                store.fail_all();
+            }
+            1
+        }
+        _ => {
+            store.refuse(first & 1 != 0);
+            1
         }
     }
 }
 
 fuzz_target!(|data: &[u8]| {
-    let mut broker = Stepped::new(config(), &Late, &Memory);
+    let Some((&mode, mut rest)) = data.split_first() else { return };
+    let store = Slow::default();
+    let mut broker = match mode & 1 {
+        0 => Stepped::new(config(2), &Late, &Memory),
+        _ => Stepped::new(config(1), &Late, &store),
+    };
     let mut clients = [Hostile::default(), Hostile::default()];
-    let mut rest = data;
     while let Some((&kind, tail)) = rest.split_first() {
-        let used = step(&mut broker, &mut clients, kind, tail);
+        let used = step(&mut broker, &store, &mut clients, kind, tail);
         rest = tail.get(used..).unwrap_or_default();
     }
+    store.refuse(false);
+    store.commit_all();
     broker.settle();
     for client in &mut clients {
         client.read();
@@ -346,6 +371,7 @@ fuzz_target!(|data: &[u8]| {
     // Wills are published, Sessions expire, leases end.
     for _ in 0..3 {
         broker.settle();
+        store.commit_all();
         broker.skip(Duration::from_secs(70));
     }
     broker.settle();
