@@ -60,6 +60,8 @@ const CONGESTED_BYTES: usize = 64 << 20;
 const WAITING_BYTES_MAX: usize = 256 << 20;
 /// Bytes of messages that a shard has not taken from the reader yet, beyond which the reader waits for it.
 const LOADED_BYTES_MAX: usize = 32 << 20;
+/// What a message costs beside its own bytes.
+const LOADED_OVERHEAD_BYTES: usize = 128;
 /// How often whoever waits in here looks whether the store ends.
 const LOOK_PAUSE: Duration = Duration::from_millis(20);
 /// Shards there can be.
@@ -195,7 +197,10 @@ impl Lines {
         while line.loaded_bytes.load(Ordering::Acquire) > LOADED_BYTES_MAX && !self.is_over() {
             std::thread::sleep(LOOK_PAUSE);
         }
-        let bytes = |kept: &wasmqtt_protocol::session::Kept| kept.message.payload.len() + kept.message.properties.len();
+        let bytes = |kept: &wasmqtt_protocol::session::Kept| {
+            let message = &kept.message;
+            LOADED_OVERHEAD_BYTES + message.topic.len() + message.payload.len() + message.properties.len()
+        };
         let bytes = loaded.messages.iter().filter_map(|(_, kept)| kept.as_ref()).map(bytes).sum();
         line.loaded_bytes.fetch_add(bytes, Ordering::AcqRel);
         line.loaded.lock().unwrap_or_else(PoisonError::into_inner).push(loaded);

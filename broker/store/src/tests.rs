@@ -4,10 +4,11 @@ use std::num::NonZeroU32;
 use std::time::Instant;
 
 use bytes::Bytes;
+use smallvec::SmallVec;
 use wasmqtt_protocol::codec::{PacketId, Qos, SubscribeOptions};
 use wasmqtt_protocol::ports::{BanPattern, Client, Receiver, RestoredSession};
 use wasmqtt_protocol::router::{Message, SessionKey, Subscription};
-use wasmqtt_protocol::session::{Step, WillMessage, Wish};
+use wasmqtt_protocol::session::{Kept, Step, WillMessage, Wish};
 use wasmqtt_protocol::topic::Filter;
 
 use super::*;
@@ -275,20 +276,61 @@ fn what_waits_to_be_written_is_bounded() {
     settle(&mut *shard);
 }
 
+/// Nobody writes so far: buckets of plugins are refused first, and then shards wait, until the writer takes what is there.
+#[test]
+fn what_nobody_writes_fills_its_bounds() {
+    const VALUE_BYTES: usize = 900_000;
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let store = RocksStore::open(StoreConfig::new(folder.path())).expect("opens");
+    let value = vec![b'x'; VALUE_BYTES];
+    let kept = (0..1000).take_while(|n: &u32| store.keep("p", "b", &n.to_string(), Some(&value))).count();
+    assert!((CONGESTED_BYTES / (VALUE_BYTES + 1000)..=CONGESTED_BYTES / VALUE_BYTES + 1).contains(&kept), "{kept}");
+    let store = &store;
+    let write = || {
+        let mut shard = store.shard(0, Box::new(|| {}));
+        assert!(shard.is_congested(), "clients that need the store are not read");
+        let large = Message { payload: Bytes::from(vec![b'x'; 1 << 20]), ..message("t", None) };
+        shard.write(Change::Retained { message: (&large).into(), sealed: false, stamp: 1 });
+        shard.commit();
+    };
+    let written = (0..1000).take_while(|_| store.lines.unwritten_bytes() <= WAITING_BYTES_MAX).map(|_| write()).count();
+    assert!(written <= (WAITING_BYTES_MAX - CONGESTED_BYTES >> 20) + 1, "{written}");
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(write);
+        std::thread::sleep(5 * LOOK_PAUSE);
+        assert!(!waiting.is_finished(), "the shard waits");
+        store.restore(&mut All::default()).expect("is read, and the writer begins");
+        waiting.join().expect("goes on");
+    });
+}
+
 /// A shard that takes nothing has the reader wait, and does not get the memory of everybody.
 #[test]
 fn what_was_read_waits_for_its_shard() {
-    let lines = Arc::new(Lines::new());
-    let loaded = || Loaded { key: SessionKey { shard: 0, slot: 0, epoch: 0 }, turn: 0, messages: Vec::new() };
-    lines.line(0).loaded_bytes.store(LOADED_BYTES_MAX + 1, Ordering::Release);
-    let reader = std::thread::spawn({
-        let lines = Arc::clone(&lines);
-        move || lines.put_loaded(0, loaded())
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (store, _) = open(folder.path());
+    let loaded = |topic: usize| {
+        let kept = |_| {
+            let message = Arc::new(message(&"t".repeat(topic), None));
+            Some(Kept { message, sealed: false, qos: Qos::AtLeastOnce, retain: false, ids: SmallVec::new() })
+        };
+        let messages = (1..=1000).map(|id| (MessageId::new(id).expect("not zero"), kept(id))).collect();
+        Loaded { key: SessionKey { shard: 0, slot: 0, epoch: 0 }, turn: 0, messages }
+    };
+    // Topics count like payloads.
+    let most = LOADED_BYTES_MAX / 1000;
+    store.lines.put_loaded(0, loaded(most / 2));
+    store.lines.put_loaded(0, loaded(most / 2));
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| store.lines.put_loaded(0, loaded(1)));
+        std::thread::sleep(5 * LOOK_PAUSE);
+        assert!(!reader.is_finished(), "it waits");
+        store.lines.put_loaded(1, loaded(1));
+        let mut shard = store.shard(0, Box::new(|| {}));
+        assert_eq!(shard.loaded().len(), 2);
+        reader.join().expect("goes on");
+        assert_eq!(shard.loaded().len(), 1);
     });
-    std::thread::sleep(5 * LOOK_PAUSE);
-    assert!(!reader.is_finished());
-    lines.line(0).loaded_bytes.store(0, Ordering::Release);
-    reader.join().expect("ends");
 }
 
 /// A batch is named as refused when the shard knows that it is settled, and not before.
