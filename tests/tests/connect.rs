@@ -439,6 +439,16 @@ fn packet_too_large_is_refused_before_its_body_arrives() {
         let mut early = Client::open(broker.address(), version);
         early.send_raw(&[0x10, 0xFF, 0xFF, 0xFF, 0x7F]);
         assert_eq!(early.recv(), Got::Closed);
+        // The whole packet counts: one of 1 MiB is taken, and of one with a byte more the first five are enough.
+        let mut client = broker.connect(&Options::new(version, "c"));
+        let largest = |payload: usize| raw::publish(version, 0x30, b"t", None, &[], &vec![b'x'; payload]);
+        let head = largest(1 << 19).len() - (1 << 19);
+        let packet = largest((1 << 20) - head);
+        assert_eq!(packet.len(), 1 << 20);
+        client.send_raw(&packet);
+        client.ping();
+        client.send_raw(&largest((1 << 20) - head + 1)[..5]);
+        client.check_ended(0x95);
     }
 }
 
