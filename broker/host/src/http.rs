@@ -143,7 +143,7 @@ impl WasiHttpHooks for Http {
             let server =
                 permitted(&grants, &plugin.open.lookups, request.uri()).await.inspect_err(|error| match error {
                     Error::HttpRequestDenied => {
-                        denials.note(format_args!("HTTP to {to}; grants.http does not name it"))
+                        denials.note(format_args!("HTTP to {to}; grants.http does not name it"));
                     }
                     Error::DestinationIpProhibited => denials.note(format_args!(
                         "HTTP to {to}, a name for a private address; grants.http needs @private for it"

@@ -126,7 +126,7 @@ fn groups<'a>(plugin: &'a PluginSlots, works: &[Work]) -> Vec<(Asked<'a>, Vec<us
 }
 
 /// Parts that are shown at once: what a guest must have room for.
-fn portions<'a>(places: &'a [usize], bytes_of: impl Fn(usize) -> usize) -> impl Iterator<Item = &'a [usize]> {
+fn portions(places: &[usize], bytes_of: impl Fn(usize) -> usize) -> impl Iterator<Item = &[usize]> {
     let mut rest = places;
     std::iter::from_fn(move || {
         let mut bytes = 0;
