@@ -292,23 +292,23 @@ fn plugins_with_the_same_file_are_not_deployed_together() {
 fn a_deploy_that_was_interrupted_is_undone_by_the_next_start() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let plugins = with_two(folder.path());
-    let beside = |n: usize, what: &str| {
-        let name = plugins[n].path.file_name().expect("has one").to_string_lossy();
-        plugins[n].path.with_file_name(format!(".{name}.{what}"))
+    let beside = |file: &Path, what: &str| {
+        let name = file.file_name().expect("has one").to_string_lossy();
+        file.with_file_name(format!(".{name}.{what}"))
     };
-    for n in 0..2 {
-        std::fs::hard_link(&plugins[n].path, beside(n, "old")).expect("can link");
-        std::fs::write(beside(n, "new"), another_build("misbehave")).expect("can write");
+    for PluginConfig { path, .. } in &plugins {
+        std::fs::hard_link(path, beside(path, "old")).expect("can link");
+        std::fs::write(beside(path, "new"), another_build("misbehave")).expect("can write");
     }
-    std::fs::rename(beside(0, "new"), &plugins[0].path).expect("can rename");
+    std::fs::rename(beside(&plugins[0].path, "new"), &plugins[0].path).expect("can rename");
     std::fs::create_dir(folder.path().join("cache")).expect("can make a folder");
     let journal = folder.path().join("cache/deploying");
     let entry = |plugin: &PluginConfig| format!("+{}\0", plugin.path.display());
     std::fs::write(&journal, plugins.iter().map(entry).collect::<String>()).expect("can write");
     let broker = Broker::try_start(folder, plugins.clone()).expect("loads");
-    for n in 0..2 {
-        assert_eq!(std::fs::read(&plugins[n].path).expect("readable"), original("misbehave"));
-        assert!(!beside(n, "old").exists() && !beside(n, "new").exists());
+    for PluginConfig { path, .. } in &plugins {
+        assert_eq!(std::fs::read(path).expect("readable"), original("misbehave"));
+        assert!(!beside(path, "old").exists() && !beside(path, "new").exists());
     }
     assert!(!journal.exists() && broker.generation("a") == 1);
 }

@@ -363,7 +363,7 @@ fn a_key_set_is_fetched_once_and_again_when_it_is_old_or_lacks_a_key() {
 fn no_secret_of_the_url_is_said() {
     let source = Fetched::new("https://me:s3cret@idp/keys?key=s3cret", &Settings::default()).expect("good");
     testing::respond(Ok(HttpResponse { status: 500, body: Vec::new() }));
-    let why = source.find_at(Instant::now(), None, Algorithm::HS256).err().expect("nobody can tell");
+    let why = source.find_at(Instant::now(), None, Algorithm::HS256).map(drop).expect_err("nobody can tell");
     let said = format!("{why} {:?}", testing::take().lines);
     assert!(said.contains("https://idp/keys: status 500") && !said.contains("s3cret"), "{said}");
 }
