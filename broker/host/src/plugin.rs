@@ -180,7 +180,7 @@ mod tests {
     #[tokio::test]
     async fn a_batch_is_bounded_in_items_and_bytes() {
         let plugin = plugin();
-        plugin.events.push((0..2 * BATCH_MAX + 1).map(|_| event(0)));
+        plugin.events.push((0..=2 * BATCH_MAX).map(|_| event(0)));
         let mut batches = Vec::new();
         while plugin.events.len() > 0 {
             let batch = next(&plugin, &plugin.events, BATCH_MAX).await.expect("the plugin is there");

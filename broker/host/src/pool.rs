@@ -105,7 +105,7 @@ mod tests {
     #[test]
     fn limits_beyond_the_pool_stay_as_they_are() {
         let plugin = |name: &str, instances: usize, memory_mib: u32| {
-            let limits = PluginLimits { instances, memory_mib, ..PluginLimits::default() };
+            let limits = PluginLimits { memory_mib, instances, ..PluginLimits::default() };
             PluginConfig { name: name.into(), limits, ..PluginConfig::default() }
         };
         let now = vec![plugin("a", 4, 16), plugin("b", 4, 64)];
