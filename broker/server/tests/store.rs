@@ -171,7 +171,7 @@ fn answers_that_wait_for_the_store_are_bounded() {
     while answers.len() <= COUNT && Instant::now() < until {
         answers.extend(std::iter::from_fn(|| publisher.next(Duration::from_millis(50))).map(|(kind, _)| kind));
         queued += store.take().iter().filter(|change| change.starts_with("queued")).count();
-        let answered = answers.iter().filter(|kind| **kind == PUBACK).count();
+        let answered = answers.iter().filter(|kind| matches!(**kind, PUBACK)).count();
         assert!(queued <= answered + WAITING_MAX, "{queued} were handled, {answered} are answered");
         store.commit_one();
     }

@@ -294,7 +294,7 @@ fn what_nobody_writes_fills_its_bounds() {
         shard.commit();
     };
     let written = (0..1000).take_while(|_| store.lines.unwritten_bytes() <= WAITING_BYTES_MAX).map(|_| write()).count();
-    assert!(written <= (WAITING_BYTES_MAX - CONGESTED_BYTES >> 20) + 1, "{written}");
+    assert!(written <= ((WAITING_BYTES_MAX - CONGESTED_BYTES) >> 20) + 1, "{written}");
     std::thread::scope(|scope| {
         let waiting = scope.spawn(write);
         std::thread::sleep(5 * LOOK_PAUSE);

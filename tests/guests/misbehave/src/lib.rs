@@ -160,7 +160,7 @@ fn streams(name: &str) -> usize {
 /// How many of a dozen requests are refused because of the others, which nobody answers.
 fn requests(url: &str) -> usize {
     use wasip2::http::outgoing_handler::handle;
-    use wasip2::http::types::{ErrorCode, Fields, OutgoingRequest, Scheme};
+    use wasip2::http::types::{ErrorCode, Fields, FutureIncomingResponse, OutgoingRequest, Scheme};
     let authority = url.trim_start_matches("http://");
     let begin = || {
         let request = OutgoingRequest::new(Fields::new());
@@ -171,7 +171,7 @@ fn requests(url: &str) -> usize {
     };
     let begun: Vec<_> = (0..12).filter_map(|_| begin()).collect();
     std::thread::sleep(std::time::Duration::from_millis(300));
-    let ends: Vec<_> = begun.iter().map(|answer| answer.subscribe()).collect();
+    let ends: Vec<_> = begun.iter().map(FutureIncomingResponse::subscribe).collect();
     wasip2::io::poll::poll(&ends.iter().collect::<Vec<_>>());
     let is_refused = |ended| matches!(ended, Some(Ok(Err(ErrorCode::ConnectionLimitReached))));
     begun.iter().filter(|answer| is_refused(answer.get())).count()
