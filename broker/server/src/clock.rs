@@ -160,17 +160,10 @@ impl BrokerClock {
     }
 
     pub(crate) fn uptime_ms(&self) -> u64 {
-        passed_ms().saturating_sub(self.begun_ms) + self.skipped_ms()
-    }
-
-    #[cfg(not(any(test, feature = "fuzzing")))]
-    fn skipped_ms(&self) -> u64 {
-        0
-    }
-
-    #[cfg(any(test, feature = "fuzzing"))]
-    fn skipped_ms(&self) -> u64 {
-        self.skipped_ms.load(std::sync::atomic::Ordering::Relaxed)
+        let passed_ms = passed_ms().saturating_sub(self.begun_ms);
+        #[cfg(any(test, feature = "fuzzing"))]
+        let passed_ms = passed_ms + self.skipped_ms.load(std::sync::atomic::Ordering::Relaxed);
+        passed_ms
     }
 
     /// Moves time forward.

@@ -180,7 +180,9 @@ impl Client {
     fn connect_with(broker: &Stepped, client_id: &str, expiry: u8, keep_alive: u8, will: Option<&str>) -> Self {
         let mut client = Self::open(broker);
         let mut body = vec![0, 4, b'M', b'Q', b'T', b'T', 5];
-        body.extend_from_slice(&[u8::from(expiry == 0) << 1 | u8::from(will.is_some()) * 0b1100, 0, keep_alive]);
+        // Clean Start, and a will with QoS 1.
+        let flags = if expiry == 0 { 2 } else { 0 } | if will.is_some() { 0b1100 } else { 0 };
+        body.extend_from_slice(&[flags, 0, keep_alive]);
         body.extend_from_slice(&[5, 17, 0, 0, 0, expiry]);
         text(&mut body, client_id);
         if let Some(topic) = will {
@@ -370,9 +372,9 @@ fn an_answer_from_before_a_revocation_leaves_no_lease() {
         plugins.set(|state| state.denied.clear());
         plugins.hold();
         if publishes {
-            client.publish(other, 1, 1, "x")
+            client.publish(other, 1, 1, "x");
         } else {
-            client.subscribe(1, &[other], 0)
+            client.subscribe(1, &[other], 0);
         }
         broker.settle();
         plugins.set(|state| {
