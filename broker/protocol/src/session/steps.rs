@@ -161,7 +161,8 @@ impl Session {
     /// [`Session::begin_load`] would want some.
     #[inline]
     pub fn wants_load(&self) -> bool {
-        self.link.is_some()
+        self.stored().is_some()
+            && self.link.is_some()
             && !self.steps.loading
             && (self.queue.missing().next().is_some() || self.inflight.waits_for_store())
     }

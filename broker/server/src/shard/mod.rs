@@ -29,7 +29,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hashbrown::HashMap;
 use mio::{Events, Poll, Token, Waker};
@@ -71,6 +71,8 @@ const POOL_BUFFERS_MAX: usize = 256;
 const POOL_BUFFER_BYTES_MAX: usize = 64 * 1024;
 /// Clients that one turn says goodbye to when the broker ends.
 const DRAINED_PER_TURN: usize = 1000;
+/// Once a turn has served its clients for so long, those that have sent more wait for the next one.
+const FURTHER_SHARES: Duration = Duration::from_millis(2);
 /// How long a congested shard waits before it looks again.
 const CONGESTION_PAUSE: Duration = Duration::from_millis(1);
 
@@ -295,9 +297,11 @@ impl Shard {
         }
     }
 
-    /// Each connection that has sent something gets one share of the turn, by an event or because it was held back.
+    /// Each connection that has sent something gets one share of the turn, by an event or because it was held back, and
+    /// further ones while the turn is short: what is written at its end is worth a system call.
     fn serve_sockets(&mut self, events: &Events) {
         let again = std::mem::take(&mut self.readable);
+        let begun = (!again.is_empty() || !events.is_empty()).then(Instant::now);
         self.share = Share::of(again.len() + events.iter().filter(|event| event.is_readable()).count());
         for event in events {
             let Token(id) = event.token();
@@ -315,7 +319,15 @@ impl Shard {
                 self.on_readable(id);
             }
         }
-        for (id, epoch) in again {
+        self.serve_held(again);
+        while !self.readable.is_empty() && begun.is_some_and(|begun| begun.elapsed() < FURTHER_SHARES) {
+            let again = std::mem::take(&mut self.readable);
+            self.serve_held(again);
+        }
+    }
+
+    fn serve_held(&mut self, held: Vec<(usize, u32)>) {
+        for (id, epoch) in held {
             if self.is_current(id, epoch) {
                 debug_assert!(self.conns[id].held, "who is on the list knows it");
                 self.conns[id].held = false;

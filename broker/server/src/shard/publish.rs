@@ -140,7 +140,15 @@ impl Shard {
             self.tell(slot, None);
         }
         let receipt = receipt.and(self.durable.since(mark));
-        self.promise_publish(id, slot, (qos, packet_id), reason, receipt);
+        if receipt.is_some() || !self.conns[id].promises.is_empty() {
+            return self.promise_publish(id, slot, (qos, packet_id), reason, receipt);
+        }
+        // As a promise that is kept already.
+        let (Some(session), Some(conn)) = (self.sessions.get_mut(slot), self.conns.get_mut(id)) else { return };
+        conn.outbox.lend(&mut self.pool);
+        session.acknowledge(qos, packet_id, reason, &mut conn.outbox);
+        self.tell(slot, Some(id));
+        self.mark_dirty(id);
     }
 
     /// The route of a message that nobody has to be asked about.

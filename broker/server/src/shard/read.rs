@@ -47,7 +47,9 @@ impl Share {
 /// What is left of it.
 pub(super) struct Budget {
     share: Share,
+    /// Those that count, and all.
     packets: u32,
+    handled: u64,
     /// Packets and deliveries at which the clock is looked at again.
     look_at: u64,
     until: Option<Instant>,
@@ -56,20 +58,22 @@ pub(super) struct Budget {
 impl Budget {
     /// `sent`: deliveries of this turn so far.
     pub(super) fn new(share: Share, sent: u64) -> Self {
-        Self { share, packets: 0, look_at: sent + LOOK_EVERY, until: None }
+        Self { share, packets: 0, handled: 0, look_at: sent + LOOK_EVERY, until: None }
     }
 
-    /// A packet was handled; `sent`: deliveries of this turn so far.
+    /// A packet was handled; `sent`: deliveries of this turn so far. Acknowledgements count as the time they take: a
+    /// client that gets what many publish has many of them.
     #[inline]
-    fn spend(&mut self, sent: u64) {
-        self.packets += 1;
-        if u64::from(self.packets) + sent >= self.look_at {
+    fn spend(&mut self, is_acknowledgement: bool, sent: u64) {
+        self.packets += u32::from(!is_acknowledgement);
+        self.handled += 1;
+        if self.handled + sent >= self.look_at {
             self.look(sent);
         }
     }
 
     fn look(&mut self, sent: u64) {
-        self.look_at = u64::from(self.packets) + sent + LOOK_EVERY;
+        self.look_at = self.handled + sent + LOOK_EVERY;
         let now = Instant::now();
         if now >= *self.until.get_or_insert(now + self.share.time) {
             self.packets = self.packets.max(self.share.packets);
@@ -296,7 +300,7 @@ impl Shard {
             };
             conn.gate.heard(self.now_ms);
             self.on_packet(id, &rest[..frame.total_len]);
-            budget.spend(self.tally.sent);
+            budget.spend(is_acknowledgement(frame.first), self.tally.sent);
             if self.conns.get(id).is_some_and(|conn| conn.gate.is_closed_for(Reason::Asking)) {
                 // It is handled again when the answer is here.
                 return Handled { used, wanted: 0 };
@@ -369,6 +373,11 @@ impl Shard {
     }
 }
 
+/// PUBACK, PUBREC, PUBREL or PUBCOMP, by the first byte.
+fn is_acknowledgement(first: u8) -> bool {
+    matches!(first >> 4, 4..=7)
+}
+
 /// Version 1 or 2 of the PROXY protocol. Neither can be the beginning of a CONNECT.
 fn is_proxy_header(bytes: &[u8]) -> bool {
     bytes.starts_with(b"PROXY ") || bytes.starts_with(b"\r\n\r\n\0\r\nQUIT\n")
@@ -385,10 +394,11 @@ mod tests {
             let share = Share { time: Duration::from_hours(1), ..Share::of(clients) };
             let mut budget = Budget::new(share, 0);
             for _ in 1..packets {
-                budget.spend(0);
+                budget.spend(true, 0);
+                budget.spend(false, 0);
                 assert!(!budget.is_spent());
             }
-            budget.spend(0);
+            budget.spend(false, 0);
             assert!(budget.is_spent(), "{packets} packets");
         }
     }
@@ -396,12 +406,12 @@ mod tests {
     #[test]
     fn a_share_is_of_time() {
         let mut budget = Budget::new(Share { packets: 1000, time: Duration::from_millis(1) }, 0);
-        budget.spend(1000);
+        budget.spend(false, 1000);
         assert!(!budget.is_spent(), "time begins with the first look");
         std::thread::sleep(Duration::from_millis(2));
-        budget.spend(1001);
+        budget.spend(false, 1001);
         assert!(!budget.is_spent(), "the clock is not looked at for each packet");
-        budget.spend(2000);
+        budget.spend(false, 2000);
         assert!(budget.is_spent(), "deliveries count as work");
     }
 
