@@ -77,6 +77,13 @@ fn calls_that_wait_for_an_instance_are_bounded() {
     let ask = |n: usize, username: &str| begin(&broker, request(&format!("c{n}"), username, &password));
     let mut asleep: Vec<_> = (0..2).map(|n| ask(n, "sleep")).collect();
     let begun = Instant::now();
+    // An instance is made in more than one go on a busy machine.
+    while instances(&broker) < 2 {
+        assert!(begun.elapsed() < Duration::from_secs(20), "{} instances", instances(&broker));
+        assert!(asleep.iter_mut().all(|(call, _)| broker.poll(call).is_pending()));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let begun = Instant::now();
     let mut waiting: Vec<_> = (2..30).map(|n| ask(n, "")).collect();
     assert_eq!(instances(&broker), 2);
     let fits = WAITING_BYTES_MAX / (password.len() + 1024);

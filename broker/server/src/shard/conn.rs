@@ -44,9 +44,9 @@ pub(super) enum State {
     /// Authentication is under way.
     Opening(Box<Opening>),
     /// Let in, and about to move to the shard its Session lives on.
-    Leaving { opening: Box<Opening>, grant: Grant, to: u16 },
+    Leaving { opening: Box<Opening>, grant: Box<Grant>, to: u16 },
     /// Let in, and about to take a Session over from an older connection, which is read to its end first.
-    TakingOver { opening: Box<Opening>, grant: Grant },
+    TakingOver { opening: Box<Opening>, grant: Box<Grant> },
     /// Has a Session.
     Live { slot: u32 },
     /// Said goodbye; waits for the peer to close.

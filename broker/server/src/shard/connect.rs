@@ -236,7 +236,7 @@ impl Shard {
     /// keep their order. It leaves at the end of the batch, when the bytes behind its CONNECT are kept.
     fn hand_over(&mut self, id: usize, opening: Box<Opening>, grant: Grant, key: SessionKey) {
         let conn = &mut self.conns[id];
-        conn.state = State::Leaving { opening, grant, to: key.shard };
+        conn.state = State::Leaving { opening, grant: Box::new(grant), to: key.shard };
         conn.gate.close(Reason::Leaving, self.now_ms);
         self.leaving.push(id);
     }
@@ -259,7 +259,7 @@ impl Shard {
         conn.leave_shard(self.now_ms);
         self.shared.load[usize::from(self.index)].fetch_sub(1, Ordering::Relaxed);
         self.shared.load[usize::from(to)].fetch_add(1, Ordering::Relaxed);
-        self.shared.mailboxes[usize::from(to)].send(Mail::Adopt(Box::new(Adopted { conn, opening, grant })));
+        self.shared.mailboxes[usize::from(to)].send(Mail::Adopt(Box::new(Adopted { conn, opening, grant: *grant })));
     }
 
     pub(super) fn on_adopt(&mut self, adopted: Adopted) {

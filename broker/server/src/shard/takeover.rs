@@ -35,7 +35,7 @@ impl Shard {
             return self.read_to_end(id, None);
         }
         let conn = &mut self.conns[id];
-        conn.state = State::TakingOver { opening, grant };
+        conn.state = State::TakingOver { opening, grant: Box::new(grant) };
         conn.gate.close(Reason::Leaving, self.now_ms);
         let new = (id, conn.epoch);
         self.read_to_end(old, Some(new));
@@ -82,7 +82,7 @@ impl Shard {
         let Some((id, _)) = takeover.new.filter(|(id, epoch)| self.is_current(*id, *epoch)) else { return };
         let conn = &mut self.conns[id];
         match std::mem::replace(&mut conn.state, State::New) {
-            State::TakingOver { opening, grant } => self.admit_again(id, opening, grant),
+            State::TakingOver { opening, grant } => self.admit_again(id, opening, *grant),
             other => conn.state = other,
         }
     }
