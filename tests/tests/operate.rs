@@ -147,3 +147,20 @@ fn commands_at_a_time_are_bounded() {
     wait("there is room", &|said| said.is_ok());
     assert_eq!(silent.len(), COMMANDS_MAX - 1);
 }
+
+/// A user whose name has a `/` wonders why a pattern gives nothing.
+#[test]
+fn an_explanation_has_what_the_plugin_says() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    std::fs::write(folder.path().join("acl"), "pattern readwrite users/%u/#\n").expect("write");
+    let acl = wasmqtt_guests::component("acl-rules");
+    let config = format!(
+        "[[plugin]]\nname = \"acl-rules\"\npath = \"{}\"\nconfig = {{ file = \"/acl\", format = \"mosquitto\" }}\n\
+         grants = {{ files = [{{ host = \"acl\", guest = \"/acl\" }}] }}\n",
+        acl.display()
+    );
+    let broker = Broker::start_in(folder, &config);
+    let shown = run(&broker, &["explain", "--client", "c", "--principal", "org/dev1", "--publish", "users/org/dev1/x"]);
+    let shown = shown.expect("explains");
+    assert!(shown.contains("deny") && shown.contains("see the setting allow_slash"), "{shown}");
+}

@@ -59,9 +59,14 @@ fn out_of_scope(config: &PluginConfig, client: &Client, access: &Access) -> Opti
 
 async fn asked(generation: &Arc<Generation>, client: &Arc<Client>, access: &Access) -> (Outcome, String, String) {
     let question = Authorization { client: Arc::clone(client), accesses: vec![access.clone()] };
-    let asked = tokio::time::timeout(generation.deadline(), ask(generation, &question)).await;
+    let mut heard = Vec::new();
+    let asked = tokio::time::timeout(generation.deadline(), ask(generation, &question, &mut heard)).await;
     let error = match asked {
-        Ok(Ok(decision)) => return (decision.verdict.into(), in_words(decision.verdict), lease(&decision)),
+        Ok(Ok(decision)) => {
+            // What it logs is why.
+            let note = std::iter::once(lease(&decision)).chain(heard).collect::<Vec<_>>().join("; ");
+            return (decision.verdict.into(), in_words(decision.verdict), note);
+        }
         Ok(Err(error)) => error,
         Err(_) => format!("no answer within deadline_ms = {}", generation.deadline().as_millis()),
     };
@@ -75,13 +80,19 @@ impl From<Option<Verdict>> for Outcome {
     }
 }
 
-async fn ask(generation: &Arc<Generation>, question: &Authorization) -> Result<Decision, String> {
+async fn ask(
+    generation: &Arc<Generation>,
+    question: &Authorization,
+    heard: &mut Vec<String>,
+) -> Result<Decision, String> {
     let mut pooled = generation.instantiate(&generation.plugin.loading, None).await?;
     let Some(running) = pooled.begin() else { return Err("no instance".into()) };
+    running.store.data_mut().heard = Some(Vec::new());
     let cpu_ms = Authorization::cpu_ms(&generation.config.limits);
     let budget = generation.budget_of(&generation.plugin.loading, cpu_ms);
     let said =
         put(running, question, budget, generation).await.map_err(|error| generation.explained(running, error))?;
+    *heard = running.store.data_mut().heard.take().unwrap_or_default();
     pooled.finished();
     match said {
         Said::Answer(mut decisions) => decisions.pop().ok_or_else(|| "no decision".to_owned()),

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
+use wasmqtt_protocol::text::escaped;
 use wasmtime::component::{HasSelf, Linker, Resource, ResourceTable};
 use wasmtime::{Engine, ResourceLimiter};
 use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
@@ -17,6 +18,7 @@ use wasmtime_wasi_http::{WasiHttpCtx, WasiHttpCtxView, WasiHttpView};
 
 use crate::HostError;
 use crate::allowance::{Allowance, LOG_LINE_BYTES_MAX};
+use crate::bindings::TEXT_BYTES_MAX;
 use crate::bindings::imports;
 use crate::bindings::imports::wasmqtt::plugin::host::{self as wit, Level};
 use crate::bindings::types::Pair;
@@ -43,6 +45,8 @@ const LISTINGS_MAX: usize = 16;
 const RANDOM_BYTES_MAX: u64 = 64 * 1024;
 /// Requests to the broker in one call.
 const REQUESTS_MAX: u32 = 10_000;
+/// Log lines that are kept of a call for somebody who wants to know.
+const HEARD_MAX: usize = 10;
 /// Bytes a guest may print in one piece.
 const PRINT_BYTES_MAX: usize = 64 * 1024;
 
@@ -63,6 +67,8 @@ pub(crate) struct Guest {
     held: Held,
     /// Folders it is listing.
     listings: usize,
+    /// What it logs is wanted, as far as [`HEARD_MAX`] lines go; each is as long as a text of a guest may be.
+    pub(crate) heard: Option<Vec<String>>,
 }
 
 impl Guest {
@@ -88,7 +94,22 @@ impl Guest {
         let (services, held) = (Arc::clone(services), Held::new(&services.plugin));
         let wasi = wasi.build();
         let (requested, called) = (0, 0);
-        Self { wasi, table, limits, allowance, denials, services, http, hooks, requested, called, held, listings: 0 }
+        let (listings, heard) = (0, None);
+        Self {
+            wasi,
+            table,
+            limits,
+            allowance,
+            denials,
+            services,
+            http,
+            hooks,
+            requested,
+            called,
+            held,
+            listings,
+            heard,
+        }
     }
 
     /// How long a guest must wait that called the broker more often than it may. Asked while it computes.
@@ -261,6 +282,9 @@ impl Denials {
 impl imports::wasmqtt::plugin::host::Host for Guest {
     fn log(&mut self, level: Level, message: String) {
         self.count_call();
+        if let Some(heard) = self.heard.as_mut().filter(|heard| heard.len() < HEARD_MAX) {
+            heard.push(escaped(message.trim_end(), TEXT_BYTES_MAX).to_string());
+        }
         self.allowance.log(level, &message);
     }
 
