@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use tracing::{info, warn};
 
 /// Time between two measurements, which cost some microseconds each.
-const LOOK_INTERVAL_MS: u64 = 50;
+const LOOK_INTERVAL_MS: u64 = 10;
 /// Parts of the budget, in percent: where pressure begins, where nothing more is taken in, and where both end.
 const HIGH_PERCENT: u64 = 90;
 const FULL_PERCENT: u64 = 97;
