@@ -192,7 +192,7 @@ impl Known {
         if let Some(lease) = decision.lease.filter(|lease| lease.seconds > 0) {
             let scope = lease.scope.map_or_else(|| Box::from(&*topic), |scope| scope.topic_filter().into());
             let ends_ms = now_ms + u64::from(lease.seconds) * 1000;
-            if applies(action, &scope, verdict, &topic) {
+            if applies(action, &scope, verdict, &topic) && scope.len() <= LEASE_BYTES_MAX {
                 until_ms = ends_ms;
             }
             self.hold(Held { action, scope, verdict, until_ms: ends_ms });
